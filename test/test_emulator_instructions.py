@@ -1,0 +1,106 @@
+"""Hand-written PTX: forms that nvcc emits rarely, and load-time errors."""
+
+import numpy as np
+
+import ptx_emulator
+from ptx_emulator.testing import expect
+
+HEADER = ".version 9.0\n.target sm_90a\n.address_size 64\n"
+
+
+def module(body, params=".param .u64 out", decls=""):
+    return ptx_emulator.Module(f"{HEADER}{decls}.visible .entry k({params})\n{{\n{body}\nret;\n}}\n")
+
+
+STORE = """
+.reg .b64 %o<3>; .reg .b32 %t<2>;
+ld.param.u64 %o0, [out];
+mov.u32 %t0, %tid.x;
+mul.wide.u32 %o1, %t0, 4;
+add.s64 %o2, %o0, %o1;
+"""
+
+
+def test_indexed_branch():
+    mod = module(
+        STORE
+        + """
+.reg .b32 %r<4>;
+rem.u32 %r0, %t0, 3;
+$targets: .branchtargets $a, $b, $c;
+brx.idx %r0, $targets;
+$a: mov.u32 %r1, 100; bra $done;
+$b: mov.u32 %r1, 200; bra $done;
+$c: mov.u32 %r1, 300;
+$done:
+add.u32 %r2, %r1, %t0;
+st.global.u32 [%o2], %r2;
+"""
+    )
+    out = np.zeros(32, np.int32)
+    mod.launch("k", 1, 32, [out])
+    assert out.tolist() == [(i % 3 + 1) * 100 + i for i in range(32)]
+
+
+def test_initialised_data_and_scopes():
+    mod = module(
+        STORE
+        + """
+.reg .b32 %r<4>; .reg .b64 %p<3>; .reg .pred %q;
+mov.u64 %p0, table;
+mul.wide.u32 %p1, %t0, 4;
+add.s64 %p2, %p0, %p1;
+ld.const.s32 %r0, [%p2];
+{ .reg .b32 %r<4>; mov.u32 %r0, 77; }
+{ .reg .pred again; mov.u32 %r1, 0;
+  LOOP: add.u32 %r1, %r1, 1; setp.lt.u32 again, %r1, 5; @again bra LOOP; }
+{ .reg .pred again; LOOP: add.u32 %r1, %r1, 1; setp.lt.u32 again, %r1, 9; @again bra LOOP; }
+add.u32 %r2, %r0, %r1;
+st.global.u32 [%o2], %r2;
+""",
+        decls=".const .align 4 .s32 table[4] = {1, -2, 0x30, 4};\n",
+    )
+    out = np.zeros(4, np.int32)
+    mod.launch("k", 1, 4, [out])
+    assert out.tolist() == [10, 7, 57, 13]
+
+
+def test_carry_chain():
+    mod = module(
+        STORE
+        + """
+.reg .b32 %r<4>;
+mov.u32 %r0, 0xffffffff;
+add.cc.u32 %r1, %r0, %t0;
+addc.u32 %r2, 0, 0;
+st.global.u32 [%o2], %r2;
+"""
+    )
+    out = np.zeros(4, np.int32)
+    mod.launch("k", 1, 4, [out])
+    assert out.tolist() == [0, 1, 1, 1]
+
+
+def test_unknown_instruction_is_named():
+    mod = module(".reg .b32 a; frobnicate.sync.b32 a, a;")
+    text = expect("unsupported", mod.launch, "k", 1, 32, [np.zeros(1, np.int32)])
+    assert "frobnicate.sync.b32" in text and "line 6" in text
+
+
+def test_syntax_error_has_a_line():
+    text = expect("parse", module, ".reg .b32 a; mov.u32 a a;")
+    assert "line" in text
+
+
+def test_launch_is_validated():
+    mod = module("")
+    out = np.zeros(1, np.int32)
+    expect("launch", mod.launch, "k", 1, 2048, [out])
+    expect("launch", mod.launch, "k", 3, 32, [out], cluster=(2, 1, 1))
+    expect("launch", mod.launch, "k", 1, 32, [out], smem=300 * 1024)
+
+
+def test_maybe_uninitialised_registers():
+    mod = module(STORE + ".reg .b32 %r<2>; add.u32 %r1, %r0, 1; st.global.u32 [%o2], %r1;")
+    mod.launch("k", 1, 32, [np.zeros(32, np.int32)])
+    expect("uninit_register", mod.launch, "k", 1, 32, [np.zeros(32, np.int32)], strict_regs=True)
