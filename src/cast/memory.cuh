@@ -1,0 +1,42 @@
+// Global-memory access and programmatic dependent launch of the memory-bound kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace deep_gemm::cast {
+
+// Returns once the kernels that this one depends on have finished and their writes are visible.
+__device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel of the stream start while this one runs; that one still waits for this one's end.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Inputs are read once: they need no place in L1. Plain loads, not .nc: under programmatic dependent launch the memory may
+// still be written when this kernel starts. Volatile, so that none is moved above wait_for_dependencies().
+__device__ __forceinline__ uint4 load_16(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_4(const void* p) {
+    uint32_t v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_2(const void* p) {
+    uint16_t v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_1(const void* p) {
+    uint32_t v;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+}  // namespace deep_gemm::cast

@@ -1,0 +1,100 @@
+// Launch functions of the casts, transpositions and scale-factor layout kernels. Every one enqueues at most one kernel on
+// `stream` and returns the launch's error; empty problems launch nothing. Pointers are device memory. Strides and sizes
+// are in elements. `pdl` asks for programmatic dependent launch behind the previous kernel of the stream.
+//
+// Numerics of the casts (all IEEE float32, no fast-math), bit for bit those of deep_gemm_ops.reference:
+//   amax = max(1e-4, max |x|) over the group; a NaN in the group makes amax NaN, and so the scale and every value of it
+//   sf = amax / 448, rounded up to a power of two for the UE8M0 formats (Inf and NaN stay, byte 0xFF when packed)
+//   value = e4m3(x * (1 / sf)), nearest even, saturating; NaN is written as 0x7F
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace deep_gemm::cast {
+
+enum class InputType : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+enum class ScaleFormat : int {
+    kFloat32 = 0,       // float32
+    kUE8M0Float32 = 1,  // float32 powers of two
+    kUE8M0Packed = 2,   // int32, four consecutive groups a word, lowest byte first, unused bytes zero
+};
+
+struct CastProblem {
+    const void* x = nullptr;  // [rows, cols], columns contiguous
+    InputType x_type = InputType::kBFloat16;
+    int64_t rows = 0, cols = 0;
+    int64_t x_stride = 0;     // between rows
+    void* out = nullptr;      // [rows, cols] E4M3, columns contiguous
+    int64_t out_stride = 0;   // between rows
+    void* sf = nullptr;       // float or int32, see below; the other stride is 1
+    int64_t sf_stride = 0;
+    int gran_k = 128;         // 128 or 32
+    ScaleFormat sf_format = ScaleFormat::kFloat32;
+};
+
+// A scale per row and gran_k columns: sf[row + group * sf_stride]; packed: word [row + (group / 4) * sf_stride].
+cudaError_t launch_per_token_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
+
+// A scale per gran_k rows and column: sf[group * sf_stride + column]; packed: word [(group / 4) * sf_stride + column].
+cudaError_t launch_per_channel_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
+
+// A scale per 128 rows and gran_k columns: sf[block_row + group * sf_stride]; packed as for per_token.
+cudaError_t launch_per_block_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
+
+// out[b, c, r] = x[b, r, c] for 8-bit elements, any strides. Fastest where x and its strides are multiples of 4 bytes and
+// out and its strides multiples of 16 (a temporary for a GEMM operand should be: round the row stride up).
+struct TransposeProblem {
+    const void* x = nullptr;
+    int64_t x_stride = 0, x_batch_stride = 0;      // bytes
+    void* out = nullptr;
+    int64_t out_stride = 0, out_batch_stride = 0;  // bytes
+    int64_t rows = 0, cols = 0, batch = 1;         // of x
+};
+cudaError_t launch_transpose_fp8(const TransposeProblem& problem, cudaStream_t stream, bool pdl);
+
+enum class ScaleType : int { kFloat32 = 0, kE8M0 = 1, kPackedUE8M0 = 2 };
+
+// Copies scales of any strides to MN-major form: dst[b * dst_batch_stride + k * dst_k_stride + mn], converting on the way.
+// dst_type is kFloat32 or kPackedUE8M0. float32 that is not a positive power of two (0 included) packs to 0xFF, UE8M0's
+// NaN; 0xFF expands to NaN. `mn_repeat` 128 gives each row of dst the scale of row mn / 128 of src.
+struct ScaleLayoutProblem {
+    const void* src = nullptr;
+    ScaleType src_type = ScaleType::kFloat32;
+    int64_t src_batch_stride = 0, src_mn_stride = 0, src_k_stride = 0;  // elements: floats, bytes or words
+    void* dst = nullptr;
+    ScaleType dst_type = ScaleType::kFloat32;
+    int64_t dst_batch_stride = 0, dst_k_stride = 0;                     // elements: floats or words
+    int64_t batch = 1;
+    int64_t mn = 0;    // rows of dst
+    int64_t k_sf = 0;  // scales along K (four a word where packed)
+    int mn_repeat = 1;
+};
+cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl);
+
+// E8M0 bytes or packed words to float32, MN-major; a wrapper of launch_scale_layout for one GEMM operand.
+// packed: src is [mn, ceil(k_sf / 4)] int32, else [mn, k_sf] bytes.
+cudaError_t launch_expand_ue8m0(const void* src, bool packed, int64_t src_mn_stride, int64_t src_k_stride, float* dst,
+                                int64_t dst_k_stride, int64_t mn, int64_t k_sf, cudaStream_t stream, bool pdl);
+
+// Packs float32 scales of K groups of different sizes, [sf_rows, mn], so that no word holds scales of two groups.
+// ks: [num_groups] sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn] words,
+// dst_rows = (sf_rows + 3 * num_groups) / 4 bounds what any sizes need; rows after the last group are zero.
+// Sizes that point outside src are clamped.
+struct GroupedPackProblem {
+    const float* src = nullptr;
+    int64_t src_k_stride = 0, src_mn_stride = 0;
+    int64_t sf_rows = 0, mn = 0;
+    const void* ks = nullptr;
+    bool ks_is_int64 = false;
+    int64_t num_groups = 0;
+    int gran_k = 128;
+    void* dst = nullptr;
+    int64_t dst_k_stride = 0;
+    int64_t dst_rows = 0;
+};
+cudaError_t launch_k_grouped_pack_ue8m0(const GroupedPackProblem& problem, cudaStream_t stream, bool pdl);
+
+}  // namespace deep_gemm::cast
