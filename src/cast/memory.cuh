@@ -39,4 +39,10 @@ __device__ __forceinline__ uint32_t load_1(const void* p) {
     return v;
 }
 
+template <int kBytes>
+__device__ __forceinline__ uint32_t load_element(const void* p) {
+    static_assert(kBytes == 2 || kBytes == 4);
+    return kBytes == 2 ? load_2(p) : load_4(p);
+}
+
 }  // namespace deep_gemm::cast

@@ -7,9 +7,9 @@
 //
 // Shared memory: column c is 128 bytes at 128 c; its 16-byte chunk i is at place i ^ ((c / 4) % 8). Both the write (8 lanes:
 // 8 values of c / 4, one chunk) and the read (8 lanes: one column, 8 chunks) then touch all 32 banks once.
-#include "src/cast/launch.cuh"
-#include "src/cast/memory.cuh"
-#include "src/host/cast.h"
+#include "cast/launch.cuh"
+#include "cast/memory.cuh"
+#include "host/cast.h"
 
 namespace deep_gemm::cast {
 namespace {
