@@ -71,11 +71,13 @@ def pack_ue8m0(bytes_: torch.Tensor) -> torch.Tensor:
     """``[.., X]`` int32 bytes to ``[.., ceil(X / 4)]`` int32 words, first byte lowest, the last word filled with 0."""
     columns = bytes_.shape[-1]
     padded = torch.nn.functional.pad(bytes_, (0, align(columns, 4) - columns)).to(torch.uint8)
-    return padded.contiguous().view(torch.int32)
+    return padded.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _unpack_ue8m0(words: torch.Tensor, columns: int) -> torch.Tensor:
-    return words.contiguous().view(torch.uint8)[..., :columns].to(torch.int32)
+    # Not contiguous(): that leaves one column as it is, whatever its stride, which view() then refuses.
+    words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)[..., :columns].to(torch.int32)
 
 
 def _ue8m0_to_float32(bytes_: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,35 @@
+"""Fixtures of the operator tests: each runs on the CPU reference and, with the same code, on every kind of GPU that is present."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import cuda_condition
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu"] if cuda_condition() else ["cpu", "cuda"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For tests that need a GPU: skipped on machines without one."""
+    reason = cuda_condition()
+    if reason:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@pytest.fixture
+def two_cuda_devices() -> tuple[str, str]:
+    """For tests that need two GPUs."""
+    reason = cuda_condition() or ("there is one GPU" if torch.cuda.device_count() < 2 else "")
+    if reason:
+        pytest.skip(reason)
+    return "cuda:0", "cuda:1"
