@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -78,7 +78,8 @@ class Comparison:
         return (
             f"{verdict}: relative error {self.rel_error:.3e} (allowed {self.tol:.1e}), worst "
             f"{self.tile[0]}x{self.tile[1]} tile {self.worst_tile_error:.3e} (allowed {self.tile_tol:.1e}) at "
-            f"{list(self.worst_tile)}, largest absolute error {self.max_abs_error:.3e} at {list(self.max_abs_at)}{masks}"
+            f"{list(self.worst_tile)}, largest absolute error {self.max_abs_error:.3e} at "
+            f"{list(self.max_abs_at)}{masks}"
         )
 
 
@@ -101,8 +102,8 @@ def compare(
             scatters more than the whole.
         tile: rows and columns of a tile.
 
-    A tile's error is its error norm over the larger of its own norm and the norm a rank-1 model predicts for it from the
-    energy of its rows and of its columns. So a tile that is small only through cancellation is not judged by that
+    A tile's error is its error norm over the larger of its own norm and the norm a rank-1 model predicts for it from
+    the energy of its rows and of its columns. So a tile that is small only through cancellation is not judged by that
     accident, while rows or columns with small scales are still judged at their own size.
     """
     if actual.shape != expected.shape:
@@ -194,7 +195,9 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, *, repro: str = "
 def _to_float64(x: torch.Tensor) -> torch.Tensor:
     x = x.detach()
     # FP8 dtypes convert to float32 everywhere, to float64 not in every build of PyTorch.
-    return x.to(torch.float32).to(torch.float64) if x.is_floating_point() and x.element_size() == 1 else x.to(torch.float64)
+    if x.is_floating_point() and x.element_size() == 1:
+        x = x.to(torch.float32)
+    return x.to(torch.float64)
 
 
 def _tile_energy(x: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
