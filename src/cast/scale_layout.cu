@@ -110,8 +110,8 @@ struct GroupedPackParams {
     const uint32_t* src;
     int64_t src_k_stride, src_mn_stride;
     int64_t sf_rows, mn;
-    const void* ks;
-    bool ks_is_int64;
+    const int32_t* ks;
+    int64_t ks_stride;
     int64_t num_groups;
     int gran_k;
     uint32_t* dst;
@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kThreads) k_grouped_pack_kernel(const __grid_c
         for (int64_t base = 0; base < params.num_groups && count == 0 && words_before <= word_row; base += 32) {
             int64_t scales = 0;
             if (base + lane < params.num_groups) {
-                const int64_t k = params.ks_is_int64 ? static_cast<const volatile int64_t*>(params.ks)[base + lane]
-                                                     : static_cast<const volatile int32_t*>(params.ks)[base + lane];
+                const int64_t k = static_cast<int32_t>(load_4(params.ks + (base + lane) * params.ks_stride));
                 // Garbage sizes must not overflow the sums: no group is larger than all of src.
                 scales = k <= 0 ? 0 : min((k - 1) / params.gran_k + 1, params.sf_rows);
             }
@@ -239,7 +238,7 @@ cudaError_t launch_k_grouped_pack_ue8m0(const GroupedPackProblem& problem, cudaS
     params.sf_rows = problem.sf_rows;
     params.mn = problem.mn;
     params.ks = problem.ks;
-    params.ks_is_int64 = problem.ks_is_int64;
+    params.ks_stride = problem.ks_stride;
     params.num_groups = problem.num_groups;
     params.gran_k = problem.gran_k;
     params.dst = static_cast<uint32_t*>(problem.dst);

@@ -80,15 +80,15 @@ cudaError_t launch_expand_ue8m0(const void* src, bool packed, int64_t src_mn_str
                                 int64_t dst_k_stride, int64_t mn, int64_t k_sf, cudaStream_t stream, bool pdl);
 
 // Packs float32 scales of K groups of different sizes, [sf_rows, mn], so that no word holds scales of two groups.
-// ks: [num_groups] sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn] words,
+// ks: [num_groups] int32 sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn] words,
 // dst_rows = (sf_rows + 3 * num_groups) / 4 bounds what any sizes need; rows after the last group are zero.
 // Sizes that point outside src are clamped.
 struct GroupedPackProblem {
     const float* src = nullptr;
     int64_t src_k_stride = 0, src_mn_stride = 0;
     int64_t sf_rows = 0, mn = 0;
-    const void* ks = nullptr;
-    bool ks_is_int64 = false;
+    const int32_t* ks = nullptr;
+    int64_t ks_stride = 1;
     int64_t num_groups = 0;
     int gran_k = 128;
     void* dst = nullptr;
