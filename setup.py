@@ -65,7 +65,8 @@ class BuildLibrary(build_ext):
         if os.environ.get("DG_NUM_SHARDS"):
             configure.append(f"-DDG_NUM_SHARDS={os.environ['DG_NUM_SHARDS']}")
 
-        print(f"building {LIBRARY} for {', '.join('sm_' + arch for arch in archs)}, {jobs} jobs, {tools.nvcc}", flush=True)
+        targets = ", ".join(f"sm_{arch}" for arch in archs)
+        print(f"building {LIBRARY} for {targets}, {jobs} jobs, {tools.nvcc}", flush=True)
         subprocess.run(configure, check=True)
         subprocess.run([str(tools.cmake), "--build", str(build_dir), "--parallel", str(jobs)], check=True)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import toolchain  # noqa: E402
-from setuptools import build_meta  # noqa: E402
-from setuptools.build_meta import *  # noqa: E402, F403
+import toolchain
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
 
 
 def _extra_requirements() -> list[str]:

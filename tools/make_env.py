@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import toolchain  # noqa: E402
+import toolchain
 
 
 def torch_site() -> Path | None:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", choices=[[], "test"], help="requirements besides those of the build")
     args = parser.parse_args()
 
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(f"Python is {sys.version.split()[0]}, expected 3.10 or later: make PYTHON=python3.11 ...")
     groups = ["build", "torch", *args.groups]
     if not toolchain.skip_cuda_build():

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("90a", "100a")
 MIN_NVCC = (12, 9)
 MIN_TORCH = (2, 11)
+MIN_CMAKE = (3, 26)
 
 
 class ToolchainError(RuntimeError):
@@ -197,16 +198,29 @@ def find_torch(roots: Sequence[Path] | None = None) -> Path:
     )
 
 
-def find_program(name: str, roots: Sequence[Path] | None = None) -> Path:
+def find_program(
+    name: str, environ: Mapping[str, str] = os.environ, roots: Sequence[Path] | None = None
+) -> Path:
     """cmake or ninja, from their PyPI packages where installed (a known version), else from ``PATH``."""
     for root in site_roots() if roots is None else roots:
+        if not (root / name / "__init__.py").is_file():
+            continue
         for candidate in (root / name / "data" / "bin" / name, root.parent.parent.parent / "bin" / name):
-            if candidate.is_file() and (root / name).is_dir():
+            if candidate.is_file():
                 return candidate
-    found = shutil.which(name)
+    found = shutil.which(name, path=environ.get("PATH", ""))
     if found:
         return Path(found)
     raise ToolchainError(f"no {name}. Install it with\n    pip install '{_pinned(name)}'")
+
+
+def check_cmake_version(cmake: Path) -> None:
+    out = subprocess.run([str(cmake), "--version"], capture_output=True, text=True, check=True).stdout
+    if _parse(out) < MIN_CMAKE:
+        raise ToolchainError(
+            f"{cmake} is version {_dotted(_parse(out))}, expected {_dotted(MIN_CMAKE)} or later. Install a newer one "
+            f"with\n    pip install '{_pinned('cmake')}'"
+        )
 
 
 def find_cxx(environ: Mapping[str, str] = os.environ) -> Path:
@@ -225,13 +239,15 @@ def find_cxx(environ: Mapping[str, str] = os.environ) -> Path:
 def find_all(environ: Mapping[str, str] = os.environ) -> Toolchain:
     nvcc = find_nvcc(environ)
     check_nvcc_version(nvcc)
+    cmake = find_program("cmake", environ)
+    check_cmake_version(cmake)
     return Toolchain(
         nvcc=nvcc,
         cuda_home=cuda_home_of(nvcc),
         cutlass_include=find_cutlass(environ),
         torch_dir=find_torch(),
-        cmake=find_program("cmake"),
-        ninja=find_program("ninja"),
+        cmake=cmake,
+        ninja=find_program("ninja", environ),
         cxx=find_cxx(environ),
     )
 

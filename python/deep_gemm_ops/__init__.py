@@ -1,7 +1,18 @@
-"""FP8 GEMM kernels for Hopper, compiled ahead of time, as PyTorch operators in ``torch.ops.deep_gemm``."""
+"""FP8 GEMM kernels for Hopper, compiled ahead of time, as PyTorch operators in ``torch.ops.deep_gemm``.
+
+Importing the package registers the operators: CUDA from the shared library, CPU and fake implementations from Python.
+It touches no GPU and no driver, so a process may fork afterwards.
+"""
 
 from . import _library
 
 __version__ = "0.1.0"
 
 _library.load()
+
+from . import _cpu, _fakes, knobs, ops  # noqa: E402, F401
+from .knobs import *  # noqa: E402, F403
+from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .ops import *  # noqa: E402, F403
+
+__all__ = ["__version__", "get_tma_aligned_size", "to_tma_aligned", *knobs.__all__, *ops.__all__]
