@@ -7,9 +7,9 @@ import torch
 from common import cuda_condition
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", ["cpu"] if cuda_condition() else ["cpu", "cuda"])
+@pytest.fixture(params=["cpu"] if cuda_condition() else ["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def _register_gemm(layout: str) -> None:
         b: Tensor,
         sfb: Tensor,
         c: Tensor | None,
-        out_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
         out: Tensor | None,
         recipe: list[int] | None,
     ) -> Tensor:
@@ -41,7 +41,8 @@ def _register_gemm(layout: str) -> None:
             op, layout, a, sfa, b, sfb, c=c, out_dtype=out_dtype, out=out, recipe=recipe, real=True
         )
         grans = (shape.gran_m, shape.gran_n, shape.gran_k)
-        return reference.fp8_gemm(a, sfa, b, sfb, layout=layout, c=c, out_dtype=out_dtype, recipe=grans)
+        dtype = out_dtype if out is None else out.dtype
+        return reference.fp8_gemm(a, sfa, b, sfb, layout=layout, c=c, out_dtype=dtype, recipe=grans)
 
     @_cpu(op)
     def functional(
@@ -67,7 +68,7 @@ def _register_gemm(layout: str) -> None:
         recipe: list[int] | None = None,
         out: Tensor,
     ) -> None:
-        out.copy_(product(a, sfa, b, sfb, c, out.dtype, out, recipe))
+        out.copy_(product(a, sfa, b, sfb, c, None, out, recipe))
 
 
 def _register_cast(kind: str) -> None:

@@ -8,9 +8,8 @@ from several threads at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from . import _checks
+from . import _capi, _checks
 
 __all__ = [
     "get_block_size_multiple_of",
@@ -26,36 +25,26 @@ __all__ = [
     "set_tc_util",
 ]
 
-# Values while no library is loaded; with one, these entries stay unused.
-_values: dict[str, Any] = {
+# Values while there is no library; with one, they stay unused.
+_values: dict[str, int] = {
     "num_sms": 0,
     "tc_util": 100,
-    "pdl": True,
+    "pdl": 1,
     "mk_alignment": 128,
-    "block_size_multiple_of": (1, 1),
+    "block_m_multiple_of": 1,
+    "block_n_multiple_of": 1,
 }
 
 
-def _library() -> Any | None:
-    """The loaded library's interface, or None without one."""
-    try:
-        from . import _capi
-    except ImportError:
-        return None
-    return _capi if _capi.available() else None
-
-
-def _set(name: str, *value: int) -> None:
-    library = _library()
-    if library is not None:
-        getattr(library, f"set_{name}")(*value)
+def _set(name: str, value: int) -> None:
+    if _capi.available():
+        _capi.set_knob(name, value)
     else:
-        _values[name] = value if len(value) > 1 else value[0]
+        _values[name] = value
 
 
-def _get(name: str) -> Any:
-    library = _library()
-    return getattr(library, f"get_{name}")() if library is not None else _values[name]
+def _get(name: str) -> int:
+    return _capi.get_knob(name) if _capi.available() else _values[name]
 
 
 def _positive(op: str, arg: str, value: int) -> int:
@@ -77,7 +66,7 @@ def set_num_sms(num_sms: int) -> None:
 
 def get_num_sms() -> int:
     """What was set, else the streaming multiprocessors of the current CUDA device, 0 where there is none."""
-    value = int(_get("num_sms"))
+    value = _get("num_sms")
     if value:
         return value
     import torch
@@ -101,7 +90,7 @@ def set_tc_util(tc_util: float) -> None:
 
 def get_tc_util() -> int:
     """The target of :func:`set_tc_util` in percent, 100 by default."""
-    return int(_get("tc_util"))
+    return _get("tc_util")
 
 
 def set_pdl(enable: bool) -> None:
@@ -130,7 +119,7 @@ def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
 
 def get_mk_alignment_for_contiguous_layout() -> int:
     """The alignment of groups in rows, 128 by default."""
-    return int(_get("mk_alignment"))
+    return _get("mk_alignment")
 
 
 def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
@@ -161,10 +150,12 @@ def set_block_size_multiple_of(multiple: int | Sequence[int]) -> None:
         _checks.fail("set_block_size_multiple_of", "multiple", "length", len(values), 2)
     for value in values:
         _positive("set_block_size_multiple_of", "multiple", value)
-    _set("block_size_multiple_of", *values)
+    if _capi.available():
+        _capi.set_block_size_multiple_of(*values)
+    else:
+        _values["block_m_multiple_of"], _values["block_n_multiple_of"] = values
 
 
 def get_block_size_multiple_of() -> tuple[int, int]:
     """(for BLOCK_M, for BLOCK_N), (1, 1) by default."""
-    m, n = _get("block_size_multiple_of")
-    return int(m), int(n)
+    return _get("block_m_multiple_of"), _get("block_n_multiple_of")

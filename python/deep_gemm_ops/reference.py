@@ -70,6 +70,8 @@ def ue8m0_bytes(sf: torch.Tensor) -> torch.Tensor:
 def pack_ue8m0(bytes_: torch.Tensor) -> torch.Tensor:
     """``[.., X]`` int32 bytes to ``[.., ceil(X / 4)]`` int32 words, first byte lowest, the last word filled with 0."""
     columns = bytes_.shape[-1]
+    if columns == 0:
+        return bytes_.new_zeros(bytes_.shape)
     padded = torch.nn.functional.pad(bytes_, (0, align(columns, 4) - columns)).to(torch.uint8)
     return padded.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
