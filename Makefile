@@ -15,7 +15,7 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Builds for the GPU found here (sm_90a where there is none), then serves two models with it.
 demo: export DG_CUDA_ARCHS ?= native
 demo: build
-	$(RUN) -m examples.demo $(ARGS)
+	$(RUN) examples/demo.py $(ARGS)
 
 # Builds for both architectures, then runs every test that this machine can run.
 test: export DG_CUDA_ARCHS ?= 90a;100a
