@@ -43,36 +43,58 @@ bool waited(LaneAsync& a, u64 n, bool readOnly) {
 }
 
 // --- cp.async (non-bulk) -----------------------------------------------------------
+// One warp instruction is one operation; its lanes complete together.
+struct CopyOp : BulkOp {
+    struct Lane {
+        Cta* cta = nullptr;
+        u32 off = 0, bytes = 0;
+        u64 from = 0;
+        bool waited = false, signalled = false;  // who made it visible
+    };
+    u32 size = 0;
+    std::array<Lane, kWarp> lane;
+    std::vector<std::function<void()>> then;
+};
+
 Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
     Machine& M = *w.m;
-    u32 bytes = u32(in.x->p[0]);
+    const u32 size = u32(in.x->p[0]);
     u64 from[kWarp] = {};
+    auto op = std::make_shared<CopyOp>();
+    op->size = size;
     forLanes(m, [&](int l) {
         u64 dst = addrOf(w, in.a, in.sa, in.imm, l), src = addrOf(w, in.b, in.sb, in.x->p[1], l);
-        u32 n = in.c == kNoOperand ? bytes : std::min(bytes, w.lane32(in.c, l));
+        u32 n = in.c == kNoOperand ? size : w.lane32(in.c, l);
+        if (n > size) M.fault(&w, l, "cp_async", strf("src-size %u is larger than cp-size %u", n, size));
         if (in.p != 0xffff && (w.predMask(in.p) >> l & 1)) n = 0;  // ignore-src
         u32 a = sharedAddr(w, l, dst, in.sa == 8);
-        if (a % bytes || src % bytes) M.fault(&w, l, "misaligned", "cp.async address");
+        if (a % size || src % size) M.fault(&w, l, "misaligned", "cp.async address");
         Cta* c = ctaOfSmem(w, l, a);
-        u32 off = smemOffset(w, l, c, a, bytes);
+        u32 off = smemOffset(w, l, c, a, size);
         if (n) M.global(&w, l, src, n, false);
         from[l] = src;
-        auto op = std::make_shared<BulkOp>();
+        smemAsyncWriteBegin(M, &w, c, off, size, "cp.async");
+        orderCopyStart(w, l, c, off, size);
+        op->lane[size_t(l)] = {c, off, n, src};
         w.cpasync[l].open.push_back(op);
-        smemAsyncWriteBegin(M, &w, c, off, bytes, "cp.async");
         c->pendingAsync++;
-        Warp* pw = &w;
-        M.schedule(M.randomDelay(), [=, &M] {
-            smemAsyncWriteEnd(c, off, bytes);
-            std::memset(&c->smem[off], 0, bytes);
-            if (n) std::memcpy(&c->smem[off], (const void*)src, n);
-            smemGenericWrite(*pw, l, c, off, bytes);  // a generic-proxy write of this thread
-            op->readDone = op->done = true;
-            c->pendingAsync--;
-            M.wakeGroups(pw->cta, Block::BulkGroup);
-        });
     });
-    if (w.counters) w.counters->access(w, w.pc, m, from, bytes, false);
+    Warp* pw = &w;
+    M.schedule(M.randomDelay(), [=, &M] {
+        forLanes(m, [&](int l) {
+            auto& [c, off, n, src, waited, signalled] = op->lane[size_t(l)];
+            smemAsyncWriteEnd(c, off, size);
+            std::memset(&c->smem[off], 0, size);
+            if (n) std::memcpy(&c->smem[off], (const void*)src, n);
+            smemGenericWrite(*pw, l, c, off, size);  // a generic-proxy write of this thread
+            c->pendingAsync--;
+        });
+        op->readDone = op->done = true;
+        for (auto& f : op->then) f();
+        op->then.clear();
+        M.wakeGroups(pw->cta, Block::BulkGroup);
+    });
+    if (w.counters) w.counters->access(w, w.pc, m, from, size, false);
     return Status::Next;
 }
 Status cpCommitExec(Warp& w, const Inst&, u32 m) {
@@ -84,49 +106,94 @@ Status cpWaitExec(Warp& w, const Inst& in, u32 m) {
     forLanes(m, [&](int l) {
         LaneAsync& a = w.cpasync[l];
         if (in.n && !a.open.empty()) a.groups.push_back(std::move(a.open)), a.open.clear();  // wait_all
-        ok &= waited(a, u64(in.imm), false);
+        size_t must = a.groups.size() > size_t(in.imm) ? a.groups.size() - size_t(in.imm) : 0;
+        for (; must && groupDone(a.groups.front(), false); must--) {
+            for (auto& o : a.groups.front()) {
+                auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)];
+                q.waited = true;
+                if (!q.signalled) orderCopyDone(w, l, q.cta, q.off, static_cast<CopyOp&>(*o).size);
+            }
+            a.groups.pop_front();
+        }
+        ok &= !must;
     });
     if (ok) return Status::Next;
     w.block = Block::BulkGroup;
     return Status::Block;
 }
-// The arrive is triggered when all prior cp.async of the thread are complete.
+// The arrive is triggered when all prior cp.async of the thread are complete, PTX ISA
+// "cp.async.mbarrier.arrive".
 Status cpMbarrierExec(Warp& w, const Inst& in, u32 m) {
     Machine& M = *w.m;
+    struct Arrival {
+        Cta* cta;
+        u32 off;
+        std::vector<OpPtr> ops;
+    };
+    auto arrivals = std::make_shared<std::array<Arrival, kWarp>>();
+    std::vector<OpPtr> ops;
     forLanes(m, [&](int l) {
         u32 a = sharedAddr(w, l, addrOf(w, in.a, in.sa, in.imm, l), in.sa == 8);
         Cta* c = ctaOfSmem(w, l, a);
         u32 off = smemOffset(w, l, c, a, 8);
-        std::vector<OpPtr> ops = w.cpasync[l].open;
-        for (auto& g : w.cpasync[l].groups) ops.insert(ops.end(), g.begin(), g.end());
         Mbarrier& b = mbarrierAt(M, &w, l, c, off, "cp.async.mbarrier.arrive");
+        if (c != w.cta) M.fault(&w, l, "mbarrier_space", "cp.async.mbarrier.arrive on a remote mbarrier");
+        if (w.order) orderMbarrierUse(w, l, b.init, "cp.async.mbarrier.arrive", off);
         if (!in.n) b.pending++;  // without .noinc the pending count is raised first
         b.asyncPending++;
         c->pendingAsync++;
-        auto poll = std::make_shared<std::function<void()>>();
-        *poll = [=, &M] {
-            if (!groupDone(ops, false)) {
-                M.schedule(8, *poll);
-                return;
+        std::vector<OpPtr> mine = w.cpasync[l].open;
+        for (auto& g : w.cpasync[l].groups) mine.insert(mine.end(), g.begin(), g.end());
+        ops.insert(ops.end(), mine.begin(), mine.end());
+        (*arrivals)[size_t(l)] = {c, off, std::move(mine)};
+    });
+    std::sort(ops.begin(), ops.end());
+    ops.erase(std::unique(ops.begin(), ops.end()), ops.end());
+    std::erase_if(ops, [](const OpPtr& o) { return o->done; });
+    Warp* pw = &w;
+    auto arrive = [=, &M] {
+        forLanes(m, [&](int l) {
+            auto& [c, off, mine] = (*arrivals)[size_t(l)];
+            Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "cp.async.mbarrier.arrive");
+            for (auto& o : mine) {
+                auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)];
+                if (q.signalled) continue;
+                q.signalled = true;
+                if (q.waited && pw->order)
+                    orderRelease(*pw, 1u << l, b.arriving);
+                else
+                    orderCopyDone(q.cta, q.off, static_cast<CopyOp&>(*o).size, b.queue, u32(b.phase) + 1);
             }
-            mbarrierAt(M, nullptr, -1, c, off, "cp.async.mbarrier.arrive").asyncPending--;
+            b.asyncPending--;
             c->pendingAsync--;
             mbarrierArrive(M, nullptr, -1, c, off, 1, "cp.async.mbarrier.arrive");
-            *poll = nullptr;
-        };
-        M.schedule(0, *poll);
-    });
+        });
+    };
+    if (ops.empty()) {
+        M.schedule(0, arrive);
+        return Status::Next;
+    }
+    auto left = std::make_shared<size_t>(ops.size());
+    for (auto& o : ops)
+        static_cast<CopyOp&>(*o).then.push_back([=, &M] {
+            if (!--*left) M.schedule(0, arrive);
+        });
     return Status::Next;
 }
 
 // --- completion through an mbarrier ---------------------------------------------
 void expectSignal(Machine& M, Warp& w, int l, Cta* c, u32 off, const char* what) {
     mbarrierInitFence(M, w, l, c, off, true, what);
-    mbarrierAt(M, &w, l, c, off, what).asyncPending++;
+    Mbarrier& b = mbarrierAt(M, &w, l, c, off, what);
+    if (w.order) orderMbarrierUse(w, l, b.init, what, off);
+    b.asyncPending++;
     c->pendingAsync++;
 }
-void signal(Machine& M, Cta* c, u32 off, u32 bytes, const char* what) {
-    mbarrierAt(M, nullptr, -1, c, off, what).asyncPending--;
+// `bytes` have arrived at [dst, dst + size) of CTA `d`.
+void signal(Machine& M, Cta* c, u32 off, u32 bytes, Cta* d, u32 dst, u32 size, const char* what) {
+    Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, what);
+    b.asyncPending--;
+    if (size) orderWritten(d, dst, size, b.queue, u32(b.phase) + 1);
     c->pendingAsync--;
     mbarrierTx(M, nullptr, -1, c, off, -i64(bytes), what);
 }
@@ -188,6 +255,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             }
             u32 off = smemOffset(w, l, c, a, bytes);
             smemAsyncRead(M, &w, c, off, bytes, "cp.async.bulk");
+            orderAsyncRead(w, l, c, off, bytes, "cp.async.bulk");
             M.global(&w, l, dst, bytes, true);
             countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, bytes);
             auto op = std::make_shared<BulkOp>();
@@ -229,6 +297,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             sc = ctaOfSmem(w, l, sa);
             srcOff = smemOffset(w, l, sc, sa, bytes);
             smemAsyncRead(M, &w, sc, srcOff, bytes, "cp.async.bulk");
+            orderAsyncRead(w, l, sc, srcOff, bytes, "cp.async.bulk");
             holdReads({sc, srcOff, srcOff + bytes});
             sc->pendingAsync++;
         }
@@ -236,6 +305,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             u32 off = smemOffset(w, l, t.cta, dstA, bytes), barOff = smemOffset(w, l, t.barCta, barA, 8);
             if (in.n == G2S) countBulk(w, kBulkDelivered, bytes), t.cta->bulkReceived += bytes;
             smemAsyncWriteBegin(M, &w, t.cta, off, bytes, "cp.async.bulk");
+            orderAsyncWrite(w, l, t.cta, off, bytes, "cp.async.bulk");
             expectSignal(M, w, l, t.barCta, barOff, "cp.async.bulk");
             t.cta->pendingAsync++;
             M.schedule(M.randomDelay(), [=, &M] {
@@ -243,12 +313,14 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
                     std::memcpy(&t.cta->smem[off], &sc->smem[srcOff], bytes);
                     releaseReads({sc, srcOff, srcOff + bytes});
                     sc->pendingAsync--;
+                    Mbarrier& b = mbarrierAt(M, nullptr, -1, t.barCta, barOff, "cp.async.bulk");
+                    orderReadDone(sc, srcOff, bytes, b.queue, u32(b.phase) + 1);
                 } else {
                     std::memcpy(&t.cta->smem[off], (const void*)src, bytes);
                 }
                 smemAsyncWriteEnd(t.cta, off, bytes);
                 t.cta->pendingAsync--;
-                signal(M, t.barCta, barOff, bytes, "cp.async.bulk");
+                signal(M, t.barCta, barOff, bytes, t.cta, off, bytes, "cp.async.bulk");
             });
         }
     });
@@ -279,6 +351,7 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
             u32 off = smemOffset(w, l, g.cta, dstA, bytes), barOff = smemOffset(w, l, g.barCta, barA, 8);
             countBulk(w, kBulkDelivered, tx), g.cta->bulkReceived += tx;
             smemAsyncWriteBegin(M, &w, g.cta, off, bytes, "cp.async.bulk.tensor");
+            orderAsyncWrite(w, l, g.cta, off, bytes, "cp.async.bulk.tensor");
             expectSignal(M, w, l, g.barCta, barOff, "cp.async.bulk.tensor");
             g.cta->pendingAsync++;
             std::array<i32, 5> co;
@@ -294,7 +367,7 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
                 }
                 smemAsyncWriteEnd(g.cta, off, bytes);
                 g.cta->pendingAsync--;
-                signal(M, g.barCta, barOff, tx, "cp.async.bulk.tensor");
+                signal(M, g.barCta, barOff, tx, g.cta, off, bytes, "cp.async.bulk.tensor");
             });
         }
     });
@@ -318,6 +391,7 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
         Cta* c = ctaOfSmem(w, l, srcA);
         u32 off = smemOffset(w, l, c, srcA, bytes);
         smemAsyncRead(M, &w, c, off, bytes, "cp.async.bulk.tensor store");
+        orderAsyncRead(w, l, c, off, bytes, "cp.async.bulk.tensor store");
         countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, bytes);
         M.stats.bulkOps++;
         auto op = std::make_shared<BulkOp>();
@@ -375,6 +449,7 @@ Status bulkWaitExec(Warp& w, const Inst& in, u32 m) {
         std::erase_if(w.held, [&](Warp::HeldRead& h) {
             if (!h.op->readDone || h.lane != l || pendingOp(h.op)) return false;
             releaseReads(h.r);
+            orderReadDone(w, l, h.r.cta, h.r.begin, h.r.end - h.r.begin);
             return true;
         });
     });
@@ -534,7 +609,7 @@ Status stAsyncExec(Warp& w, const Inst& in, u32 m) {
         for (u32 e = 0; e < in.n; e++)
             std::memcpy(&v[e * in.sb], w.src(x.s0[e]) + size_t(l) * (in.sb == 8 ? 8 : 4), in.sb);
         if (!x.p[4])
-            smemAsyncWriteBegin(M, &w, c, off, bytes, "st.async");
+            smemAsyncWriteBegin(M, &w, c, off, bytes, "st.async"), orderAsyncWrite(w, l, c, off, bytes, "st.async");
         else
             smemAsyncRead(M, &w, c, off, bytes, "red.async");
         expectSignal(M, w, l, bc, barOff, "st.async");
@@ -557,7 +632,7 @@ Status stAsyncExec(Warp& w, const Inst& in, u32 m) {
                 o += n;
                 std::memcpy(&c->smem[off], &o, 4);
             }
-            signal(M, bc, barOff, bytes, "st.async");
+            signal(M, bc, barOff, bytes, c, off, add ? 0 : bytes, "st.async");
         });
     });
     return Status::Next;

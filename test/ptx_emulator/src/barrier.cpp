@@ -32,9 +32,11 @@ void release(Machine& m, Cta* c, u32 id) {
             writeRed(*w, k.code[q.pc], q.mask, b, total);
             q.block = Block::None;
             q.pc++;
+            if (w->order) orderAcquire(*w, q.mask, b.arriving);
             m.wake(w);
         }
     b.arrived = b.expected = b.trueCount = 0;
+    b.arriving.clear();
 }
 
 u32 liveThreads(Cta* c) {
@@ -59,6 +61,7 @@ Status barExec(Warp& w, const Inst& in, u32 m) {
             &w, lane, "barrier_count",
             strf("barrier %u: count %u here, %u in an earlier arrival of the same phase", id, expected, b.expected));
     b.expected = expected;
+    if (w.order) orderRelease(w, m, b.arriving);
     b.arrived += aligned ? kWarp : u32(std::popcount(m));
     if (in.n >= RED_POPC) b.trueCount += u32(std::popcount(w.predMask(in.p) & m));
     if (b.arrived > expected)
@@ -66,6 +69,7 @@ Status barExec(Warp& w, const Inst& in, u32 m) {
                    strf("barrier %u: %u threads arrived, %u expected", id, b.arrived, expected));
     if (b.arrived == expected) {
         writeRed(w, in, m, b, b.arrived);
+        if (w.order && in.n != ARRIVE) orderAcquire(w, m, b.arriving);
         release(*w.m, w.cta, id);
         return Status::Next;
     }
@@ -85,6 +89,7 @@ void tryWarpSync(Warp& w) {
             if (w.groups[o].block == Block::WarpSync && w.groups[o].info == w.groups[g].info) have |= w.groups[o].mask;
         if (need & ~have) continue;
         u64 info = w.groups[g].info;
+        if (w.order) orderWarpSync(w, u32(info));
         for (int o = 0; o < w.ng; o++)
             if (w.groups[o].block == Block::WarpSync && w.groups[o].info == info)
                 w.groups[o].block = Block::None, w.groups[o].pc++;
@@ -100,6 +105,7 @@ Status warpSyncExec(Warp& w, const Inst& in, u32 m) {
     for (int o = 0; o < w.ng; o++)
         if (w.groups[o].block == Block::WarpSync && w.groups[o].info == need) waiting |= w.groups[o].mask;
     if (!(need & w.live & ~(waiting | m))) {
+        if (w.order) orderWarpSync(w, need);
         for (int o = 0; o < w.ng; o++)
             if (w.groups[o].block == Block::WarpSync && w.groups[o].info == need)
                 w.groups[o].block = Block::None, w.groups[o].pc++;
@@ -114,6 +120,8 @@ void tryCluster(Machine& m, Cluster* cl) {
     if (!cl->liveThreads || cl->arrived < cl->liveThreads) return;
     cl->arrived = 0;
     cl->generation++;
+    cl->done.join(cl->arriving);
+    cl->arriving.clear();
     for (auto& c : cl->ctas) m.wakeGroups(c.get(), Block::ClusterBarrier);
 }
 Status clusterArrive(Warp& w, const Inst& in, u32 m) {
@@ -128,6 +136,7 @@ Status clusterArrive(Warp& w, const Inst& in, u32 m) {
         u64 now = ++w.m->seq;
         forLanes(m, [&](int l) { w.initFenceTime[l] = now; });
     }
+    if (w.order) (in.n ? orderReleaseRelaxed : orderRelease)(w, m, cl->arriving);
     cl->arrived += u32(std::popcount(m));
     tryCluster(*w.m, cl);
     return Status::Next;
@@ -140,7 +149,10 @@ Status clusterWait(Warp& w, const Inst& in, u32 m) {
         if (!w.clusterArrive[l]) w.m->fault(&w, l, "cluster_barrier", "barrier.cluster.wait without an arrive");
         bad |= u32(cl->generation < w.clusterArrive[l]) << l;
     });
-    if (!bad) return Status::Next;
+    if (!bad) {
+        if (w.order) orderAcquire(w, m, cl->done);
+        return Status::Next;
+    }
     w.block = Block::ClusterBarrier;
     return Status::Block;
 }
@@ -171,17 +183,22 @@ void buildBar(Decoder& d, const Stmt& s, Inst& in) {
     if (tail) in.p = d.predSrc(s.ops[k], s);
 }
 
-Status fenceExec(Warp&, const Inst&, u32) { return Status::Next; }
+Status fenceExec(Warp& w, const Inst&, u32 m) {
+    orderFence(w, m);
+    return Status::Next;
+}
 Status fenceProxyExec(Warp& w, const Inst&, u32 m) {
     fenceProxyAsync(w, m);
     return Status::Next;
 }
 Status fenceInitExec(Warp& w, const Inst&, u32 m) {
+    orderFence(w, m);
     u64 now = ++w.m->seq;
     forLanes(m, [&](int l) { w.initFenceTime[l] = now; });
     return Status::Next;
 }
 Status fenceClusterExec(Warp& w, const Inst&, u32 m) {
+    orderFence(w, m);
     u64 now = ++w.m->seq;
     forLanes(m, [&](int l) { w.clusterFenceTime[l] = now; });
     return Status::Next;
@@ -203,6 +220,7 @@ PTX_OP("fence", buildFence);
 void fenceProxyAsync(Warp& w, u32 m) {
     u64 now = ++w.m->seq;
     forLanes(m, [&](int l) { w.fenceTime[l] = now; });
+    orderProxyFence(w, m);
 }
 
 // Exited threads no longer take part in barriers without an explicit count.

@@ -107,6 +107,8 @@ int ptx_emulator_session_option(ptx_emulator_session* s, const char* name, int64
         o.checkExit = v;
     else if (n == "check_fences")
         o.checkFences = v;
+    else if (n == "check_order")
+        o.checkOrder = v;
     else if (n == "counters")
         o.counters = v;
     else if (n == "hopper_fp8_accumulate")

@@ -37,13 +37,16 @@ Status tryCancelExec(Warp& w, const Inst& in, u32 m) {
         for (Cta* c : to) {
             u32 off = smemOffset(w, l, c, dst, 16), barOff = smemOffset(w, l, c, bar, 8);
             smemAsyncWriteBegin(M, &w, c, off, 16, "clusterlaunchcontrol.try_cancel");
+            orderAsyncWrite(w, l, c, off, 16, "clusterlaunchcontrol.try_cancel");
             mbarrierInitFence(M, w, l, c, barOff, true, "clusterlaunchcontrol.try_cancel");
             mbarrierAt(M, &w, l, c, barOff, "clusterlaunchcontrol.try_cancel").asyncPending++;
             c->pendingAsync++;
             M.schedule(M.randomDelay(), [=, &M] {
                 std::memcpy(&c->smem[off], &r, 16);
                 smemAsyncWriteEnd(c, off, 16);
-                mbarrierAt(M, nullptr, -1, c, barOff, "clusterlaunchcontrol.try_cancel").asyncPending--;
+                Mbarrier& b = mbarrierAt(M, nullptr, -1, c, barOff, "clusterlaunchcontrol.try_cancel");
+                b.asyncPending--;
+                orderWritten(c, off, 16, b.queue, u32(b.phase) + 1);
                 c->pendingAsync--;
                 mbarrierTx(M, nullptr, -1, c, barOff, -16, "clusterlaunchcontrol.try_cancel");
             });

@@ -462,6 +462,7 @@ std::unique_ptr<Kernel> Decoder::run() {
         in.line = s.line;
         in.cls = counterClass(s);
         in.aligned = s.has("aligned") || (s.op[0] == "bar" && !s.has("warp"));
+        in.joins = in.aligned || (s.has("sync") && s.op[0] != "barrier");
         in.poll = s.op[0] == "mbarrier" && (s.has("test_wait") || s.has("try_wait"));
         if (s.guard >= 0) in.guard = u16(predIndex_[size_t(s.guard)] << 1 | int(s.guardNeg));
         auto it = builders().find(s.op[0]);

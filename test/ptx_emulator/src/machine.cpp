@@ -221,6 +221,7 @@ bool Machine::startCluster(Launch& l) {
             initSpecials(w);
             wake(&w);
         }
+    if (opt.checkOrder) orderStart(cl.get());
     clusters.push_back(std::move(cl));
     l.liveClusters++;
     return true;
@@ -396,7 +397,11 @@ void Machine::slice(Warp& w, u32 budget) {
             continue;
         }
         if constexpr (Counting) w.counters->failed = 0;
+        // The lanes meet before a collective instruction of the whole warp acts.
+        const bool meets = in.joins && w.order;
+        if (meets && m == w.live) orderWarpSync(w, m);
         const Status status = in.fn(w, in, m);
+        if (meets && m != w.live && status == Status::Next) orderWarpSync(w, m);
         if constexpr (Counting) {
             WarpCounters& c = *w.counters;
             // Blocked instructions run again, except at the two barriers that complete them.

@@ -9,6 +9,7 @@
 #include <queue>
 #include <random>
 #include "counters.hpp"
+#include "ordering.hpp"
 #include "module.hpp"
 
 namespace ptx_emulator {
@@ -59,6 +60,7 @@ struct Inst {
     bool setsPc = false;
     u8 space = 0;
     u8 cls = 0;            // Counter
+    bool joins = false;    // `.sync`: orders the lanes that execute it
     bool aligned = false;  // needs every live lane of the warp
     bool poll = false;     // mbarrier wait
     Ext* x = nullptr;
@@ -101,12 +103,15 @@ struct SmemRange {
 // --------------------------------------------------------------- mbarrier ---
 struct Mbarrier {
     bool live = false;
-    u32 count = 0;                   // arrivals expected per phase
-    i64 pending = 0;                 // arrivals left in this phase
-    i64 tx = 0;                      // tx-count
-    u64 phase = 0;                   // completed phases
-    u64 tag = 0;                     // what the 8 bytes must still contain
-    u32 asyncPending = 0;            // in-flight operations that will signal this object
+    u32 count = 0;         // arrivals expected per phase
+    i64 pending = 0;       // arrivals left in this phase
+    i64 tx = 0;            // tx-count
+    u64 phase = 0;         // completed phases
+    u64 tag = 0;           // what the 8 bytes must still contain
+    u32 asyncPending = 0;  // in-flight operations that will signal this object
+    u32 queue = 0;         // of the happens-before check, as are the next three
+    Access init;
+    Clock arriving, done;            // seen by the arrivals of this phase, of the completed ones
     const Warp* initWarp = nullptr;  // initialising thread, until a fence after it was seen
     int initLane = 0;
     u64 initTime = 0;
@@ -187,6 +192,7 @@ struct Warp {
     // 1 written by an ordinary instruction, 2 + N / 8 by a wgmma of that width.
     std::vector<u8> wgmmaState;
     std::unique_ptr<WarpCounters> counters;
+    std::unique_ptr<WarpOrder> order;
     u64 instrs = 0;
     u32 carry = 0;  // condition-code carry, one bit per lane
 
@@ -202,7 +208,8 @@ struct Warp {
 struct NamedBarrier {
     u32 arrived = 0, expected = 0;
     std::vector<Warp*> waiters;  // their groups are blocked with info == barrier id
-    u32 trueCount = 0;           // bar.red: lanes that contributed true
+    Clock arriving;
+    u32 trueCount = 0;  // bar.red: lanes that contributed true
 };
 
 struct Tmem;
@@ -222,6 +229,10 @@ struct Cta {
     NamedBarrier bars[16];
     u32 liveWarps = 0;
     std::unique_ptr<Tmem> tmem;
+    std::unique_ptr<SmemOrder> order;
+    std::unordered_map<u32, Clock> strongWords;  // by word: what atomics and releases published
+    u32 tensorQueue = ~0u;                       // counts tcgen05.commit
+    u32 tensorCommits = 0;
     u32 pendingAsync = 0;    // copies and arrivals that still touch this CTA's memory
     u64 bulkReceived = 0;    // bytes of bulk copies from global memory, when counting
     u32 pendingCommits = 0;  // tcgen05.commit arrivals on their way
@@ -238,6 +249,8 @@ struct Cluster : std::enable_shared_from_this<Cluster> {
     u32 liveThreads = 0;
     u32 arrived = 0;  // at barrier.cluster in this generation
     u64 generation = 0;
+    Clock arriving, done;  // barrier.cluster
+    u32 queues = 0;        // allotted
     bool cancelled = false;
 };
 
@@ -269,6 +282,7 @@ struct Options {
     bool checkBounds = true;
     bool checkExit = false;
     bool checkFences = true;  // wgmma.fence, fence.mbarrier_init
+    bool checkOrder = true;   // happens-before, ordering.hpp
     bool counters = false;
     bool reorderCommits = false;  // arrivals of tcgen05.commit in any order
     bool hopperFp8 = false;

@@ -27,6 +27,10 @@ void mbarrierInit(Machine& m, Warp& w, int lane, Cta* c, u32 off, u32 count) {
     b.count = count;
     b.pending = count;
     b.tag = tagOf(off);
+    if (w.order) {
+        b.queue = c->cluster->queues++;
+        b.init = orderStamp(w, lane);
+    }
     b.initWarp = &w;
     b.initLane = lane;
     b.initTime = ++m.seq;
@@ -81,6 +85,11 @@ void tryComplete(Machine& m, Warp* w, int lane, Cta* c, u32 off, Mbarrier& b) {
     if (b.tx) return;
     b.phase++;
     b.pending = b.count;
+    if (c->order) {
+        b.done.join(b.arriving);
+        b.done.see(b.queue, u32(b.phase));
+        b.arriving.clear();
+    }
     m.wakeGroups(c, Block::Mbarrier);
 }
 }  // namespace
@@ -144,9 +153,19 @@ Status invalExec(Warp& w, const Inst& in, u32 m) {
     return Status::Next;
 }
 
-// in.n bit0: expect_tx, bit1: drop; in.b = count or tx; in.c unused.
+// in.n bit0: expect_tx, bit1: drop; in.b = count or tx; in.q: relaxed.
 // The returned state token is the phase that was current before the arrive.
 Status arriveExec(Warp& w, const Inst& in, u32 m) {
+    BarRef first = barRef(w, in, std::countr_zero(m));
+    // Lanes that arrive at one mbarrier release together, before the last of them completes the phase.
+    bool together = w.order && !in.q && (m & (m - 1));
+    if (together) {
+        forLanes(m, [&](int l) {
+            BarRef r = barRef(w, in, l);
+            together &= r.c == first.c && r.off == first.off;
+        });
+        if (together) orderRelease(w, m, mbarrierAt(*w.m, &w, -1, first.c, first.off, "mbarrier.arrive").arriving);
+    }
     forLanes(m, [&](int l) {
         BarRef r = barRef(w, in, l);
         Mbarrier& b = mbarrierAt(*w.m, &w, l, r.c, r.off, "mbarrier.arrive");
@@ -159,6 +178,13 @@ Status arriveExec(Warp& w, const Inst& in, u32 m) {
             v = 1;
         }
         if (in.n & 2) b.count -= v;
+        if (w.order) {
+            orderMbarrierUse(w, l, b.init, "mbarrier.arrive", r.off);
+            if (in.q)
+                orderReleaseRelaxed(w, 1u << l, b.arriving);
+            else if (!together)
+                orderRelease(w, 1u << l, b.arriving);
+        }
         mbarrierArrive(*w.m, &w, l, r.c, r.off, v, "mbarrier.arrive");
         if (in.d != kNoOperand) wr<u64>(w.reg(in.d), l, token);
     });
@@ -177,6 +203,8 @@ Status txExec(Warp& w, const Inst& in, u32 m) {
 Status waitExec(Warp& w, const Inst& in, u32 m) {
     u32 done = 0;
     u32 first = 0;
+    const Clock* seen = nullptr;
+    u32 seenLanes = 0;
     forLanes(m, [&](int l) {
         BarRef r = barRef(w, in, l);
         if (r.c != w.cta) w.m->fault(&w, l, "mbarrier_space", "test_wait/try_wait on a remote mbarrier");
@@ -186,9 +214,18 @@ Status waitExec(Warp& w, const Inst& in, u32 m) {
             ok = (b.phase & 1) != (w.lane32(in.b, l) & 1);
         else
             ok = b.phase != w.lane64(in.b, l);
+        if (w.order) {
+            orderMbarrierUse(w, l, b.init, "an mbarrier wait", r.off);
+            if (ok && !in.q) {
+                if (seen && seen != &b.done) orderAcquire(w, seenLanes, *seen), seenLanes = 0;
+                seen = &b.done;
+                seenLanes |= 1u << l;
+            }
+        }
         done |= u32(ok) << l;
         first = r.off;
     });
+    if (seenLanes) orderAcquire(w, seenLanes, *seen);
     if (!done && (in.n & 2)) {
         w.block = Block::Mbarrier;
         w.blockInfo = first;
@@ -214,6 +251,7 @@ void buildMbarrier(Decoder& d, const Stmt& s, Inst& in) {
         addr(0);
     } else if (what == "arrive" || what == "arrive_drop") {
         in.fn = arriveExec;
+        in.q = s.has("relaxed");
         in.n = u8((s.has("expect_tx") ? 1 : 0) | (what == "arrive_drop" ? 2 : 0));
         // The state operand is optional in some forms.
         size_t k = 0;
@@ -230,6 +268,7 @@ void buildMbarrier(Decoder& d, const Stmt& s, Inst& in) {
         d.src(in.b, s.ops[1], s, 4);
     } else if (what == "test_wait" || what == "try_wait") {
         in.fn = waitExec;
+        in.q = s.has("relaxed");
         in.n = u8((s.has("parity") ? 1 : 0) | (what == "try_wait" ? 2 : 0));
         in.p = d.predDst(s.ops[0], s);
         addr(1);

@@ -131,15 +131,19 @@ void smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* 
         int lane = 0;
         const Warp* writer = warpOfThread(c->cluster, x.writer, lane);
         bool fenced = !writer || writer->fenceTime[lane] > x.time;
+        bool late = false;
         // A fence by the issuing thread, after synchronising with the writer, orders
         // the write as well; shipped kernels use both forms.
         if (!fenced && w && !m.opt.strictProxy)
             for (int l = 0; l < kWarp && !fenced; l++) fenced = w->fenceTime[l] > x.time;
+        if (fenced && writer && w && w->order)
+            late = !(fenced = orderFenced(*w, c, g, *writer, lane, x.time, m.opt.strictProxy));
         if (!fenced) {
             std::string msg = strf(
                 "%s reads shared offset %#x, written through the generic proxy by warp %u lane %d without a later "
-                "fence.proxy.async",
-                what, g * 16, writer->id, lane);
+                "fence.proxy.async%s",
+                what, g * 16, writer->id, lane,
+                late ? " (there is one, but nothing orders it between the write and the read)" : "");
             if (w) m.fault(w, -1, "proxy_fence", msg);
             m.faultAt(c, "proxy_fence", msg);
         }

@@ -493,7 +493,8 @@ void buildBfind(Decoder& d, const Stmt& s, Inst& in) {
     if (t == n) in.fn = sh ? Fn(unary<Bfind<T, true>, u32, T>) : Fn(unary<Bfind<T, false>, u32, T>);
     X("u32", u32)
     X("s32", i32)
-    X("u64", u64) X("s64", i64)
+    X("u64", u64)
+    X("s64", i64)
 #undef X
         d.dst(in.d, s.ops[0], s, 4);
     d.src(in.a, s.ops[1], s, strideOf(t));
@@ -508,7 +509,8 @@ void buildBfe(Decoder& d, const Stmt& s, Inst& in) {
     if (t == n) in.fn = ternary<Bfe<T>, T, T, u32, u32>;
     X("u32", u32)
     X("s32", i32)
-    X("u64", u64) X("s64", i64)
+    X("u64", u64)
+    X("s64", i64)
 #undef X
         d.dst(in.d, s.ops[0], s, strideOf(t));
     d.src(in.a, s.ops[1], s, strideOf(t));

@@ -35,7 +35,7 @@ MemMods memMods(const Stmt& s) {
             r.vec = 4;
         else if (o == "v8")
             r.vec = 8;
-        else if (o == "volatile" || o == "acquire" || o == "relaxed" || o == "mmio")
+        else if (o == "volatile" || o == "acquire" || o == "release" || o == "relaxed" || o == "mmio")
             r.polled = true;
     }
     return r;
@@ -109,6 +109,12 @@ Status load(Warp& w, const Inst& in, u32 m) {
         }
         ptr[l] = resolve(w, l, sp, addr, bytes, false);
     });
+    if (w.order) {
+        if (in.q)
+            orderStrong(w, in, m, true, false);
+        else
+            orderAccess(w, in, m, bytes, false);
+    }
     for (u32 e = 0; e < n; e++) {
         u8* d = w.reg(x.dst[e]);
         u32 stride = x.wide[e];
@@ -140,6 +146,12 @@ Status store(Warp& w, const Inst& in, u32 m) {
         u8* p = resolve(w, l, sp, addr, bytes, true);
         for (u32 e = 0; e < n; e++) std::memcpy(p + e * B, w.src(x.s0[e]) + size_t(l) * x.wide[e], B);
     });
+    if (w.order) {
+        if (in.q)
+            orderStrong(w, in, m, false, true);
+        else
+            orderAccess(w, in, m, bytes, true);
+    }
     return Status::Next;
 }
 
@@ -202,6 +214,7 @@ Status stBulkExec(Warp& w, const Inst& in, u32 m) {
         u64 addr = laneAddress(w.src(in.a), in, l), n = in.sb == 8 ? w.lane64(in.b, l) : w.lane32(in.b, l);
         if (addr % 8 || n % 8) w.m->fault(&w, l, "misaligned", "st.bulk address or size is not a multiple of 8");
         for (u64 k = 0; k < n; k += 8) std::memset(resolve(w, l, Space(in.space), addr + k, 8, true), 0, 8);
+        if (w.order && n) orderAccess(w, in, 1u << l, u32(n), true);
     });
     return Status::Next;
 }
@@ -219,6 +232,7 @@ void buildSt(Decoder& d, const Stmt& s, Inst& in) {
     MemMods mm = memMods(s);
     u32 b = typeBytes(s.op.back());
     in.n = u8(mm.vec);
+    in.q = mm.polled;
     in.space = u8(mm.space);
     Ext& x = d.ext(in);
     d.address(in.a, in.sa, in.imm, s.ops[0], s);
@@ -345,6 +359,7 @@ Status atomExec(Warp& w, const Inst& in, u32 m) {
             }
         }
     });
+    if (w.order) orderStrong(w, in, m, true, true);
     return Status::Yield;
 }
 void buildAtom(Decoder& d, const Stmt& s, Inst& in, bool ret) {

@@ -24,6 +24,7 @@ Status ldmatrixExec(Warp& w, const Inst& in, u32 m) {
             u64 addr = (in.sa == 8 ? rd<u64>(a, l) : rd<u32>(a, l)) + u64(in.imm);
             std::memcpy(rows[k][r], resolve(w, l, Space(in.space), addr, 16, false), 16);
         }
+    if (w.order) orderAccess(w, in, u32((u64(1) << (8 * in.n)) - 1), 16, false);
     for (u32 k = 0; k < in.n; k++) {
         u32* d = (u32*)w.reg(x.dst[k]);
         for (u32 l = 0; l < kWarp; l++) {
@@ -67,6 +68,7 @@ Status stmatrixExec(Warp& w, const Inst& in, u32 m) {
             std::memcpy(resolve(w, l, Space(in.space), addr, 16, true), row, 16);
         }
     }
+    if (w.order) orderAccess(w, in, u32((u64(1) << (8 * in.n)) - 1), 16, true);
     return Status::Next;
 }
 u32 matrixCount(const Stmt& s) { return s.has("x4") ? 4 : s.has("x2") ? 2 : 1; }

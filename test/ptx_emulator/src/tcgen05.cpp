@@ -70,6 +70,7 @@ Status allocExec(Warp& w, const Inst& in, u32 m) {
     }
     u64 addr = (in.sa == 8 ? w.lane64(in.a, 0) : w.lane32(in.a, 0)) + u64(in.imm);
     std::memcpy(resolve(w, 0, Space(in.space), addr, 4, true), &base, 4);
+    if (w.order) orderAccess(w, in, 1, 4, true);
     return Status::Next;
 }
 Status deallocExec(Warp& w, const Inst& in, u32 m) {
@@ -237,9 +238,12 @@ void holdUntilCommit(Machine& m, Cta* issuer, Cta* c, std::vector<u32> granules,
     for (u32 g : granules) c->granules[g].readers++;
     for (u32 k = wcol; k < wcol + wn; k++) t.writers[k]++;
     for (u32 k = rcol; k < rcol + rn; k++) t.readers[k]++;
-    tmemOf(issuer).uncommitted.push_back([=, gs = std::move(granules)] {
+    tmemOf(issuer).uncommitted.push_back([=, gs = std::move(granules)](u32 commit) {
         Tmem& t = *c->tmem;
-        for (u32 g : gs) c->granules[g].readers--;
+        for (u32 g : gs) {
+            c->granules[g].readers--;
+            orderReadDone(c, g * 16, 16, issuer->tensorQueue, commit);
+        }
         for (u32 k = wcol; k < wcol + wn; k++) t.writers[k]--;
         for (u32 k = rcol; k < rcol + rn; k++) t.readers[k]--;
     });
@@ -272,15 +276,20 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
             mbarrierAt(M, &w, l, c, off, "tcgen05.commit").asyncPending++;
             c->pendingCommits++;
         }
-        auto releases = std::make_shared<std::vector<std::function<void()>>>(std::move(tmemOf(w.cta).uncommitted));
+        auto releases = std::make_shared<std::vector<std::function<void(u32)>>>(std::move(tmemOf(w.cta).uncommitted));
         tmemOf(w.cta).uncommitted.clear();
         auto keep = w.cta->cluster->shared_from_this();
-        push(M, w.cta, [=, &M] {
-            for (auto& f : *releases) f();
+        Cta* issuer = w.cta;
+        if (issuer->tensorQueue == ~0u) issuer->tensorQueue = issuer->cluster->queues++;
+        push(M, issuer, [=, &M] {
+            u32 commit = ++issuer->tensorCommits;
+            for (auto& f : *releases) f(commit);
             for (Cta* c : to) {
                 auto arrive = [=, &M] {
                     (void)keep;
-                    mbarrierAt(M, nullptr, -1, c, off, "tcgen05.commit").asyncPending--;
+                    Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "tcgen05.commit");
+                    b.asyncPending--;
+                    b.arriving.see(issuer->tensorQueue, commit);
                     c->pendingCommits--;
                     mbarrierArrive(M, nullptr, -1, c, off, 1, "tcgen05.commit");
                 };
@@ -318,6 +327,7 @@ Status cpExec(Warp& w, const Inst& in, u32 m) {
                     if (at % 16 || at + 16 > c->smem.size() || at < kSmemReserved)
                         M.fault(&w, l, "smem_bounds", strf("tcgen05.cp: descriptor reaches shared offset %#x", at));
                     smemAsyncRead(M, &w, c, at, 16, "tcgen05.cp");
+                    orderAsyncRead(w, l, c, at, 16, "tcgen05.cp");
                     granules.push_back(at / 16);
                     std::memcpy(&(*data)[(r * bytes + b) / 4], &c->smem[at], 16);
                 }

@@ -148,6 +148,7 @@ void gatherOperand(Machine& m, Warp* w, Cta* c, const OperandLayout& l, Elem e, 
     u32 outer = l.mnMajor ? k : mn, inner = l.mnMajor ? mn : k;
     u32 perChunk = packed4 ? 32 : 16 / eb;
     double tmp[32];
+    const size_t first = granules.size();
     for (u32 o = 0; o < outer; o++)
         for (u32 x = 0; x < inner; x += perChunk) {
             u32 at = l.chunk(o, packed4 ? x / 2 : x * eb);
@@ -183,6 +184,7 @@ void gatherOperand(Machine& m, Warp* w, Cta* c, const OperandLayout& l, Elem e, 
             else
                 for (u32 q = 0; q < n; q++) out[size_t(o) * k + x + q] = tmp[q];
         }
+    if (w) orderAsyncRead(*w, c, granules, first, what);
 }
 
 }  // namespace ptx_emulator

@@ -17,7 +17,7 @@ struct Tmem {
     // tcgen05.mma, .cp and .commit of one CTA execute in issue order.
     std::deque<std::function<void()>> pipe;
     bool pipeBusy = false;
-    std::vector<std::function<void()>> uncommitted;  // releases to run at the next commit
+    std::vector<std::function<void(u32)>> uncommitted;  // releases to run at the next commit, given its number
     u32 at(u32 lane, u32 col) const { return cell[lane * kTmemCols + col]; }
     void set(u32 lane, u32 col, u32 v) { cell[lane * kTmemCols + col] = v, init[lane * kTmemCols + col] = 1; }
 };

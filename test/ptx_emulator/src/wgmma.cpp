@@ -124,8 +124,6 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
         });
     if (M.opt.checkInflight)
         for (u32 g : op.granules) w.cta->granules[g].readers++;
-    else
-        op.granules.clear();
     w.wgmma.push_back(std::move(op));
     return Status::Next;
 }
@@ -151,9 +149,13 @@ Status waitExec(Warp& w, const Inst& in, u32 m) {
             ++it;
             continue;
         }
-        for (u32 g : it->granules) w.cta->granules[g].readers--;
+        if (w.m->opt.checkInflight)
+            for (u32 g : it->granules) w.cta->granules[g].readers--;
+        // The operands are read until here, whenever the product was computed.
+        orderReadDone(w, w.cta, it->granules);
         it = w.wgmma.erase(it);
     }
+    if (w.order) orderWarpSync(w, w.live);
     if (w.wgmma.empty()) w.wgmmaCopies.clear();
     return Status::Next;
 }

@@ -1,0 +1,158 @@
+// The happens-before check (option `check_order`): two accesses to shared memory, at
+// least one of them a write, must be ordered by barriers, mbarriers or waits whatever
+// the schedule.  A race is reported in any run that executes both accesses.
+//
+// Each warp counts time; a Clock says up to which time of every other warp a thread has
+// synchronised.  The unit is the warp as long as its lanes act together: a release by
+// some lanes only covers those lanes, until the next warp-wide `.sync` instruction.
+// Asynchronous writes and reads end in a queue: a phase of an mbarrier, or a
+// tcgen05.commit.  Each queue counts, so "seen up to phase n" fits a Clock as well.
+#pragma once
+#include <deque>
+#include <memory>
+#include "common.hpp"
+
+namespace ptx_emulator {
+
+struct Cluster;
+struct Cta;
+struct Inst;
+struct Machine;
+struct Mbarrier;
+struct Warp;
+
+struct Clock {
+    struct Entry {
+        u32 all = 0;   // seen up to here for every lane,
+        u32 some = 0;  // ... and up to here for the lanes in `mask`
+        u32 mask = 0;
+    };
+    std::vector<Entry> warps;  // by index of the warp in the cluster; empty: nothing seen
+    std::vector<u32> queues;   // completed phases or commits seen
+
+    void join(const Clock& o);
+    void see(u32 queue, u32 count);
+    void clear() { warps.clear(), queues.clear(); }
+};
+
+// One access, packed: who, when, and for warps which lane and (sub-word accesses) bytes.
+struct Access {
+    u64 bits = 0;
+    static constexpr u32 kAllLanes = 32, kSeveralLanes = 33, kNotWaited = 0x3fff;
+    static Access byWarp(u32 warp, u32 time, u32 lane, u32 instr, u32 bytes) {
+        return {u64(time) << 32 | u64(warp + 1) << 18 | u64(instr & 0xff) << 10 | u64(lane) << 4 | bytes};
+    }
+    static Access byQueue(u32 queue, u32 count) { return {u64(count) << 32 | u64(0x1000 + queue) << 18}; }
+    static Access notWaited(u32 lane) { return {u64(kNotWaited) << 18 | u64(lane) << 4}; }
+    u32 time() const { return u32(bits >> 32); }
+    u32 who() const { return u32(bits >> 18) & 0x3fff; }
+    bool isQueue() const { return who() >= 0x1000 && who() != kNotWaited; }
+    u32 warp() const { return who() - 1; }
+    u32 queue() const { return who() - 0x1000; }
+    u32 instr() const { return u32(bits >> 10) & 0xff; }
+    u32 lane() const { return u32(bits >> 4) & 63; }
+    u32 bytes() const { return u32(bits) & 15; }
+    explicit operator bool() const { return bits; }
+};
+
+// What a warp knows.  Lanes that have synchronised differently are in different sets.
+struct WarpOrder {
+    struct Lanes {
+        u32 mask = 0;
+        Clock seen;
+        Clock fenced;   // what the last fence would publish through a relaxed arrive
+        u64 known = 0;  // an access found to be ordered before, to save time
+    };
+    u32 index = 0;  // in the cluster
+    u32 now = 1;
+    u32 instr = 0;      // numbers shared-memory instructions, 1 to 255
+    bool dirty = true;  // something happened at time `now`
+    std::vector<Lanes> sets;
+    // The last fence.proxy.async executed, with what their threads had seen.
+    struct ProxyFence {
+        u64 seq;
+        u32 time, lanes;
+        Clock seen;
+    };
+    static constexpr size_t kFences = 16;
+    std::deque<ProxyFence> fences;
+    // Where recent accesses were made, for reports: (time, instruction).
+    std::vector<std::pair<u32, u32>> sites;
+    size_t siteCount = 0;
+
+    Lanes& of(int lane) {
+        for (Lanes& s : sets)
+            if (s.mask >> lane & 1) return s;
+        return sets[0];
+    }
+};
+
+// Last accesses to the shared memory of one CTA.  Generic accesses are kept per word,
+// asynchronous ones per 16-byte granule; reads in a column per reading warp.
+class SmemOrder {
+ public:
+    SmemOrder(u32 bytes, u32 warps);
+
+    template <class T>
+    struct Zeroed {  // untouched pages cost nothing
+        struct Free {
+            void operator()(T* p) const { std::free(p); }
+        };
+        std::unique_ptr<T[], Free> p;
+        T* get(size_t n) {
+            if (!p) p.reset((T*)std::calloc(n, sizeof(T)));
+            return p.get();
+        }
+        explicit operator bool() const { return bool(p); }
+    };
+    u32 words, granules;
+    Zeroed<Access> wordWrite, granuleWrite;
+    std::vector<Zeroed<u32>> wordRead, granuleRead;  // per warp of this CTA: time << 6 | lane
+    Zeroed<Access> remoteRead;                       // per word: by a thread of another CTA
+    Zeroed<Access> queueRead;                        // per granule: ends in a queue
+    // Per KiB, what to look at: bit w, column of warp w; and the four others.
+    enum Kind { WordWrite, GranuleWrite, RemoteRead, QueueRead };
+    std::vector<u64> wordColumns, granuleColumns;
+    std::vector<u8> kinds;
+};
+
+// --- set-up
+void orderStart(Cluster* cl);
+
+// --- synchronisation
+void orderRelease(Warp& w, u32 lanes, Clock& into);
+void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into);  // publishes the last fence only
+void orderAcquire(Warp& w, u32 lanes, const Clock& c);
+void orderFence(Warp& w, u32 lanes);
+void orderWarpSync(Warp& w, u32 lanes);
+void orderProxyFence(Warp& w, u32 lanes);
+// Does a fence.proxy.async stand between the write of `lane` of `writer` at machine.seq `seq` and the asynchronous
+// read that `reader` issues: by the writer and before something the reader has synchronised with, or by the
+// reader and after it had synchronised with the write?
+bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane, u64 seq, bool strict);
+
+// --- accesses; `lane` -1: the warp as a whole
+// By an ordinary instruction; addresses are taken from its registers.
+void orderAccess(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool write);
+// Atomics and other strong accesses synchronise instead.
+void orderStrong(Warp& w, const Inst& in, u32 lanes, bool read, bool write);
+// Start of an asynchronous operation.
+void orderAsyncRead(Warp& w, int lane, Cta* c, u32 off, u32 bytes, const char* what);
+void orderAsyncWrite(Warp& w, int lane, Cta* c, u32 off, u32 bytes, const char* what);
+// Operands of a tensor-core instruction, granules[first...].
+void orderAsyncRead(Warp& w, Cta* c, const std::vector<u32>& granules, size_t first, const char* what);
+void orderReadDone(Warp& w, Cta* c, const std::vector<u32>& granules);
+// ... and its end: known to the lane, or to whoever sees the queue reach `count`.
+void orderReadDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
+void orderReadDone(Cta* c, u32 off, u32 bytes, u32 queue, u32 count);
+void orderWritten(Cta* c, u32 off, u32 bytes, u32 queue, u32 count);
+// cp.async, which works on words.
+void orderCopyStart(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
+void orderCopyDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
+void orderCopyDone(Cta* c, u32 off, u32 bytes, u32 queue, u32 count);
+
+Access orderStamp(Warp& w, int lane);
+// The thread uses an mbarrier that was initialised at `init`.
+void orderMbarrierUse(Warp& w, int lane, Access init, const char* what, u32 off);
+
+}  // namespace ptx_emulator
