@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,60 +103,56 @@ def _save(options: argparse.Namespace, run: dict[str, Any]) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The suites asked for, on the current CUDA device; each line is printed as it is measured."""
     from ..testing import bench as timing
-    from ..testing import cases
     from . import suites
 
     limits = timing.device_limits()
     run: dict[str, Any] = suites.environment(limits)
     print(report.header(run), flush=True)
     started = time.perf_counter()
-    shapes = options.shapes or (cases.BENCH_SHAPES[4:6] if options.quick else cases.BENCH_SHAPES)
-    sizes = options.m or (cases.BENCH_M[::2] if options.quick else cases.BENCH_M)
-    repeats = options.repeats or (7 if options.quick else 20)
-    variant = {"scaling": options.scaling, "out_dtype": getattr(torch, options.out_dtype)}
-    with_references = not options.no_references
-    if "gemm" in options.suites:
-        print(report.gemm_head(["scaled_mm", "deep_gemm", "deep_gemm_pdl"]), flush=True)
-    for suite in options.suites:
-        run[suite] = []
-        if suite == "gemm":
-            for m in sizes:
-                for n, k in shapes:
-                    record = suites.gemm_record(
-                        m,
-                        n,
-                        k,
-                        limits=limits,
-                        repeats=repeats,
-                        references=with_references,
-                        kernel_times=options.kernel_times,
-                        **variant,
-                    )
-                    run[suite].append(record)
-                    _progress(options, run, report.gemm_line(record, run["device"], report.references(run)))
-        elif suite == "rows":
-            for m in sizes:
-                for n, k in shapes:
-                    record = suites.rows_record(m, n, k, limits=limits, repeats=options.repeats or 7, **variant)
-                    run[suite].append(record)
-                    _progress(options, run, report.rows_line(record))
-        elif suite == "casts":
-            for rows, cols in cases.BENCH_CASTS[:1] if options.quick else cases.BENCH_CASTS:
-                for record in suites.cast_records(rows, cols, limits=limits, repeats=repeats):
-                    run[suite].append(record)
-                    _progress(options, run, report.cast_line(record, run["device"]))
-        else:
-            run[suite] = suites.host_records(references=with_references)
-            for record in run[suite]:
-                _progress(options, run, report.host_line(record))
+    try:
+        for suite in options.suites:
+            run[suite] = []
+            for record, line in _records(suite, options, limits, run):
+                run[suite].append(record)
+                print(line, flush=True)
+                _save(options, run)  # a run that is cut off leaves what it measured
+    except suites.DeviceFault as fault:
+        run["fault"] = str(fault)
     run["seconds"] = round(time.perf_counter() - started, 1)
     print(f"measured in {run['seconds']:.0f} s\n", flush=True)
     return run
 
 
-def _progress(options: argparse.Namespace, run: dict[str, Any], line: str) -> None:
-    print(line, flush=True)
-    _save(options, run)  # a run that is cut off leaves what it measured
+def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Each record of one suite with the line to show for it."""
+    from ..testing import cases
+    from . import suites
+
+    quick = options.quick
+    shapes = options.shapes or (cases.BENCH_SHAPES[4:6] if quick else cases.BENCH_SHAPES)
+    problems = [(m, n, k) for m in options.m or (cases.BENCH_M[::2] if quick else cases.BENCH_M) for n, k in shapes]
+    variant = {"limits": limits, "scaling": options.scaling, "out_dtype": getattr(torch, options.out_dtype)}
+    repeats = options.repeats or (7 if quick else 20)
+    references = not options.no_references
+    if suite == "gemm":
+        contenders = ["scaled_mm", "deep_gemm", "deep_gemm_pdl"] if references else []
+        print(report.gemm_head(contenders), flush=True)
+        for problem in problems:
+            record = suites.gemm_record(
+                *problem, repeats=repeats, references=references, kernel_times=options.kernel_times, **variant
+            )
+            yield record, report.gemm_line(record, run["device"], contenders)
+    elif suite == "rows":
+        for problem in problems:
+            record = suites.rows_record(*problem, repeats=options.repeats or 7, **variant)
+            yield record, report.rows_line(record)
+    elif suite == "casts":
+        for rows, cols in cases.BENCH_CASTS[:1] if quick else cases.BENCH_CASTS:
+            for record in suites.cast_records(rows, cols, limits=limits, repeats=repeats):
+                yield record, report.cast_line(record, run["device"])
+    else:
+        for record in suites.host_records(references=references):
+            yield record, report.host_line(record)
 
 
 def cpu_smoke() -> dict[str, Any]:

@@ -6,8 +6,10 @@ and one list of records a suite:
 - ``gemm``: ``m, n, k, scaling, out_dtype, bytes``, ``times`` {contender: {median, min, max} in us}, ``kernel_us``
   {contender: us}, ``failed`` {contender: why}, ``errors`` {contender: relative error}, ``row`` (the kernel selected)
 - ``casts``: ``op, rows, cols, bytes, times, failed``
-- ``host``: ``name, us``
+- ``host``: ``name`` and ``us`` or ``failed``
 - ``rows``: ``m, n, k, selected``, ``rows`` [{index, name, us, cost_us}], ``failed`` {index: why}
+
+``fault`` is there when a kernel faulted and ended the run.
 """
 
 from __future__ import annotations
@@ -131,20 +133,28 @@ def goals(run: Record) -> list[dict[str, Any]]:
     add("weights over 32 MB at M <= 128, slowest, share of copy bandwidth", 0.80, min(shares, default=None), "")
     casts = [figures(record, device)["copy_share"] for record in run.get("casts", []) if median_us(record, OURS)]
     add("casts, slowest, share of copy bandwidth", 0.85, min(casts, default=None), "")
-    host = [record["us"] for record in run.get("host", []) if not record["name"].startswith("reference")]
-    add("host time of a call, slowest form", 6.0, max(host, default=None), "us", below=True)
+    host = [record.get("us", math.nan) for record in run.get("host", []) if _is_ours(record)]
+    slowest = math.nan if any(map(math.isnan, host)) else max(host, default=None)
+    add("host time of a call, slowest form", 6.0, slowest, "us", below=True)
     return found
+
+
+def _is_ours(host_record: Record) -> bool:
+    return not host_record["name"].startswith("reference")
 
 
 def failures(run: Record) -> list[str]:
     """One line for everything of ours that failed or gave a wrong result; references may fail."""
-    lines = []
+    lines = [f"the device faulted, what follows was not measured: {run['fault']}"] if run.get("fault") else []
     for record in run.get("gemm", []):
         if OURS in record.get("failed", {}):
             lines.append(f"M={record['m']} N={record['n']} K={record['k']}: {record['failed'][OURS]}")
     for record in run.get("casts", []):
         if OURS in record.get("failed", {}):
             lines.append(f"{record['op']} {record['rows']}x{record['cols']}: {record['failed'][OURS]}")
+    for record in run.get("host", []):
+        if "failed" in record and _is_ours(record):
+            lines.append(f"host time of {record['name']}: {record['failed']}")
     for record in run.get("rows", []):
         for index, why in record.get("failed", {}).items():
             lines.append(f"M={record['m']} N={record['n']} K={record['k']} row {index}: {why}")
@@ -240,7 +250,7 @@ def cast_line(record: Record, device: Record) -> str:
 
 
 def host_line(record: Record) -> str:
-    return f"  {record['name']:<40} {record['us']:7.2f} us"
+    return f"  {record['name']:<40} " + (record["failed"] if "failed" in record else f"{record['us']:7.2f} us")
 
 
 def rows_line(record: Record) -> str:
@@ -335,7 +345,8 @@ def markdown(run: Record) -> str:
         lines.append("")
     if run.get("host"):
         lines += [_md_row(["Host time of a call", "µs"]), _md_rule(2, left=1)]
-        lines += [_md_row([f"`{record['name']}`", f"{record['us']:.2f}"]) for record in run["host"]]
+        for record in run["host"]:
+            lines.append(_md_row([f"`{record['name']}`", f"{record['us']:.2f}" if "us" in record else "-"]))
         lines.append("")
     lines += [_md_row(["Goal", "Target", "Measured", ""]), _md_rule(4, left=1)]
     for goal in goals(run):

@@ -22,6 +22,7 @@ from .report import OURS
 
 __all__ = ["cast_records", "environment", "gemm_record", "host_records", "rows_record"]
 
+DEVICE = "cuda"
 RECIPES = {"1d2d": (1, 128, 128), "1d1d": (1, 1, 128)}
 CASTS: tuple[tuple[str, dict[str, bool]], ...] = (
     ("per_token_cast_to_fp8", {}),
@@ -147,8 +148,8 @@ class _Problem(NamedTuple):
 
 
 def _problem(case: GemmCase, limits: timing.DeviceLimits, min_burst_us: float) -> _Problem:
-    first = make_gemm_operands(case, "cuda")
-    out = torch.empty(case.m, case.n, dtype=case.out_dtype, device="cuda")
+    first = make_gemm_operands(case, DEVICE)
+    out = torch.empty(case.m, case.n, dtype=case.out_dtype, device=DEVICE)
     num_bytes = timing.count_bytes(first.tensors(), out)
     # A launch and its ramp cost about 2 us however small the problem is.
     floor_us = 2.0 + max(case.flops / limits.fp8_tflops * 1e-6, num_bytes / limits.copy_gbps * 1e-3)
@@ -192,7 +193,7 @@ def gemm_record(
             contender = build()
             error, wrong = _checked(problem, contender)
         except Exception as why:
-            record["failed"][name] = _one_line(why)
+            record["failed"][name] = _note(f"M={m} N={n} K={k} {name}", why)
             continue
         record["errors"][name] = error
         if wrong:
@@ -225,8 +226,22 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+class DeviceFault(RuntimeError):
+    """A kernel faulted: this process can use the device no more."""
+
+
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def _note(who: str, error: Exception) -> str:
+    """The failure as one line; raises DeviceFault when the device did not survive it."""
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise DeviceFault(f"{who}: {_one_line(error)}") from error
+    return _one_line(error)
 
 
 def _capi() -> Any | None:
@@ -289,7 +304,7 @@ def rows_record(
         try:
             _, wrong = _checked(problem, Contender(call, ours.result))
         except Exception as why:
-            wrong = _one_line(why)
+            wrong = _note(f"M={m} N={n} K={k} row {index}", why)
         if wrong:
             record["failed"][str(index)] = wrong
         else:
@@ -307,8 +322,8 @@ def rows_record(
 
 def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: int = 20) -> Iterator[dict[str, Any]]:
     """Check (to the bit) and time each cast of a BF16 ``[rows, cols]`` beside a copy that moves as many bytes."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(rows, cols, device="cuda", generator=generator).to(torch.bfloat16)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(rows, cols, device=DEVICE, generator=generator).to(torch.bfloat16)
     for op, options in CASTS:
         source = reference.per_token_cast_to_fp8(x)[0] if op == "transpose_fp8" else x
         record: dict[str, Any] = {"op": cast_label(op, options), "rows": rows, "cols": cols, "times": {}, "failed": {}}
@@ -324,9 +339,9 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
             check_equal(outs[0], expected)
             contenders[OURS] = _cast_call(overload.out, sources, outs, options)
         except Exception as why:
-            record["failed"][OURS] = _one_line(why)
+            record["failed"][OURS] = _note(f"{record['op']} {rows}x{cols}", why)
         half = record["bytes"] // 2
-        buffers = [torch.empty(2, half, dtype=torch.uint8, device="cuda").fill_(1) for _ in range(count)]
+        buffers = [torch.empty(2, half, dtype=torch.uint8, device=DEVICE).fill_(1) for _ in range(count)]
         contenders["copy"] = lambda i, buffers=buffers: buffers[i][0].copy_(buffers[i][1])
         samples = timing.time_interleaved(
             contenders, calls=calls, sets=count, l2_bytes=limits.l2_bytes, repeats=repeats
@@ -362,9 +377,9 @@ def check_equal(actual: Any, expected: Any) -> None:
 def host_records(*, references: bool = True) -> list[dict[str, Any]]:
     """Microseconds the host needs to enqueue one call, on a problem the device finishes as fast as it is fed."""
     case = GemmCase(16, 576, 1536)
-    x = make_gemm_operands(case, "cuda")
-    activations = torch.randn(16, 1536, device="cuda").to(torch.bfloat16)
-    outs = [torch.empty(case.m, case.n, dtype=torch.bfloat16, device="cuda")]
+    x = make_gemm_operands(case, DEVICE)
+    activations = torch.randn(16, 1536, device=DEVICE).to(torch.bfloat16)
+    outs = [torch.empty(case.m, case.n, dtype=torch.bfloat16, device=DEVICE)]
     op = torch.ops.deep_gemm.fp8_gemm_nt
     calls: list[tuple[str, Callable[[], Callable[[int], Any]]]] = [
         (f"{OURS}.fp8_gemm_nt", lambda: lambda i: deep_gemm_ops.fp8_gemm_nt(x.a, x.sfa, x.b, x.sfb)),
@@ -381,7 +396,5 @@ def host_records(*, references: bool = True) -> list[dict[str, Any]]:
         try:
             records.append({"name": name, "us": timing.host_time_per_call(build())})
         except Exception as why:
-            if not name.startswith("reference"):
-                raise
-            print(f"  {name}: {_one_line(why)}")
+            records.append({"name": name, "failed": _note(name, why)})
     return records
