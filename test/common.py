@@ -53,6 +53,11 @@ def raw_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
+def like(x: torch.Tensor, fill: float) -> torch.Tensor:
+    """A tensor of the same shape, dtype and strides; torch.empty_like drops the padding between columns."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(fill)
+
+
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Equality of contents, NaN and the sign of zero included, for any dtype."""
     if x.shape != y.shape or x.dtype != y.dtype:
