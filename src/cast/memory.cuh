@@ -9,10 +9,12 @@ namespace deep_gemm::cast {
 __device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the next kernel of the stream start while this one runs; that one still waits for this one's end.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
-// Inputs are read once: they need no place in L1. Plain loads, not .nc: under programmatic dependent launch the memory may
-// still be written when this kernel starts. Volatile, so that none is moved above wait_for_dependencies().
+// Inputs are read once: they need no place in L1. Plain loads, not .nc: under programmatic dependent launch the memory
+// may still be written when this kernel starts. Volatile, so that none is moved above wait_for_dependencies().
 __device__ __forceinline__ uint4 load_16(const void* p) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

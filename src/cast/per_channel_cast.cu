@@ -1,7 +1,8 @@
-// FP8 quantisation with a scale per gran_k rows and column: the scales of the transposed operand, as weight gradients use it.
+// FP8 quantisation with a scale per gran_k rows and column: the scales of the transposed operand, as weight gradients
+// use it.
 //
-// A CTA quantises 128 rows x 128 columns (64 where elements have 4 bytes), held in registers between its one read and the
-// write. Column maxima go over a warp's rows in registers, then over the warps through shared memory.
+// A CTA quantises 128 rows x 128 columns (64 where elements have 4 bytes), held in registers between its one read and
+// the write. Column maxima go over a warp's rows in registers, then over the warps through shared memory.
 //   kVector: 16 lanes of 16 bytes a row, 16 rows at a time.
 //   else (any alignment, any column count): a warp a row, lane l has columns l and l + 32 of 64.
 #include "cast/launch.cuh"
@@ -36,9 +37,9 @@ struct Tile {
     static constexpr int kSlots = kThreads / kLanesPerRow;            // rows at a time
     static constexpr int kRowsPerThread = kTileRows / kSlots;
 
-    // Where a row of column values keeps column c in shared memory. With 8 columns a lane, the first four of all lanes lie
-    // together and the last four 16 banks away from them: 16-byte accesses by lane and 4-byte accesses by column are then
-    // both free of conflicts.
+    // Where a row of column values keeps column c in shared memory. With 8 columns a lane, the first four of all lanes
+    // lie together and the last four 16 banks away from them: 16-byte accesses by lane and 4-byte accesses by column
+    // are then both free of conflicts.
     static constexpr int kPitch = kElems == 8 ? 144 : kCols;
     static __device__ __forceinline__ int place(int c) {
         return kElems == 8 ? c / 8 * 4 + c % 4 + (c % 8 >= 4 ? 80 : 0) : c;
@@ -98,7 +99,8 @@ struct RawRow<T, false> {
 };
 
 template <typename T, int kGranK, bool kVector>
-__global__ void __launch_bounds__(kThreads, 4) per_channel_cast_kernel(const __grid_constant__ PerChannelParams params) {
+__global__ void __launch_bounds__(kThreads, 4)
+    per_channel_cast_kernel(const __grid_constant__ PerChannelParams params) {
     using Tile = Tile<T, kVector>;
     constexpr int kElems = Tile::kElems;
     constexpr int kGroups = kTileRows / kGranK;

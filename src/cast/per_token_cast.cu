@@ -1,7 +1,7 @@
 // FP8 quantisation with a scale per row and gran_k columns.
 //
-// A CTA quantises 32 rows x 256 columns; each warp 4 rows, all of whose loads are in flight at once. Scales are collected in
-// shared memory and written along rows, the contiguous dimension of the MN-major result.
+// A CTA quantises 32 rows x 256 columns; each warp 4 rows, all of whose loads are in flight at once. Scales are
+// collected in shared memory and written along rows, the contiguous dimension of the MN-major result.
 //   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group.
 //   else (any alignment, any column count): a lane has columns lane, lane + 32, ..., so that every access is coalesced.
 #include "cast/launch.cuh"
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(kThreads) per_token_cast_kernel(const __grid_c
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (sf_group * 4 + i < groups) word |= packed_scale(scales[sf_group * 4 + i][sf_row]) << (8 * i);
-            static_cast<uint32_t*>(params.sf)[row_0 + sf_row + (col_tile * (kGroups / 4) + sf_group) * params.sf_stride] = word;
+            const int64_t word_idx = col_tile * (kGroups / 4) + sf_group;
+            static_cast<uint32_t*>(params.sf)[row_0 + sf_row + word_idx * params.sf_stride] = word;
         }
     } else if (sf_group == 0) {
         // Two tiles of two groups share a word: each writes its half, and the last tile all that follows.
@@ -175,7 +176,8 @@ cudaError_t launch_for(const CastProblem& problem, cudaStream_t stream, bool pdl
     params.rows = problem.rows;
     params.cols = problem.cols;
     params.sf_format = problem.sf_format;
-    const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTileRows), col_tiles = ceil_div<int64_t>(problem.cols, kTileCols);
+    const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTileRows);
+    const int64_t col_tiles = ceil_div<int64_t>(problem.cols, kTileCols);
     params.col_tiles = static_cast<uint32_t>(col_tiles);
     const bool vector = is_aligned(problem.x, 16) && problem.x_stride % kElems == 0 && problem.cols % kElems == 0 &&
                         is_aligned(problem.out, kElems) && problem.out_stride % kElems == 0;

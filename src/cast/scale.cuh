@@ -55,7 +55,8 @@ __device__ __forceinline__ uint32_t to_e4m3x4(float x, float y, float z, float w
     return low | uint32_t{high} << 16;
 }
 
-// Makes the compiler unpack these elements again rather than hold them unpacked, at twice the registers, across a barrier.
+// Makes the compiler unpack these elements again rather than hold them unpacked, at twice the registers, across a
+// barrier.
 __device__ __forceinline__ void forget_unpacked(uint4& raw) {
     asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
 }

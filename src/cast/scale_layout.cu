@@ -1,8 +1,8 @@
 // Scale factors from any strides to MN-major, TMA-aligned form, with conversion between float32 and UE8M0.
 //
-// scale_layout_kernel: a CTA moves 64 rows (MN) x 32 units (floats, E8M0 bytes, or packed words) through shared memory. It reads
-// along whichever dimension is denser in memory and writes along MN. Rows of the tile are 65 words apart, so that both
-// directions touch 32 different banks.
+// scale_layout_kernel: a CTA moves 64 rows (MN) x 32 units (floats, E8M0 bytes, or packed words) through shared memory.
+// It reads along whichever dimension is denser in memory and writes along MN. Rows of the tile are 65 words apart, so
+// that both directions touch 32 different banks.
 #include "cast/launch.cuh"
 #include "cast/memory.cuh"
 #include "cast/scale.cuh"
@@ -119,7 +119,7 @@ struct GroupedPackParams {
     uint32_t mn_tiles;
 };
 
-// A CTA writes 256 words of one row of dst. Its first warp finds the group that the row belongs to by scanning the sizes.
+// A CTA writes 256 words of one row of dst. Its first warp finds the row's group by scanning the sizes.
 __global__ void __launch_bounds__(kThreads) k_grouped_pack_kernel(const __grid_constant__ GroupedPackParams params) {
     __shared__ int64_t shared_src_row;
     __shared__ int shared_count;

@@ -1,12 +1,12 @@
 // out[b, c, r] = x[b, r, c], 8-bit elements.
 //
-// A CTA moves one 128 x 128 tile. Warp w reads rows 16w .. 16w + 15, each lane 4 bytes (4 columns) of every row, so that a
-// warp-wide load is 128 contiguous bytes and needs 4-byte alignment only. 4 x 4 byte transpositions in registers give each
-// lane 16 consecutive rows of 4 columns, which it writes to shared memory as 16 bytes a column. Output rows of 128 bytes
-// are then read back 16 bytes a thread.
+// A CTA moves one 128 x 128 tile. Warp w reads rows 16w .. 16w + 15, each lane 4 bytes (4 columns) of every row, so
+// that a warp-wide load is 128 contiguous bytes and needs 4-byte alignment only. 4 x 4 byte transpositions in registers
+// give each lane 16 consecutive rows of 4 columns, which it writes to shared memory as 16 bytes a column. Output rows
+// of 128 bytes are then read back 16 bytes a thread.
 //
-// Shared memory: column c is 128 bytes at 128 c; its 16-byte chunk i is at place i ^ ((c / 4) % 8). Both the write (8 lanes:
-// 8 values of c / 4, one chunk) and the read (8 lanes: one column, 8 chunks) then touch all 32 banks once.
+// Shared memory: column c is 128 bytes at 128 c; its 16-byte chunk i is at place i ^ ((c / 4) % 8). Both the write (8
+// lanes: 8 values of c / 4, one chunk) and the read (8 lanes: one column, 8 chunks) then touch all 32 banks once.
 #include "cast/launch.cuh"
 #include "cast/memory.cuh"
 #include "host/cast.h"
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kThreads) transpose_fp8_kernel(const __grid_co
             }
         }
     } else {
-        // A warp writes a column's 128 bytes as the aligned words that lie inside, plus the bytes at both ends. Lane l has
-        // the word that starts at byte 4 l - shift of the column's 128 bytes; lane 31 adds the one after the last.
+        // A warp writes a column's 128 bytes as the aligned words that lie inside, plus the bytes at both ends. Lane l
+        // has the word that starts at byte 4 l - shift of the column's 128 bytes; lane 31 adds the one after the last.
         for (int c = warp; c < cols; c += kWarps) {
             uint8_t* p = out + c * params.out_stride;
             const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(p) & 3);
@@ -183,13 +183,16 @@ cudaError_t launch_transpose_fp8(const TransposeProblem& problem, cudaStream_t s
     params.out_batch_stride = problem.batch == 1 ? 0 : problem.out_batch_stride;
     params.rows = problem.rows;
     params.cols = problem.cols;
-    const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTile), col_tiles = ceil_div<int64_t>(problem.cols, kTile);
+    const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTile);
+    const int64_t col_tiles = ceil_div<int64_t>(problem.cols, kTile);
     params.row_tiles = static_cast<uint32_t>(row_tiles);
     params.col_tiles = static_cast<uint32_t>(col_tiles);
     const bool in_aligned = is_aligned(params.x, 4) && params.x_stride % 4 == 0 && params.x_batch_stride % 4 == 0;
-    const bool out_aligned = is_aligned(params.out, 16) && params.out_stride % 16 == 0 && params.out_batch_stride % 16 == 0;
-    const auto kernel = in_aligned ? (out_aligned ? transpose_fp8_kernel<true, true> : transpose_fp8_kernel<true, false>)
-                                   : (out_aligned ? transpose_fp8_kernel<false, true> : transpose_fp8_kernel<false, false>);
+    const bool out_aligned =
+        is_aligned(params.out, 16) && params.out_stride % 16 == 0 && params.out_batch_stride % 16 == 0;
+    const auto kernel =
+        in_aligned ? (out_aligned ? transpose_fp8_kernel<true, true> : transpose_fp8_kernel<true, false>)
+                   : (out_aligned ? transpose_fp8_kernel<false, true> : transpose_fp8_kernel<false, false>);
     return launch(kernel, row_tiles * col_tiles * problem.batch, kThreads, stream, pdl, params);
 }
 

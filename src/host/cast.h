@@ -1,6 +1,6 @@
-// Launch functions of the casts, transpositions and scale-factor layout kernels. Every one enqueues at most one kernel on
-// `stream` and returns the launch's error; empty problems launch nothing. Pointers are device memory. Strides and sizes
-// are in elements. `pdl` asks for programmatic dependent launch behind the previous kernel of the stream.
+// Launch functions of the casts, transpositions and scale-factor layout kernels. Every one enqueues at most one kernel
+// on `stream` and returns the launch's error; empty problems launch nothing. Pointers are device memory. Strides and
+// sizes are in elements. `pdl` asks for programmatic dependent launch behind the previous kernel of the stream.
 //
 // Numerics of the casts (all IEEE float32, no fast-math), bit for bit those of deep_gemm_ops.reference:
 //   amax = max(1e-4, max |x|) over the group; a NaN in the group makes amax NaN, and so the scale and every value of it
@@ -44,8 +44,8 @@ cudaError_t launch_per_channel_cast(const CastProblem& problem, cudaStream_t str
 // A scale per 128 rows and gran_k columns: sf[block_row + group * sf_stride]; packed as for per_token.
 cudaError_t launch_per_block_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
 
-// out[b, c, r] = x[b, r, c] for 8-bit elements, any strides. Fastest where x and its strides are multiples of 4 bytes and
-// out and its strides multiples of 16 (a temporary for a GEMM operand should be: round the row stride up).
+// out[b, c, r] = x[b, r, c] for 8-bit elements, any strides. Fastest where x and its strides are multiples of 4 bytes
+// and out and its strides multiples of 16 (a temporary for a GEMM operand should be: round the row stride up).
 struct TransposeProblem {
     const void* x = nullptr;
     int64_t x_stride = 0, x_batch_stride = 0;      // bytes
@@ -57,9 +57,9 @@ cudaError_t launch_transpose_fp8(const TransposeProblem& problem, cudaStream_t s
 
 enum class ScaleType : int { kFloat32 = 0, kE8M0 = 1, kPackedUE8M0 = 2 };
 
-// Copies scales of any strides to MN-major form: dst[b * dst_batch_stride + k * dst_k_stride + mn], converting on the way.
-// dst_type is kFloat32 or kPackedUE8M0. float32 that is not a positive power of two (0 included) packs to 0xFF, UE8M0's
-// NaN; 0xFF expands to NaN. `mn_repeat` 128 gives each row of dst the scale of row mn / 128 of src.
+// Copies scales of any strides to MN-major form, dst[b * dst_batch_stride + k * dst_k_stride + mn], converting on the
+// way. dst_type is kFloat32 or kPackedUE8M0. float32 that is not a positive power of two (0 included) packs to 0xFF,
+// UE8M0's NaN; 0xFF expands to NaN. `mn_repeat` 128 gives each row of dst the scale of row mn / 128 of src.
 struct ScaleLayoutProblem {
     const void* src = nullptr;
     ScaleType src_type = ScaleType::kFloat32;
@@ -80,8 +80,8 @@ cudaError_t launch_expand_ue8m0(const void* src, bool packed, int64_t src_mn_str
                                 int64_t dst_k_stride, int64_t mn, int64_t k_sf, cudaStream_t stream, bool pdl);
 
 // Packs float32 scales of K groups of different sizes, [sf_rows, mn], so that no word holds scales of two groups.
-// ks: [num_groups] int32 sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn] words,
-// dst_rows = (sf_rows + 3 * num_groups) / 4 bounds what any sizes need; rows after the last group are zero.
+// ks: [num_groups] int32 sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn]
+// words; dst_rows = (sf_rows + 3 * num_groups) / 4 bounds what any sizes need; rows after the last group are zero.
 // Sizes that point outside src are clamped.
 struct GroupedPackProblem {
     const float* src = nullptr;

@@ -78,8 +78,8 @@ Tensor run_expand(const Tensor& sf, int64_t k_sf, const Tensor* given_out) {
     const auto sizes = sf.sizes();
     std::vector<int64_t> expected(sizes.begin(), sizes.end());
     expected.back() = is_packed(sf) ? ceil_div(k_sf, 4) : k_sf;
-    check_shape(op, "sf", sf, std::string(sf.dim() == 3 ? "[G, MN, " : "[MN, ") + (is_packed(sf) ? "ceil(k_sf / 4)]" : "k_sf]"),
-                expected);
+    const std::string leading = sf.dim() == 3 ? "[G, MN, " : "[MN, ";
+    check_shape(op, "sf", sf, leading + (is_packed(sf) ? "ceil(k_sf / 4)]" : "k_sf]"), expected);
     return run_layout(op, sf, sf.size(sf.dim() - 2), k_sf, 1, false, given_out);
 }
 

@@ -1,0 +1,190 @@
+"""Runs the launch functions of src/host/cast.h on the PTX emulator.
+
+The kernels and their host code are compiled as they are, but linked against a CUDA runtime of a few lines that hands
+every launch to a callback. So what is tested includes the choice of kernel, its grid and its parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ptx_emulator
+import pytest
+import torch
+from ptx_emulator.build import cache_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "src" / "cast").glob("*.cu"))
+HEADERS = [*sorted((ROOT / "src" / "cast").glob("*.cuh")), ROOT / "src" / "host" / "cast.h"]
+
+RUNTIME = r"""
+#include <cuda_runtime_api.h>
+#include <cstring>
+#include <map>
+#include "host/cast.h"
+
+using namespace deep_gemm::cast;
+
+namespace {
+std::map<const void*, const char*>& kernels() {
+    static std::map<const void*, const char*> names;
+    return names;
+}
+int (*callback)(const char* kernel, unsigned grid, unsigned block, const void* params, int pdl);
+}  // namespace
+
+extern "C" {
+void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+    kernels()[host] = name;
+}
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, struct CUstream_st*) { return 0; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaSuccess; }
+cudaError_t __cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorUnknown; }
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+    *kernel = (cudaKernel_t)host;
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorUnknown; }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
+    if (config->gridDim.y != 1 || config->gridDim.z != 1 || config->dynamicSmemBytes != 0) return cudaErrorUnknown;
+    return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
+}
+void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
+unsigned long sizes[4] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+                          sizeof(GroupedPackProblem)};
+int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
+int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
+int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
+int transpose_fp8(const TransposeProblem& p, int pdl) { return launch_transpose_fp8(p, nullptr, pdl); }
+int scale_layout(const ScaleLayoutProblem& p, int pdl) { return launch_scale_layout(p, nullptr, pdl); }
+int k_grouped_pack(const GroupedPackProblem& p, int pdl) { return launch_k_grouped_pack_ue8m0(p, nullptr, pdl); }
+}
+"""
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class CastProblem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_type", _I), ("rows", _L), ("cols", _L), ("x_stride", _L), ("out", _P)] + [
+        ("out_stride", _L), ("sf", _P), ("sf_stride", _L), ("gran_k", _I), ("sf_format", _I)]  # fmt: skip
+
+
+class TransposeProblem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_stride", _L), ("x_batch_stride", _L), ("out", _P), ("out_stride", _L)] + [
+        ("out_batch_stride", _L), ("rows", _L), ("cols", _L), ("batch", _L)]  # fmt: skip
+
+
+class ScaleLayoutProblem(ctypes.Structure):
+    _fields_ = [("src", _P), ("src_type", _I), ("src_batch_stride", _L), ("src_mn_stride", _L)] + [
+        ("src_k_stride", _L), ("dst", _P), ("dst_type", _I), ("dst_batch_stride", _L), ("dst_k_stride", _L)] + [
+        ("batch", _L), ("mn", _L), ("k_sf", _L), ("mn_repeat", _I)]  # fmt: skip
+
+
+class GroupedPackProblem(ctypes.Structure):
+    _fields_ = [("src", _P), ("src_k_stride", _L), ("src_mn_stride", _L), ("sf_rows", _L), ("mn", _L)] + [
+        ("ks", _P), ("ks_stride", _L), ("num_groups", _L), ("gran_k", _I), ("dst", _P), ("dst_k_stride", _L)] + [
+        ("dst_rows", _L)]  # fmt: skip
+
+
+PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem]
+_CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
+
+
+def _build(arch: str) -> Path:
+    """A directory with the library and one .ptx file per source, from the cache if nothing has changed."""
+    nvcc = ptx_emulator.nvcc_path()
+    if nvcc is None:
+        pytest.skip("nvcc not found")
+    digest = hashlib.sha256(RUNTIME.encode() + arch.encode() + nvcc.encode())
+    for source in [*SOURCES, *HEADERS]:
+        digest.update(source.name.encode() + source.read_bytes())
+    done = cache_dir() / f"casts-{arch}-{digest.hexdigest()[:16]}"
+    if done.exists():
+        return done
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
+        (Path(tmp) / "runtime.cpp").write_text(RUNTIME)
+        command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'src'}", "-t2"]
+        command += [f"-gencode=arch=compute_{arch},code=compute_{arch}", "-keep", "-keep-dir", tmp, "--cudart=none"]
+        command += ["-shared", "-Xcompiler=-fPIC", "-Xlinker=-Bsymbolic", "-o", f"{tmp}/casts.so", f"{tmp}/runtime.cpp"]
+        result = subprocess.run([*command, *map(str, SOURCES)], capture_output=True, text=True, cwd=tmp)
+        assert result.returncode == 0, result.stderr[-4000:]
+        ready = Path(tempfile.mkdtemp(dir=cache_dir()))
+        for name in ["casts.so", *(f"{source.stem}.ptx" for source in SOURCES)]:
+            shutil.move(f"{tmp}/{name}", ready / name)
+    try:
+        ready.rename(done)
+    except OSError:  # another process was faster
+        shutil.rmtree(ready)
+    return done
+
+
+@functools.cache
+def _load(arch: str) -> tuple[ctypes.CDLL, dict[str, ptx_emulator.Module]]:
+    directory = _build(arch)
+    library = ctypes.CDLL(str(directory / "casts.so"))
+    sizes = (ctypes.c_ulong * len(PROBLEMS)).in_dll(library, "sizes")
+    assert list(sizes) == [ctypes.sizeof(problem) for problem in PROBLEMS]
+    modules = [ptx_emulator.Module.from_file(str(directory / f"{source.stem}.ptx")) for source in SOURCES]
+    return library, {entry: module for module in modules for entry in module.entries}
+
+
+class Run:
+    """What a launch function did: the kernel's name, and the emulator's statistics (None where it launched nothing)."""
+
+    kernel: str = ""
+    pdl: bool = False
+    stats: ptx_emulator.Stats | None = None
+    error: Exception | None = None
+
+
+def memory(x: torch.Tensor, read_only: bool) -> tuple[int, int, str, bool]:
+    """The bytes that a tensor's elements span, and no more."""
+    extent = 0 if x.numel() == 0 else sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+    return x.data_ptr(), extent * x.element_size(), "input" if read_only else "output", read_only
+
+
+def run(
+    function: str,
+    problem: ctypes.Structure,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    arch: str = "90a",
+    pdl: bool = False,
+    **options: int,
+) -> Run:
+    """Calls a launch function; the kernel may touch ``inputs`` (read only) and ``outputs``, nothing else."""
+    library, modules = _load(arch)
+    result = Run()
+
+    def launch(name: bytes, grid: int, block: int, params: int, num_attributes: int) -> int:
+        try:
+            result.kernel, result.pdl = name.decode(), num_attributes > 0
+            module = modules[result.kernel]
+            (size,) = module.info(result.kernel)["params"]
+            buffers = [memory(x, True) for x in inputs] + [memory(x, False) for x in outputs]
+            args = [ctypes.string_at(params, size)]
+            result.stats = module.launch(result.kernel, grid, block, args, buffers=buffers, **options)
+        except Exception as e:  # it may not pass through the C++ in between
+            result.error = e
+            return 1
+        return 0
+
+    callback = _CALLBACK(launch)
+    library.set_callback(callback)
+    error = getattr(library, function)(ctypes.byref(problem), int(pdl))
+    if result.error is not None:
+        raise result.error
+    assert error == 0, f"{function} returned CUDA error {error}"
+    return result

@@ -1,0 +1,434 @@
+"""The cast and layout kernels on the PTX emulator: bits against the reference, and what memory sees of them."""
+
+from __future__ import annotations
+
+import cast_emulation as emulation
+import pytest
+import torch
+from deep_gemm_ops import reference
+from deep_gemm_ops._checks import cast_scale_shape
+
+pytestmark = pytest.mark.emulated
+
+FORMATS = ["float32", "ue8m0", "packed"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+KINDS = ["per_token", "per_channel", "per_block"]
+POISON = 0xA5
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def align(a: int, b: int) -> int:
+    return ceil_div(a, b) * b
+
+
+def buffer(elements: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    """Poisoned memory that begins ``offset`` elements after a 128-byte boundary."""
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.full(((elements + offset) * size + 256,), POISON, dtype=torch.uint8)
+    begin = -raw.data_ptr() % 128 + offset * size
+    return raw[begin : begin + elements * size].view(dtype)
+
+
+def matrix(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    extent = 0 if 0 in shape else sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+    return buffer(extent, dtype, offset).as_strided(shape, strides)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x).contiguous().view(size)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, but any NaN equals any NaN."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    equal = bits(actual) == bits(expected)
+    if actual.dtype.is_floating_point:
+        equal |= actual.float().isnan() & expected.float().isnan()
+    if not equal.all():
+        where = tuple(equal.logical_not().nonzero()[0].tolist())
+        raise AssertionError(f"{(~equal).sum()} differ, first at {where}: {actual[where]} != {expected[where]}")
+
+
+def assert_padding_untouched(x: torch.Tensor) -> None:
+    """Elements between the rows of a strided matrix still hold the poison."""
+    storage = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    begin = x.storage_offset() * x.element_size()
+    extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+    region = storage[begin : begin + extent * x.element_size()].clone().view(-1, x.element_size())
+    region.as_strided((*x.shape, x.element_size()), (*(s * x.element_size() for s in x.stride()), 1)).fill_(POISON)
+    assert (region == POISON).all(), "written between the rows"
+
+
+def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Groups of very different magnitude, some of them zero, in the range of ``dtype``."""
+    g = torch.Generator().manual_seed(seed)
+    span = 4 if dtype == torch.float16 else 30
+    exponent = torch.randint(-span, span + 1, (shape[0], ceil_div(shape[1], 16) if shape[1] else 0), generator=g)
+    scale = torch.exp2(exponent.float()).repeat_interleave(16, 1)[:, : shape[1]]
+    x = torch.randn(shape, generator=g) * scale
+    x[torch.rand(shape, generator=g) < 0.05] = 0.0
+    x[torch.rand(shape, generator=g) < 0.01] = -0.0
+    if shape[0] > 2:
+        x[shape[0] // 2] = 0.0
+    return x.to(dtype)
+
+
+def cast(
+    kind: str,
+    x: torch.Tensor,
+    gran_k: int,
+    sf_format: str,
+    out_stride: int | None = None,
+    out_offset: int = 0,
+    **options: object,
+) -> emulation.Run:
+    """Runs the kernel and compares values, scales and padding with the reference."""
+    rows, cols = x.shape
+    packed = sf_format == "packed"
+    shape, strides = cast_scale_shape(kind, rows, cols, gran_k, packed)
+    out = matrix((rows, cols), (out_stride or cols, 1), torch.float8_e4m3fn, out_offset)
+    sf = matrix(shape, strides, torch.int32 if packed else torch.float32)
+    problem = emulation.CastProblem(
+        x=x.data_ptr(),
+        x_type=DTYPES.index(x.dtype),
+        rows=rows,
+        cols=cols,
+        x_stride=x.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        sf=sf.data_ptr(),
+        sf_stride=strides[0] if kind == "per_channel" else strides[1],
+        gran_k=gran_k,
+        sf_format=FORMATS.index(sf_format),
+    )
+    result = emulation.run(f"{kind}_cast", problem, [x], [out, sf], **options)
+    function = getattr(reference, f"{kind}_cast_to_fp8")
+    values, scales = function(x, gran_k=gran_k, use_ue8m0=sf_format == "ue8m0", use_packed_ue8m0=packed)
+    assert_same(out, values)
+    assert_same(sf, scales)
+    if rows and cols:
+        assert_padding_untouched(out)
+        assert_padding_untouched(sf)
+        nan = bits(out)[out.float().isnan()]
+        assert (nan == 0x7F).all(), "NaN is written as 0x7F"
+    return result
+
+
+def cast_input(shape: tuple[int, int], dtype: torch.dtype, seed: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
+    x = matrix(shape, (stride or shape[1], 1), dtype, offset)
+    return x.copy_(random_values(shape, dtype, seed))
+
+
+# Sizes around the tiles (32 x 256, 128 x 128, 128 x 64), odd ones, and ones for which no row is aligned.
+SHAPES = [(1, 8), (33, 520), (130, 136), (257, 264), (5, 1), (129, 77), (31, 257), (64, 1111)]
+
+
+@pytest.mark.parametrize("sf_format", FORMATS)
+@pytest.mark.parametrize("gran_k", [128, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast(kind: str, dtype: torch.dtype, gran_k: int, sf_format: str) -> None:
+    for seed, shape in enumerate(SHAPES):
+        cast(kind, cast_input(shape, dtype, seed), gran_k, sf_format, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_strides_and_alignment(kind: str, dtype: torch.dtype) -> None:
+    wide = cast(kind, cast_input((70, 200), dtype, 1, stride=240), 128, "float32", out_stride=208)
+    assert "Lb1E" in wide.kernel
+    for change in ({"stride": 201}, {"offset": 1}, {"out_stride": 203}, {"out_offset": 1}):
+        out = {k: v for k, v in change.items() if k.startswith("out")}
+        into = {k: v for k, v in change.items() if not k.startswith("out")}
+        result = cast(kind, cast_input((70, 200), dtype, 2, **into), 32, "ue8m0", **out)
+        assert "Lb0E" in result.kernel, f"{change}: 16-byte accesses of unaligned memory"
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0), (0, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_of_nothing_launches_nothing(kind: str, shape: tuple[int, int]) -> None:
+    assert cast(kind, torch.empty(shape), 128, "float32").kernel == ""
+
+
+@pytest.mark.parametrize("sf_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_of_extreme_values(kind: str, dtype: torch.dtype, sf_format: str) -> None:
+    """NaN, Inf, the largest and smallest numbers, powers of two and their neighbours: none is hidden or flushed."""
+    info = torch.finfo(dtype)
+    x = cast_input((260, 1024), dtype, 5)
+    x[0, 3] = torch.nan
+    x[1, 200] = torch.inf
+    x[2, 700] = -torch.inf
+    x[3, 5], x[3, 6] = torch.inf, torch.nan
+    x[140:, 256:384] = 0.0
+    x[150, 300] = info.max
+    x[140:, 512:640] = info.tiny
+    x[140:, 640:768] = 448 * 2.0**-3  # a scale that is a power of two already
+    x[140:, 768:896] = torch.nextafter(torch.tensor(448.0 * 2.0**-3), torch.tensor(1e9)).item()
+    x[:, 1000:] = info.smallest_normal / 4
+    for gran_k in (128, 32):
+        cast(kind, x, gran_k, sf_format)
+    odd = matrix((260, 1001), (1001, 1), dtype).copy_(x[:, :1001])
+    cast(kind, odd, 32, sf_format)
+
+
+def test_cast_rounds_to_nearest_even() -> None:
+    """Every E4M3 value, every midpoint between two of them, and their neighbours in float32."""
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (values[1:] + values[:-1]) / 2
+    points = torch.cat([values, middle])
+    above, below = (torch.nextafter(points, torch.tensor(limit)) for limit in (1e9, -1e9))
+    points = torch.cat([points, above, below])
+    points = torch.cat([points.clamp(-448, 448), -points.clamp(-448, 448)])
+    rows = points[: points.numel() // 31 * 31].view(-1, 31)
+    x = torch.cat([rows, torch.full((rows.shape[0], 1), 448.0)], 1)  # so that the scale is 1
+    cast("per_token", x, 32, "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_on_blackwell(kind: str) -> None:
+    for seed, dtype in enumerate(DTYPES):
+        for shape in ((130, 264), (33, 77)):
+            cast(kind, cast_input(shape, dtype, seed), 128, "float32", arch="100a", seed=seed)
+            cast(kind, cast_input(shape, dtype, seed), 32, "packed", arch="100a", seed=seed)
+
+
+def test_programmatic_dependent_launch_is_asked_for() -> None:
+    x = cast_input((8, 128), torch.bfloat16, 0)
+    assert cast("per_token", x, 128, "float32", pdl=True).pdl
+    assert not cast("per_token", x, 128, "float32").pdl
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transposition
+
+
+def transpose(
+    rows: int,
+    cols: int,
+    batch: int = 1,
+    stride: int = 0,
+    out_stride: int = 0,
+    offset: int = 0,
+    out_offset: int = 0,
+    **options: object,
+) -> emulation.Run:
+    stride, out_stride = stride or cols, out_stride or rows
+    x = matrix((batch, rows, cols), (rows * stride, stride, 1), torch.uint8, offset)
+    x.copy_(torch.randint(0, 256, x.shape, dtype=torch.uint8))
+    out = matrix((batch, cols, rows), (cols * out_stride, out_stride, 1), torch.uint8, out_offset)
+    problem = emulation.TransposeProblem(
+        x=x.data_ptr(),
+        x_stride=stride,
+        x_batch_stride=x.stride(0),
+        out=out.data_ptr(),
+        out_stride=out_stride,
+        out_batch_stride=out.stride(0),
+        rows=rows,
+        cols=cols,
+        batch=batch,
+    )
+    result = emulation.run("transpose_fp8", problem, [x], [out], **options)
+    assert torch.equal(out, x.transpose(1, 2))
+    if x.numel():
+        assert_padding_untouched(out)
+    return result
+
+
+@pytest.mark.parametrize("arch", ["90a", "100a"])
+def test_transpose(arch: str) -> None:
+    for seed, (rows, cols) in enumerate([(128, 128), (256, 384), (1, 1), (130, 77), (5, 300), (300, 5), (1200, 144)]):
+        transpose(rows, cols, arch=arch, seed=seed)
+        transpose(rows, cols, stride=align(cols, 16), out_stride=align(rows, 16), arch=arch, seed=seed)
+
+
+def test_transpose_batches() -> None:
+    transpose(70, 200, batch=3)
+    transpose(129, 259, batch=2, stride=272, out_stride=144)
+    transpose(16, 0)
+    transpose(0, 16)
+
+
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("out_offset", range(4))
+def test_transpose_of_any_alignment(offset: int, out_offset: int) -> None:
+    for rows, cols in ((131, 133), (256, 129), (3, 2), (130, 256)):
+        transpose(rows, cols, offset=offset, out_offset=out_offset)
+        transpose(rows, cols, stride=align(cols, 4), out_stride=align(rows, 4), offset=offset, out_offset=out_offset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale layouts
+
+
+def powers_of_two(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.exp2(torch.randint(-127, 128, shape, generator=g).double()).float()
+
+
+def mn_major(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    aligned = align(shape[-2], 4)
+    return matrix(shape, (aligned * shape[-1], 1, aligned)[-len(shape) :], dtype)
+
+
+def arrangements(x: torch.Tensor) -> list[torch.Tensor]:
+    """The same [G, MN, X] contents with MN or X contiguous, with gaps, and every other element of a larger one."""
+    groups, mn, columns = x.shape
+    strides = [(mn * columns, columns, 1), (mn * columns, 1, mn), (mn * (columns + 3), columns + 3, 1)]
+    strides += [(align(mn, 4) * columns, 1, align(mn, 4)), (1, groups * columns * 2, groups * 2)]
+    return [matrix((groups, mn, columns), s, x.dtype).copy_(x) for s in strides]
+
+
+def scale_layout(src: torch.Tensor, k_sf: int, dst_type: str, repeat: int = 1, mn: int = 0, **options: object):
+    types = {torch.float32: 0, torch.uint8: 1, torch.int32: 2}
+    groups, rows, _ = src.shape
+    mn = mn or rows
+    packed = dst_type == "packed"
+    dst = mn_major((groups, mn, ceil_div(k_sf, 4) if packed else k_sf), torch.int32 if packed else torch.float32)
+    problem = emulation.ScaleLayoutProblem(
+        src=src.data_ptr(),
+        src_type=types[src.dtype],
+        src_batch_stride=src.stride(0),
+        src_mn_stride=src.stride(1),
+        src_k_stride=src.stride(2),
+        dst=dst.data_ptr(),
+        dst_type=2 if packed else 0,
+        dst_batch_stride=dst.stride(0),
+        dst_k_stride=dst.stride(2),
+        batch=groups,
+        mn=mn,
+        k_sf=k_sf,
+        mn_repeat=repeat,
+    )
+    result = emulation.run("scale_layout", problem, [src], [dst], **options)
+    if dst.numel():
+        assert_padding_untouched(dst)
+    return dst, result
+
+
+LAYOUT_SHAPES = [(1, 1, 1), (1, 65, 33), (2, 130, 7), (3, 4, 66)]
+
+
+@pytest.mark.parametrize("shape", LAYOUT_SHAPES)
+def test_mn_major(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape)
+    for seed, src in enumerate(arrangements(x)):
+        assert_same(scale_layout(src, shape[2], "float32", seed=seed)[0], x)
+
+
+@pytest.mark.parametrize("shape", LAYOUT_SHAPES)
+def test_packing(shape: tuple[int, int, int]) -> None:
+    x = powers_of_two(shape, 1)
+    odd = [0.0, -0.0, -1.0, 3.0, torch.inf, -torch.inf, torch.nan, 2.0**-128, 1.5 * 2.0**-127, 2.0**-126, 2.0**127]
+    where = torch.randperm(x.numel())[: len(odd)]
+    x.view(-1)[where] = torch.tensor(odd)[: where.numel()]
+    expected = reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(x)
+    for seed, src in enumerate(arrangements(x)):
+        assert_same(scale_layout(src, shape[2], "packed", seed=seed)[0], expected)
+
+
+@pytest.mark.parametrize("shape", LAYOUT_SHAPES)
+def test_expansion(shape: tuple[int, int, int]) -> None:
+    g = torch.Generator().manual_seed(2)
+    e8m0 = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    e8m0.view(-1)[:2] = torch.tensor([0, 255], dtype=torch.uint8)[: e8m0.numel()]
+    expected = reference.expand_ue8m0(e8m0.view(torch.float8_e8m0fnu), k_sf=shape[2])
+    packed = reference.pack_ue8m0(e8m0.to(torch.int32))
+    for seed, src in enumerate(arrangements(e8m0)):
+        assert_same(scale_layout(src, shape[2], "float32", seed=seed)[0], expected)
+        assert_same(scale_layout(src, shape[2], "packed", seed=seed)[0], packed)
+    garbage = packed.clone()
+    if shape[2] % 4:
+        garbage[..., -1] |= -1 << (8 * (shape[2] % 4))  # bytes after the last scale mean nothing
+    for seed, src in enumerate(arrangements(garbage)):
+        assert_same(scale_layout(src, shape[2], "float32", seed=seed)[0], expected)
+        assert_same(scale_layout(src, shape[2], "packed", seed=seed)[0], packed)
+
+
+@pytest.mark.parametrize("mn", [1, 128, 300])
+def test_block_scales_repeated_for_every_row(mn: int) -> None:
+    x = powers_of_two((2, ceil_div(mn, 128), 9), 3)
+    rows = x.repeat_interleave(128, 1)[:, :mn]
+    expected = reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(rows)
+    for src in arrangements(x):
+        assert_same(scale_layout(src, 9, "packed", repeat=128, mn=mn)[0], expected)
+
+
+MANY_GROUPS = [0] * 40 + [700] + [33] * 40
+
+
+@pytest.mark.parametrize("sizes", [[128], [0, 512, 1, 0, 1000, 640], [300, -5, 10**9, 4], [], MANY_GROUPS])
+@pytest.mark.parametrize("gran_k", [128, 32])
+def test_k_grouped_packing(sizes: list[int], gran_k: int) -> None:
+    """Groups of any size, none, more than a warp has lanes, and sizes beyond the end of the scales."""
+    rows = min(sum(ceil_div(max(k, 0), gran_k) for k in sizes), 60)
+    for mn, k_contiguous in ((1, False), (270, False), (33, True)):
+        sf = matrix((rows, mn), (1, rows) if k_contiguous else (mn, 1), torch.float32)
+        sf.copy_(powers_of_two((rows, mn), mn))
+        ks = torch.tensor(sizes, dtype=torch.int32)
+        dst = matrix(((rows + 3 * len(sizes)) // 4, mn), (align(mn, 4), 1), torch.int32)
+        problem = emulation.GroupedPackProblem(
+            src=sf.data_ptr(),
+            src_k_stride=sf.stride(0),
+            src_mn_stride=sf.stride(1),
+            sf_rows=rows,
+            mn=mn,
+            ks=ks.data_ptr(),
+            ks_stride=1,
+            num_groups=len(sizes),
+            gran_k=gran_k,
+            dst=dst.data_ptr(),
+            dst_k_stride=dst.stride(0),
+            dst_rows=dst.shape[0],
+        )
+        emulation.run("k_grouped_pack", problem, [sf, ks], [dst])
+        expected = reference.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, ks, gran_k=gran_k)
+        assert_same(dst, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What memory sees: whole sectors, no bank conflicts, one read of the input
+
+
+def assert_memory_bound(result: emulation.Run, read: int, written: int, slack: float = 1.0) -> None:
+    """``read`` and ``written`` are the bytes that have to move; ``slack`` allows for scales of small tiles."""
+    assert result.stats is not None
+    n = result.stats.counters["total"]
+    assert n["smem_load_conflicts"] == 0 and n["smem_store_conflicts"] == 0
+    assert n["gmem_load_sectors"] <= slack * read / 32, f"{n['gmem_load_sectors']} sectors, {read / 32} needed"
+    assert n["gmem_store_sectors"] <= slack * written / 32, f"{n['gmem_store_sectors']} sectors, {written / 32} needed"
+
+
+@pytest.mark.parametrize("gran_k", [128, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_casts_move_whole_sectors(kind: str, dtype: torch.dtype, gran_k: int) -> None:
+    rows, cols = 256, 512
+    x = cast_input((rows, cols), dtype, 0)
+    result = cast(kind, x, gran_k, "float32", counters=True)
+    scales = {"per_token": rows * cols // gran_k, "per_channel": rows // gran_k * cols, "per_block": 0}[kind]
+    blocks = 32 * ceil_div(rows, 128) * (cols // gran_k) if kind == "per_block" else 0  # a sector for each scale
+    assert_memory_bound(result, x.numel() * x.element_size(), x.numel() + scales * 4 + blocks)
+
+
+def test_transposition_moves_whole_sectors() -> None:
+    result = transpose(256, 384, batch=2, counters=True)
+    assert_memory_bound(result, 2 * 256 * 384, 2 * 256 * 384)
+    # Rows that are not a multiple of 16 bytes apart cost partial sectors at tile edges, nothing more.
+    result = transpose(256, 384, stride=388, out_stride=257, counters=True)
+    assert_memory_bound(result, 256 * 384, 256 * 384, slack=2)
+
+
+@pytest.mark.parametrize("k_contiguous", [False, True])
+def test_scale_layout_moves_whole_sectors(k_contiguous: bool) -> None:
+    src = matrix((1, 256, 64), (256 * 64, 64, 1) if k_contiguous else (256 * 64, 1, 256), torch.float32)
+    src.copy_(powers_of_two((1, 256, 64), 0))
+    _, result = scale_layout(src, 64, "float32", counters=True)
+    assert_memory_bound(result, 256 * 64 * 4, 256 * 64 * 4)
+    _, result = scale_layout(src, 64, "packed", counters=True)
+    assert_memory_bound(result, 256 * 64 * 4, 256 * 64)
