@@ -207,7 +207,15 @@ def gemm_line(record: Record, device: Record, names: Iterable[str]) -> str:
         text += f" {ratio:5.2f}x" if ratio else f" {'-':>6}"
     row = record.get("row")
     text += f"  {row['name']}" if row else ""
-    return text + "".join(f"\n       {name}: {why}" for name, why in record.get("failed", {}).items())
+    return text + _failed(record)
+
+
+def _failed(record: Record) -> str:
+    """What failed, a line each; a reference's reason is cut short, ours is wanted whole."""
+    lines = (
+        (name, why if name == OURS or len(why) < 110 else why[:110] + " ...") for name, why in record["failed"].items()
+    )
+    return "".join(f"\n       {name}: {why}" for name, why in lines)
 
 
 def gemm_head(names: Iterable[str]) -> str:
@@ -246,7 +254,7 @@ def cast_line(record: Record, device: Record) -> str:
         text += f" {f['us']:9.2f} {f['gbps']:6.0f} {_percent(f['copy_share']):>5}"
         copy = median_us(record, "copy")
         text += f" | copy of as many bytes {copy:9.2f} us, {speedup(record, 'copy'):.2f}x" if copy else ""
-    return text + "".join(f"\n       {name}: {why}" for name, why in record.get("failed", {}).items())
+    return text + _failed(record)
 
 
 def host_line(record: Record) -> str:
