@@ -272,3 +272,11 @@ def _parse(version: str) -> tuple[int, int]:
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
+
+
+if __name__ == "__main__":
+    # The folder of nvcc, for a shell's PATH; nothing where there is none.
+    try:
+        print(find_nvcc().parent)
+    except ToolchainError:
+        print()
