@@ -11,11 +11,17 @@ KERNELS = Path(__file__).resolve().parent / "kernels"
 
 
 @functools.cache
-def kernels(name: str, arch: str = "90a") -> Module:
-    """The module of kernels/<name>.cu, compiled once per process."""
+def kernel_ptx(name: str, arch: str = "90a") -> str:
+    """The PTX of kernels/<name>.cu, compiled once per process."""
     if nvcc_path() is None:
         pytest.skip("nvcc not found")
-    return Module(compile_cuda(KERNELS / f"{name}.cu", arch, include=[KERNELS]))
+    return compile_cuda(KERNELS / f"{name}.cu", arch, include=[KERNELS])
+
+
+@functools.cache
+def kernels(name: str, arch: str = "90a") -> Module:
+    """The module of kernels/<name>.cu."""
+    return Module(kernel_ptx(name, arch))
 
 
 def expect(kind, f, *args, **kw) -> str:

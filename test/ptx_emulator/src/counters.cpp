@@ -187,14 +187,6 @@ void countAccess(Warp& w, const Inst& in, u32 m, u32 bytes, bool write) {
         u64 v = (in.sa == 8 ? rd<u64>(a, l) : rd<u32>(a, l)) + u64(in.imm);
         addr[l] = sp == Space::Shared ? (v & 0xffffffffu) | kSharedWindow : v;
     });
-    // Kernel parameters read through a pointer are in constant memory.
-    const Launch& launch = *w.cta->cluster->launch;
-    if (sp == Space::Generic) {
-        forLanes(m, [&](int l) {
-            if (addr[l] - u64(launch.params) < launch.kernel->paramBytes) m &= ~(1u << l);
-        });
-        if (!m) return;
-    }
     w.counters->access(w, w.pc, m, addr, bytes, write);
 }
 

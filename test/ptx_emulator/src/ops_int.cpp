@@ -496,7 +496,7 @@ void buildBfind(Decoder& d, const Stmt& s, Inst& in) {
     X("u64", u64)
     X("s64", i64)
 #undef X
-        d.dst(in.d, s.ops[0], s, 4);
+    d.dst(in.d, s.ops[0], s, 4);
     d.src(in.a, s.ops[1], s, strideOf(t));
 }
 void buildSad(Decoder& d, const Stmt& s, Inst& in) {
@@ -512,7 +512,7 @@ void buildBfe(Decoder& d, const Stmt& s, Inst& in) {
     X("u64", u64)
     X("s64", i64)
 #undef X
-        d.dst(in.d, s.ops[0], s, strideOf(t));
+    d.dst(in.d, s.ops[0], s, strideOf(t));
     d.src(in.a, s.ops[1], s, strideOf(t));
     d.src(in.b, s.ops[2], s, 4);
     d.src(in.c, s.ops[3], s, 4);

@@ -1,0 +1,121 @@
+"""Mutation of a kernel's synchronisation: a test of the tests.
+
+`mutants` takes PTX and yields versions of it in which one wait, arrive, fence, barrier or commit is missing (or one
+expected byte count is wrong). Each must be reported by the emulator, or be harmless for a reason one can name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .api import PtxError
+
+# kind: pattern of the mnemonic. The first that matches counts.
+KINDS = {
+    "mbarrier wait": r"mbarrier\.(?:try|test)_wait[\w.:]*",
+    "expected bytes": r"mbarrier\.(?:arrive\.)?expect_tx[\w.:]*",
+    "mbarrier arrive": r"mbarrier\.arrive[\w.:]*",
+    "cp.async arrive": r"cp\.async\.mbarrier\.arrive[\w.:]*",
+    "mbarrier init fence": r"fence\.mbarrier_init[\w.:]*",
+    "proxy fence": r"fence\.proxy\.async[\w.:]*",
+    "fence": r"fence\.(?!proxy|mbarrier)[\w.:]+",
+    "warp barrier": r"bar\.warp\.sync",
+    "cluster arrive": r"barrier\.cluster\.arrive[\w.:]*",
+    "cluster wait": r"barrier\.cluster\.wait[\w.:]*",
+    "barrier": r"(?:bar|barrier)(?:\.cta)?\.(?:sync|arrive|red)[\w.:]*",
+    "wgmma fence": r"wgmma\.fence[\w.:]*",
+    "wgmma commit": r"wgmma\.commit_group[\w.:]*",
+    "wgmma wait": r"wgmma\.wait_group[\w.:]*",
+    "copy commit": r"cp\.async\.(?:bulk\.)?commit_group[\w.:]*",
+    "copy wait": r"cp\.async\.(?:bulk\.)?wait_(?:group|all)[\w.:]*",
+    "tcgen05 commit": r"tcgen05\.commit[\w.:]*",
+    "tcgen05 wait": r"tcgen05\.wait[\w.:]*",
+    "tcgen05 fence": r"tcgen05\.fence[\w.:]*",
+    "tcgen05 dealloc": r"tcgen05\.dealloc[\w.:]*",
+}
+_STATEMENT = re.compile(r"(?<=[;{}\n])([ \t]*)(@!?[%\w]+[ \t]+)?(" + "|".join(KINDS.values()) + r")([ \t][^;]*)?;")
+
+
+@dataclass
+class Mutant:
+    """`ptx` is the kernel's module with one statement changed; the statement was `text`, on `line` of it."""
+
+    kind: str
+    line: int
+    text: str
+    ptx: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, PTX line {self.line}: {self.text}"
+
+
+def entry_span(ptx: str, entry: str) -> tuple[int, int]:
+    """Where the entry starts (at its linkage directives) and ends (after the closing brace)."""
+    head = re.search(rf"(?:\.(?:visible|weak|extern)\s+)*\.entry\s+{re.escape(entry)}\b", ptx)
+    if head is None:
+        raise KeyError(f"no entry {entry}")
+    depth, at = 0, ptx.index("{", head.end())
+    for brace in re.compile(r"[{}]").finditer(ptx, at):
+        depth += 1 if brace.group() == "{" else -1
+        if not depth:
+            return head.start(), brace.end()
+    raise ValueError(f"entry {entry} does not end")
+
+
+def extract(ptx: str, entry: str) -> str:
+    """The module with no other entry; lines keep their numbers."""
+    start, end = entry_span(ptx, entry)
+    out, at = [], 0
+    for name in re.findall(r"\.entry\s+([\w$]+)", ptx):
+        a, b = entry_span(ptx, name)
+        if a != start and a >= at:
+            out += [ptx[at:a], "\n" * ptx.count("\n", a, b)]
+            at = b
+    return "".join([*out, ptx[at:]])
+
+
+def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = None) -> Iterator[Mutant]:
+    """One mutant per synchronising statement of the entry (of all entries without one), optionally of some KINDS."""
+    if entry is not None:
+        ptx = extract(ptx, entry)
+    start, end = (0, len(ptx)) if entry is None else entry_span(ptx, entry)
+    for m in _STATEMENT.finditer(ptx, start, end):
+        indent, guard, op, operands = (g or "" for g in m.groups())
+        kind = next(k for k, pattern in KINDS.items() if re.fullmatch(pattern, op))
+        if kinds is not None and kind not in kinds:
+            continue
+        operands = operands.strip()
+        if kind == "mbarrier wait":  # succeeds at once
+            new = f"{indent}{guard}setp.eq.u32 {operands.split(',')[0].strip()}, 0, 0;"
+        elif kind == "expected bytes":
+            address, count = operands.rsplit(",", 1)
+            if not count.strip().isdigit():
+                # The count is a register: arrive, but expect nothing.
+                new = f"{indent}{guard}{op} {address}, 0;"
+            else:
+                new = f"{indent}{guard}{op} {address}, {int(count) + 16};"
+        else:
+            new = indent + ";"
+        new += "\n" * (m.group().count("\n") - new.count("\n"))
+        text = " ".join(m.group().split())
+        yield Mutant(kind, ptx.count("\n", 0, m.start(3)) + 1, text, ptx[: m.start()] + new + ptx[m.end() :])
+
+
+def survey(mutants: Iterator[Mutant], run: Callable[[str], None]) -> list[tuple[Mutant, str | None]]:
+    """Runs each mutant; pairs it with the kind of the violation found, "wrong result", or None if it went unnoticed.
+
+    `run` takes the PTX, launches the kernel and raises AssertionError when the result is wrong.
+    """
+    results = []
+    for m in mutants:
+        try:
+            run(m.ptx)
+            found = None
+        except PtxError as e:
+            found = e.kind
+        except AssertionError:
+            found = "wrong result"
+        results.append((m, found))
+    return results
