@@ -2,8 +2,8 @@
 
     python test/common.py "GemmCase(m=33, n=200, k=272, layout='nn', device='cuda')"
 
-The expected values come from the case's own construction in float64 (scales are drawn first and encoded afterwards) and share
-no code with the library.
+The expected values come from the case's own construction in float64 (scales are drawn first and encoded afterwards) and
+share no code with the library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "python") not in sys.path:
     sys.path.insert(0, str(ROOT / "python"))
 
-import deep_gemm_ops  # noqa: E402
 from deep_gemm_ops.testing.numeric import assert_close, assert_equal, error_bar  # noqa: E402
 
 LAYOUTS = ("nt", "nn", "tn", "tt")
@@ -158,7 +157,7 @@ class GemmCase:
         return f"fp8_gemm_{self.layout}"
 
     def operand(self, which: str, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(values, scales, their product in float64 ``[MN, K]``), the first two in the layout's orientation, on the device."""
+        """(values, scales, their product as float64 ``[MN, K]``); the first two as the layout wants them, on the device."""
         mn = self.m if which == "a" else self.n
         gran_mn, gran_k = self.recipe[0 if which == "a" else 1], self.recipe[2]
         if self.data == "integer":
@@ -247,7 +246,9 @@ def random_gemm_case(seed: int, device: str, max_mn: int = 300, max_k: int = 700
         if kind == "small":
             return int(torch.randint(0, 18, (1,), generator=random))
         if kind == "edge":
-            return max(0, min(limit, int(pick(16, 32, 64, 128, 256)) + int(torch.randint(-1, 2, (1,), generator=random))))
+            return max(
+                0, min(limit, int(pick(16, 32, 64, 128, 256)) + int(torch.randint(-1, 2, (1,), generator=random)))
+            )
         return int(torch.randint(1, limit, (1,), generator=random))
 
     recipe = (int(pick(1, 1, 128)), int(pick(1, 128)), int(pick(128, 128, 32)))

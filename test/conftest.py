@@ -1,4 +1,4 @@
-"""Fixtures of the operator tests: each runs on the CPU reference and, with the same code, on every kind of GPU that is present."""
+"""Fixtures of the operator tests: each runs on the CPU reference and, with the same code, on a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -6,12 +6,11 @@ import dataclasses
 import itertools
 import math
 
+import deep_gemm_ops
 import numpy as np
 import pytest
 import torch
 from common import FP8, ceil_div, fp8_bytes, generator, like, same_bits
-
-import deep_gemm_ops
 
 KINDS = ("per_token", "per_channel", "per_block")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,7 +122,9 @@ class CastCase:
             assert same_bits(out_sf, sf), f"scales of .out differ\nreproduce with: {self.repro}"
             around = torch.ones(buffer.shape, dtype=torch.bool)
             around[1 : self.rows + 1, 3 : self.cols + 3] = False
-            assert bool((fp8_bytes(buffer)[around] == 0x7F).all()), f"wrote outside of out\nreproduce with: {self.repro}"
+            assert bool((fp8_bytes(buffer)[around] == 0x7F).all()), (
+                f"wrote outside of out\nreproduce with: {self.repro}"
+            )
 
         codes, scales = expected_cast(x, self.kind, self.gran_k, self.scales != "float32")
         assert values.dtype == FP8
@@ -141,10 +142,14 @@ class CastCase:
             assert sf.dtype == torch.float32
             actual, expected = sf.cpu().numpy(), scales
         assert actual.shape == expected.shape, f"{actual.shape} {expected.shape}\nreproduce with: {self.repro}"
-        assert np.array_equal(actual, expected, equal_nan=self.scales != "packed"), f"scales differ\nreproduce with: {self.repro}"
+        assert np.array_equal(actual, expected, equal_nan=self.scales != "packed"), (
+            f"scales differ\nreproduce with: {self.repro}"
+        )
         mn = sf.shape[1 - k_axis]
         strides = (ceil_div(mn, 4) * 4, 1) if self.kind == "per_channel" else (1, ceil_div(mn, 4) * 4)
-        assert sf.stride() == strides, f"scales have strides {sf.stride()}, expected {strides}\nreproduce with: {self.repro}"
+        assert sf.stride() == strides, (
+            f"scales have strides {sf.stride()}, expected {strides}\nreproduce with: {self.repro}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +212,7 @@ def test_numpy_oracle_agrees_with_pytorch_on_finite_numbers() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_of_the_round_trip(device: str, kind: str) -> None:
-    """A normal number loses at most 1/16 of itself; what the scale pushes below 2^-6 loses at most half a step of 2^-9."""
+    """A normal number loses at most 1/16 of itself; one that its scale pushes below 2^-6 loses half a step of 2^-9."""
     x = CastCase(130, 272, kind, device=device).input()
     for scales in ("float32", "ue8m0"):
         function = getattr(deep_gemm_ops, f"{kind}_cast_to_fp8")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 
+import deep_gemm_ops
 import pytest
 import torch
 from common import FP8, LAYOUTS, GemmCase, assert_close, error_bar, fp8_bytes, generator, random_gemm_case, same_bits
-
-import deep_gemm_ops
 from deep_gemm_ops import reference
 
 RECIPES = [(gran_m, gran_n, gran_k) for gran_m in (1, 128) for gran_n in (1, 128) for gran_k in (128, 32)]
@@ -44,12 +43,18 @@ def test_k_that_is_no_multiple_of_16(device: str, layout: str, k: int) -> None:
 @pytest.mark.parametrize(("m", "n", "k"), list(itertools.product((1, 40, 200), (1, 129, 264), (32, 160, 1000))))
 def test_exact_integers(device: str, layout: str, m: int, n: int, k: int) -> None:
     """Small integers and power-of-two scales leave no rounding but the last one, so every bit has to match."""
-    for recipe, c, out_dtype in [((1, 128, 128), "", "float32"), ((1, 1, 32), "full", "float32"), ((1, 1, 128), "bias", "bfloat16")]:
+    for recipe, c, out_dtype in [
+        ((1, 128, 128), "", "float32"),
+        ((1, 1, 32), "full", "float32"),
+        ((1, 1, 128), "bias", "bfloat16"),
+    ]:
         GemmCase(m, n, k, layout, recipe, True, c=c, out_dtype=out_dtype, data="integer", device=device, seed=k).run()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 40, 64), (40, 0, 64), (0, 0, 0), (40, 48, 0), (0, 48, 0), (1, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(0, 40, 64), (40, 0, 64), (0, 0, 0), (40, 48, 0), (0, 48, 0), (1, 1, 0), (1, 1, 1)]
+)
 def test_empty_sizes(device: str, layout: str, m: int, n: int, k: int) -> None:
     for c, out, out_dtype in itertools.product(["", "full", "bias", "alias"], [False, True], ["bfloat16", "float32"]):
         result = GemmCase(m, n, k, layout, c=c, out=out, out_dtype=out_dtype, device=device).run()
@@ -92,7 +97,9 @@ def test_scales_broadcast_with_stride_zero(device: str) -> None:
     case = GemmCase(33, 65, 384, recipe=(1, 1, 128), device=device)
     (a, sfa, b, sfb), _, _, _ = case.build()
     one = torch.full((), 0.25, device=device)
-    result = torch.ops.deep_gemm.fp8_gemm_nt(a, one.expand(sfa.shape), b, one.expand(sfb.shape), out_dtype=torch.float32)
+    result = torch.ops.deep_gemm.fp8_gemm_nt(
+        a, one.expand(sfa.shape), b, one.expand(sfb.shape), out_dtype=torch.float32
+    )
     expected = a.float().double() @ b.float().double().t() / 16
     assert_close(result, expected, tol=error_bar(torch.float32), repro=case.repro)
 

@@ -1,15 +1,16 @@
 """Knobs: what is set is what is read, wherever the value lives, and nonsense is refused."""
 
+# ruff: noqa: E501  (the messages are printed as they are)
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import deep_gemm_ops
 import pytest
 import torch
-from expecttest import assert_expected_inline
-
-import deep_gemm_ops
 from deep_gemm_ops import knobs
+from expecttest import assert_expected_inline
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,9 @@ def test_num_sms() -> None:
     assert deep_gemm_ops.get_num_sms() == default
 
 
-@pytest.mark.parametrize(("value", "percent"), [(0.8, 80), (80, 80), (1, 100), (1.0, 100), (100, 100), (2, 2), (0.005, 1)])
+@pytest.mark.parametrize(
+    ("value", "percent"), [(0.8, 80), (80, 80), (1, 100), (1.0, 100), (100, 100), (2, 2), (0.005, 1)]
+)
 def test_tc_util_is_a_ratio_or_a_percentage(value: float, percent: int) -> None:
     deep_gemm_ops.set_tc_util(value)
     assert deep_gemm_ops.get_tc_util() == percent
@@ -91,16 +94,31 @@ def test_block_size_multiple_of() -> None:
 
 def test_nonsense_is_refused_and_changes_nothing() -> None:
     before = {name: knobs._get(name) for name in knobs._values}
-    assert_expected_inline(message(deep_gemm_ops.set_num_sms, -1), """set_num_sms: num_sms has value -1, expected an integer of at least 0""")
-    assert_expected_inline(message(deep_gemm_ops.set_num_sms, 2.5), """set_num_sms: num_sms has value 2.5, expected an integer of at least 0""")
-    assert_expected_inline(message(deep_gemm_ops.set_num_sms, True), """set_num_sms: num_sms has value True, expected an integer of at least 0""")
-    assert_expected_inline(message(deep_gemm_ops.set_tc_util, 0), """set_tc_util: tc_util has value 0, expected a ratio up to 1 or a percentage up to 100""")
-    assert_expected_inline(message(deep_gemm_ops.set_tc_util, 101), """set_tc_util: tc_util has value 101, expected a ratio up to 1 or a percentage up to 100""")
-    assert_expected_inline(message(deep_gemm_ops.set_tc_util, float("nan")), """set_tc_util: tc_util has value nan, expected a ratio up to 1 or a percentage up to 100""")
-    assert_expected_inline(message(deep_gemm_ops.set_pdl, 2), """set_pdl: enable has value 2, expected True or False""")
-    assert_expected_inline(message(deep_gemm_ops.set_mk_alignment_for_contiguous_layout, 0), """set_mk_alignment_for_contiguous_layout: alignment has value 0, expected a positive integer""")
-    assert_expected_inline(message(deep_gemm_ops.set_mk_alignment_for_contiguous_layout, 100), """set_mk_alignment_for_contiguous_layout: alignment has value 100, expected a multiple of 8""")
-    assert_expected_inline(message(deep_gemm_ops.get_theoretical_mk_alignment_for_contiguous_layout, -1), """get_theoretical_mk_alignment_for_contiguous_layout: expected_m has value -1, expected an integer of at least 0 or None""")
-    assert_expected_inline(message(deep_gemm_ops.set_block_size_multiple_of, (1, 2, 3)), """set_block_size_multiple_of: multiple has length 3, expected 2""")
-    assert_expected_inline(message(deep_gemm_ops.set_block_size_multiple_of, (64, 0)), """set_block_size_multiple_of: multiple has value 0, expected a positive integer""")
+    refused = [
+        message(deep_gemm_ops.set_num_sms, -1),
+        message(deep_gemm_ops.set_num_sms, 2.5),
+        message(deep_gemm_ops.set_num_sms, True),
+        message(deep_gemm_ops.set_tc_util, 0),
+        message(deep_gemm_ops.set_tc_util, 101),
+        message(deep_gemm_ops.set_tc_util, float("nan")),
+        message(deep_gemm_ops.set_pdl, 2),
+        message(deep_gemm_ops.set_mk_alignment_for_contiguous_layout, 0),
+        message(deep_gemm_ops.set_mk_alignment_for_contiguous_layout, 100),
+        message(deep_gemm_ops.get_theoretical_mk_alignment_for_contiguous_layout, -1),
+        message(deep_gemm_ops.set_block_size_multiple_of, (1, 2, 3)),
+        message(deep_gemm_ops.set_block_size_multiple_of, (64, 0)),
+    ]
+    assert_expected_inline("\n".join(refused), """\
+set_num_sms: num_sms has value -1, expected an integer of at least 0
+set_num_sms: num_sms has value 2.5, expected an integer of at least 0
+set_num_sms: num_sms has value True, expected an integer of at least 0
+set_tc_util: tc_util has value 0, expected a ratio up to 1 or a percentage up to 100
+set_tc_util: tc_util has value 101, expected a ratio up to 1 or a percentage up to 100
+set_tc_util: tc_util has value nan, expected a ratio up to 1 or a percentage up to 100
+set_pdl: enable has value 2, expected True or False
+set_mk_alignment_for_contiguous_layout: alignment has value 0, expected a positive integer
+set_mk_alignment_for_contiguous_layout: alignment has value 100, expected a multiple of 8
+get_theoretical_mk_alignment_for_contiguous_layout: expected_m has value -1, expected an integer of at least 0 or None
+set_block_size_multiple_of: multiple has length 3, expected 2
+set_block_size_multiple_of: multiple has value 0, expected a positive integer""")
     assert {name: knobs._get(name) for name in knobs._values} == before

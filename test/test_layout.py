@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import deep_gemm_ops
 import pytest
 import torch
 from common import FP8, ceil_div, encode_scales, fp8_bytes, generator, like, same_bits
-
-import deep_gemm_ops
 from deep_gemm_ops import layout, reference
 
 SHAPES = [(1, 1), (4, 4), (5, 3), (7, 9), (128, 1), (130, 57), (33, 5), (0, 3), (3, 0), (0, 0)]
@@ -62,15 +61,12 @@ def test_mn_major_packed(device: str, shape: tuple[int, ...]) -> None:
 def test_packing_never_rounds(device: str) -> None:
     """What UE8M0 cannot hold becomes its NaN."""
     inf, nan = float("inf"), float("nan")
-    cases = {
-        1.0: 127, 2.0: 128, 0.5: 126, 2.0**127: 254, 2.0**-126: 1, 2.0**-127: 0,
-        0.0: 255, -0.0: 255, -1.0: 255, 3.0: 255, 1.0000001: 255, 0.99999994: 255,
-        2.0**-128: 255, 2.0**-149: 255, inf: 255, -inf: 255, nan: 255,
-    }  # fmt: skip
-    sf = torch.tensor([list(cases)], dtype=torch.float32, device=device)
+    powers = {1.0: 127, 2.0: 128, 0.5: 126, 2.0**127: 254, 2.0**-126: 1, 2.0**-127: 0}
+    others = [0.0, -0.0, -1.0, 3.0, 1.0000001, 0.99999994, 2.0**-128, 2.0**-149, inf, -inf, nan]
+    sf = torch.tensor([[*powers, *others]], dtype=torch.float32, device=device)
     packed = deep_gemm_ops.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf).cpu()
-    codes = [(int(packed[0, i // 4]) >> (8 * (i % 4))) & 0xFF for i in range(len(cases))]
-    assert codes == list(cases.values())
+    codes = [(int(packed[0, i // 4]) >> (8 * (i % 4))) & 0xFF for i in range(sf.shape[1])]
+    assert codes == [*powers.values(), *[255] * len(others)]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 7), (2, 128, 4)], ids=str)
@@ -142,8 +138,12 @@ def test_transform(device: str, kind: str, gran_mn: int, gran_k: int) -> None:
             options = {"num_groups": groups, "disable_ue8m0_cast": disable}
             results = [
                 deep_gemm_ops.transform_sf_into_required_layout(view, mn, k, [gran_mn, gran_k], **options),
-                deep_gemm_ops.transform_sf_into_required_layout(view, mn, k, [gran_mn, 1, gran_k], is_sfa=True, **options),
-                deep_gemm_ops.transform_sf_into_required_layout(view, mn, k, [1, gran_mn, gran_k], is_sfa=False, **options),
+                deep_gemm_ops.transform_sf_into_required_layout(
+                    view, mn, k, [gran_mn, 1, gran_k], is_sfa=True, **options
+                ),
+                deep_gemm_ops.transform_sf_into_required_layout(
+                    view, mn, k, [1, gran_mn, gran_k], is_sfa=False, **options
+                ),
             ]
             sm100 = device == "cuda" and torch.cuda.get_device_capability()[0] == 10
             if sm100 and not (kind == "float32" and disable):
@@ -198,7 +198,9 @@ def test_to_tma_aligned(device: str) -> None:
             assert result.numel() == 0 or result.data_ptr() % 16 == 0
             assert deep_gemm_ops.to_tma_aligned(result) is result
     with pytest.raises(RuntimeError, match="row stride 130 bytes"):
-        deep_gemm_ops.fp8_gemm_nt(x.to(FP8), *[torch.ones(33, 2, device=device)], x.to(FP8), torch.ones(33, 2, device=device))
+        deep_gemm_ops.fp8_gemm_nt(
+            x.to(FP8), *[torch.ones(33, 2, device=device)], x.to(FP8), torch.ones(33, 2, device=device)
+        )
     fixed = deep_gemm_ops.to_tma_aligned(x.to(FP8))
     sf = torch.ones(33, 2, device=device)
     assert deep_gemm_ops.fp8_gemm_nt(fixed, sf, fixed, sf).shape == (33, 33)

@@ -1,0 +1,106 @@
+"""Which compiled kernel a problem selects. A change of the table or of the cost model shows here, to be looked at and accepted."""
+
+from __future__ import annotations
+
+import pytest
+from expecttest import assert_expected_inline
+
+from deep_gemm_ops import _capi
+
+pytestmark = pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library")
+
+SHAPES = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+
+
+def table(recipe: tuple[int, int, int], num_sms: int) -> str:
+    lines = []
+    for n, k in SHAPES:
+        for m in (1, 16, 64, 128, 1024, 4096):
+            lines.append(f"{m} {n} {k}: {_capi.select(m, n, k, recipe=recipe, num_sms=num_sms)['name']}")
+    return "\n".join(lines)
+
+
+def test_activations_by_weights() -> None:
+    assert_expected_inline(table((1, 128, 128), 132), """\
+1 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
+16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
+64 2112 7168: sm90_fp8_1d2d_m16n64_swap
+128 2112 7168: sm90_fp8_1d2d_m64n128_swap_splitk2
+1024 2112 7168: sm90_fp8_1d2d_m128n144
+4096 2112 7168: sm90_fp8_1d2d_m128n176_rowpair
+1 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk4
+16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk4
+64 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
+128 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
+1024 576 7168: sm90_fp8_1d2d_m128n128_swap_splitk2
+4096 576 7168: sm90_fp8_1d2d_m128n144
+1 24576 1536: sm90_fp8_1d2d_m16n64_swap
+16 24576 1536: sm90_fp8_1d2d_m16n64_swap
+64 24576 1536: sm90_fp8_1d2d_m64n128_swap
+128 24576 1536: sm90_fp8_1d2d_m128n96
+1024 24576 1536: sm90_fp8_1d2d_m128n192_rowpair
+4096 24576 1536: sm90_fp8_1d2d_m128n176_rowpair
+1 32768 512: sm90_fp8_1d2d_m64n128_swap
+16 32768 512: sm90_fp8_1d2d_m64n128_swap
+64 32768 512: sm90_fp8_1d2d_m64n128_swap
+128 32768 512: sm90_fp8_1d2d_m128n128
+1024 32768 512: sm90_fp8_1d2d_m128n144
+4096 32768 512: sm90_fp8_1d2d_m128n192_rowpair
+1 7168 16384: sm90_fp8_1d2d_m16n64_swap
+16 7168 16384: sm90_fp8_1d2d_m16n64_swap
+64 7168 16384: sm90_fp8_1d2d_m64n128_swap_splitk2
+128 7168 16384: sm90_fp8_1d2d_m128n128_swap_splitk2
+1024 7168 16384: sm90_fp8_1d2d_m128n128_swap_splitk2
+4096 7168 16384: sm90_fp8_1d2d_m128n176_rowpair
+1 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
+16 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
+64 4096 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
+128 4096 7168: sm90_fp8_1d2d_m64n128_swap_splitk2
+1024 4096 7168: sm90_fp8_1d2d_m128n128
+4096 4096 7168: sm90_fp8_1d2d_m128n128
+1 7168 2048: sm90_fp8_1d2d_m16n64_swap
+16 7168 2048: sm90_fp8_1d2d_m16n64_swap
+64 7168 2048: sm90_fp8_1d2d_m64n128_swap_splitk2
+128 7168 2048: sm90_fp8_1d2d_m128n128_swap_splitk2
+1024 7168 2048: sm90_fp8_1d2d_m128n160_rowpair
+4096 7168 2048: sm90_fp8_1d2d_m128n176_rowpair""")
+
+
+def test_weight_gradients() -> None:
+    lines = []
+    for m, n, k in [(2112, 7168, 4096), (7168, 2048, 4096), (4096, 7168, 100), (64, 64, 32768)]:
+        for recipe in [(1, 1, 128), (1, 1, 32)]:
+            choice = _capi.select(m, n, k, recipe=recipe, float_output=True, num_sms=132)["name"]
+            lines.append(f"{m} {n} {k} {recipe}: {choice}")
+    assert_expected_inline("\n".join(lines), """\
+2112 7168 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+2112 7168 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
+7168 2048 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+7168 2048 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
+4096 7168 100 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+4096 7168 100 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
+64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m16n64_swap_splitk2
+64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32""")
+
+
+def test_the_choice_is_the_cheapest_row_that_fits() -> None:
+    for recipe in [(1, 128, 128), (1, 1, 128), (1, 1, 32), (128, 128, 128), (128, 1, 32)]:
+        for m, n, k in [(1, 7, 16), (128, 2112, 7168), (4096, 7168, 2048), (513, 4097, 1040)]:
+            for float_output in (False, True):
+                choice = _capi.select(m, n, k, recipe=recipe, float_output=float_output)
+                fitting = {row["index"]: row["cost_us"] for row in choice["candidates"] if row["cost_us"] is not None}
+                declined = [row for row in choice["candidates"] if row["cost_us"] is None]
+                assert len(choice["candidates"]) == len(_capi.instances())
+                assert all(row["reason"] for row in declined)
+                assert choice["row"] == min(fitting, key=lambda index: (fitting[index], index)), (m, n, k, recipe)
+                assert choice["name"] == _capi.instances()[choice["row"]]["name"]
+
+
+def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
+    """No row is dead: each supports some problem."""
+    alive = set()
+    for recipe in [(1, 128, 128), (1, 1, 128), (1, 1, 32)]:
+        for m, n, k in [(1, 256, 4096), (128, 2112, 7168), (4096, 7168, 2048)]:
+            candidates = _capi.select(m, n, k, recipe=recipe)["candidates"]
+            alive |= {row["index"] for row in candidates if row["cost_us"] is not None}
+    assert alive == {row["index"] for row in _capi.instances()}
