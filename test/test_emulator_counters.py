@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 import ptx_emulator
-from ptx_emulator.testing import kernels
-from test_emulator_fences import gemm, ptx  # noqa: F401
-from test_emulator_instructions import STORE, module
+from ptx_emulator.testing import kernels, module, run_pipeline
 
+STORE = """
+.reg .b64 %o<3>; .reg .b32 %t<2>;
+ld.param.u64 %o0, [out];
+mov.u32 %t0, %tid.x;
+mul.wide.u32 %o1, %t0, 4;
+add.s64 %o2, %o0, %o1;
+"""
 CLASSES = ["tensor", "fp32", "integer", "convert", "move", "shared", "global", "bulk", "barrier", "other"]
 
 
@@ -34,12 +39,15 @@ def total(mod, out, threads=32, **kw):
     ],
 )
 def test_bank_conflicts(stride, access, wavefronts, conflicts):
+    scalars = {"u32": "%r3", "u64": "%d", "u16": "%h"}
+    stored = scalars.get(access, "{%r3, %r3, %r3, %r3}")
+    loaded = scalars.get(access, "{%r4, %r5, %r6, %r7}")
     mod = module(f"""
 .shared .align 16 .b8 buf[8192];
 .reg .b32 %r<8>; .reg .b64 %d; .reg .b16 %h;
 mov.u32 %r0, %tid.x; mov.u32 %r1, buf; mad.lo.u32 %r2, %r0, {stride}, %r1; mov.b64 %d, 0; mov.u32 %r3, 0; mov.u16 %h, 0;
-st.shared.{access} [%r2], {dict(u32="%r3", u64="%d", u16="%h").get(access, "{%r3, %r3, %r3, %r3}")};
-ld.shared.{access} {dict(u32="%r3", u64="%d", u16="%h").get(access, "{%r4, %r5, %r6, %r7}")}, [%r2];
+st.shared.{access} [%r2], {stored};
+ld.shared.{access} {loaded}, [%r2];
 """)
     c = total(mod, np.zeros(1, np.int32))
     for kind in ("load", "store"):
@@ -85,10 +93,10 @@ done: st.global.u32 [%o2], %r1;
     assert c["convert"] == 3 and c["gmem_stores"] == 1 and c["integer"] == 2 + 2 * 31 + 1
 
 
-def test_pipeline(ptx):  # noqa: F811
-    mod, runs, blocks = ptx_emulator.Module(ptx), [], 9
+def test_pipeline():
+    mod, runs, blocks = kernels("pipeline"), [], 9
     for seed in range(4):
-        st = gemm(mod, 1, blocks, seed=seed, counters=True)
+        st = run_pipeline(mod, 1, blocks, seed=seed, counters=True)
         runs.append(st.counters)
         for table in (runs[-1]["total"], *runs[-1]["warps"].values(), *runs[-1]["ctas"].values()):
             table.pop("polls")
@@ -121,14 +129,14 @@ def test_multicast_bytes():
     assert [x["bulk_received_bytes"] for x in c["ctas"].values()] == [4096, 4096]
 
 
-def test_report(ptx):  # noqa: F811
-    st, text = gemm(ptx_emulator.Module(ptx), counters=True), io.StringIO()
+def test_report():
+    st, text = run_pipeline(kernels("pipeline"), counters=True), io.StringIO()
     st.report(file=text)
     lines = text.getvalue().splitlines()
     assert "1-3 each" in lines[0] and lines[0].endswith("total") and any(x.startswith("tensor") for x in lines)
     st.report(by="ctas", file=text)
     with pytest.raises(ValueError):
-        gemm(ptx_emulator.Module(ptx)).report()
+        run_pipeline(kernels("pipeline")).report()
 
 
 def test_several_launches():

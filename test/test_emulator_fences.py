@@ -6,30 +6,14 @@ import numpy as np
 import pytest
 
 import ptx_emulator
-from ptx_emulator.testing import KERNELS, expect
-from test_emulator_instructions import module
+from ptx_emulator.testing import expect, kernel_ptx, module, run_pipeline
 
-torch = pytest.importorskip("torch")
 SEEDS = range(4)
 
 
 @pytest.fixture(scope="module")
 def ptx():
-    if ptx_emulator.nvcc_path() is None:
-        pytest.skip("nvcc not found")
-    return ptx_emulator.compile_cuda(KERNELS / "pipeline.cu", "90a", include=[KERNELS])
-
-
-def gemm(mod, scaled=0, blocks=6, **kw):
-    a, b, out = torch.randn(128, blocks * 64).bfloat16(), torch.randn(64, blocks * 64).bfloat16(), torch.zeros(128, 64)
-    maps = [ptx_emulator.tensor_map(t, "bf16", [64, 64], swizzle=128) for t in (a, b)]
-    st = mod.launch(f"pipelineILb{scaled}E", 2, 160, [*maps, out, blocks, 0.5], **kw)
-    ref = torch.zeros(128, 64, dtype=torch.float64)
-    for k in range(blocks):
-        s = slice(k * 64, k * 64 + 64)
-        ref = ref * (0.5 if scaled else 1) + a[:, s].double() @ b[:, s].double().T
-    assert torch.allclose(out.double(), ref, atol=1e-3)
-    return st
+    return kernel_ptx("pipeline")
 
 
 def without(ptx, pattern):
@@ -41,15 +25,15 @@ def without(ptx, pattern):
 @pytest.mark.parametrize("scaled", [0, 1])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_good(ptx, scaled, seed):
-    gemm(ptx_emulator.Module(ptx), scaled, seed=seed)
+    run_pipeline(ptx_emulator.Module(ptx), scaled, seed=seed)
 
 
 @pytest.mark.parametrize("scaled", [0, 1])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_wgmma_fence(ptx, scaled, seed):
     mod = without(ptx, r"wgmma\.fence\.sync\.aligned;")
-    assert "first wgmma" in expect("wgmma_fence", gemm, mod, scaled, seed=seed)
-    gemm(mod, scaled, seed=seed, check_fences=False)
+    assert "first wgmma" in expect("wgmma_fence", run_pipeline, mod, scaled, seed=seed)
+    run_pipeline(mod, scaled, seed=seed, check_fences=False)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -57,14 +41,16 @@ def test_accumulator_written_after_the_fence(ptx, seed):
     """One fence before the loop is enough only while no ordinary instruction writes the accumulators."""
     text = re.sub(r"wgmma\.fence\.sync\.aligned;", "", ptx)
     mod = ptx_emulator.Module(re.sub(r"(\tbar(?:rier)?\.sync\s[^;]*0;)", r"\1 wgmma.fence.sync.aligned;", text))
-    gemm(mod, 0, seed=seed)
-    assert "ordinary instruction" in expect("wgmma_fence", gemm, mod, 1, seed=seed)
+    run_pipeline(mod, 0, seed=seed)
+    assert "ordinary instruction" in expect("wgmma_fence", run_pipeline, mod, 1, seed=seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_mbarrier_init_fence(ptx, seed):
-    expect("mbarrier_init_fence", gemm, without(ptx, r"fence\.mbarrier_init\.release\.cluster;"), seed=seed)
-    gemm(ptx_emulator.Module(ptx.replace("fence.mbarrier_init.release.cluster;", "fence.proxy.async;")), seed=seed)
+    expect("mbarrier_init_fence", run_pipeline, without(ptx, r"fence\.mbarrier_init\.release\.cluster;"), seed=seed)
+    run_pipeline(
+        ptx_emulator.Module(ptx.replace("fence.mbarrier_init.release.cluster;", "fence.proxy.async;")), seed=seed
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -2,15 +2,7 @@
 
 import numpy as np
 
-import ptx_emulator
-from ptx_emulator.testing import expect
-
-HEADER = ".version 9.0\n.target sm_90a\n.address_size 64\n"
-
-
-def module(body, params=".param .u64 out", decls=""):
-    return ptx_emulator.Module(f"{HEADER}{decls}.visible .entry k({params})\n{{\n{body}\nret;\n}}\n")
-
+from ptx_emulator.testing import expect, module
 
 STORE = """
 .reg .b64 %o<3>; .reg .b32 %t<2>;

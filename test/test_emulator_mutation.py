@@ -3,14 +3,14 @@
 from collections import Counter
 
 import pytest
-from test_emulator_fences import gemm
 
 import ptx_emulator
 from ptx_emulator.mutate import extract, mutants, survey
-from ptx_emulator.testing import kernel_ptx
+from ptx_emulator.testing import kernel_ptx, run_pipeline
 
 # kind: how many may go unnoticed, for these reasons: before the roles part nothing has been shared; the accumulators
-# were only read since the last wgmma.fence; the arrive of the unrolled loop's remainder frees a stage that nobody fills.
+# were only read since the last wgmma.fence; an
+# arrive of the unrolled loop's remainder frees a stage that nobody fills.
 HARMLESS = {"warp barrier": 1, "wgmma fence": 8, "mbarrier arrive": 1}
 
 
@@ -19,7 +19,7 @@ def test_pipeline(scaled):
     ptx = kernel_ptx("pipeline")
     entry = ptx_emulator.Module(ptx).find(f"pipelineILb{scaled}E")
     options = {"budget": 10**7, "check_exit": True}
-    found = survey(mutants(ptx, entry), lambda text: gemm(ptx_emulator.Module(text), scaled, 11, **options))
+    found = survey(mutants(ptx, entry), lambda text: run_pipeline(ptx_emulator.Module(text), scaled, 11, **options))
     assert len(found) >= 15
     unnoticed = Counter(m.kind for m, kind in found if kind is None)
     assert unnoticed <= Counter(HARMLESS), [str(m) for m, kind in found if kind is None]

@@ -4,9 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from test_emulator_instructions import module
 
-from ptx_emulator.testing import expect
+from ptx_emulator.testing import expect, module
 
 SEEDS = range(3)
 

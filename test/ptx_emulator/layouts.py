@@ -1,0 +1,76 @@
+"""Operand layouts of tensor-core instructions, written from the PTX ISA as definitions to test against.
+
+Nothing here is shared with the emulator's C++: that is the point. Sections are named as in PTX ISA 9.0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# "Shared Memory Matrix Layout", canonical layouts. A 128-bit element T is 16 bytes; the swizzle `Swizzle<B, 4, 3>`
+# exclusive-ors address bits [4, 4 + B) with bits [7, 7 + B).
+SWIZZLE_BITS = {0: 0, 32: 1, 64: 2, 128: 3}
+
+
+def swizzled(address: int, span: int) -> int:
+    """The byte address at which an element of a matrix with a `span`-byte swizzle lies."""
+    bits = SWIZZLE_BITS[span]
+    return address ^ ((address >> 7 & ((1 << bits) - 1)) << 4)
+
+
+def operand_address(mn: int, k_byte: int, span: int, lbo: int, sbo: int) -> int:
+    """K-major: ((8, m), (T, 2k)) : ((span, SBO), (1, T)), without swizzle ((16 bytes, SBO), (1, LBO))."""
+    if span == 0:
+        return mn % 8 * 16 + mn // 8 * sbo + k_byte % 16 + k_byte // 16 * lbo
+    assert k_byte < span
+    return swizzled(mn % 8 * span + mn // 8 * sbo + k_byte, span)
+
+
+def operand_address_mn(mn_byte: int, k: int, span: int, lbo: int, sbo: int) -> int:
+    """MN-major: ((T, span / T, m), (8, k)) : ((1, T, LBO), (span, SBO)), without swizzle ((1, T, SBO), (T, LBO))."""
+    if span == 0:
+        return mn_byte % 16 + mn_byte // 16 * sbo + k % 8 * 16 + k // 8 * lbo
+    return swizzled(mn_byte % span + mn_byte // span * lbo + k % 8 * span + k // 8 * sbo, span)
+
+
+def operand_image(x: np.ndarray, span: int, mn_major: bool, lbo: int, sbo: int, size: int) -> np.ndarray:
+    """Shared memory that holds the operand x [MN, K] at offset 0; bytes that belong to nothing are 0xFF."""
+    image = np.full(size, 0xFF, np.uint8)
+    item = x.dtype.itemsize
+    raw = np.ascontiguousarray(x).view(np.uint8).reshape(*x.shape, item)
+    for mn in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            if mn_major:
+                at = operand_address_mn(mn * item, k, span, lbo, sbo)
+            else:
+                at = operand_address(mn, k * item, span, lbo, sbo)
+            image[at : at + item] = raw[mn, k]
+    return image
+
+
+def wgmma_descriptor(span: int, lbo: int, sbo: int) -> int:
+    """ "Matrix Descriptor Format" of wgmma for an operand at address 0."""
+    mode = {0: 0, 128: 1, 64: 2, 32: 3}[span]
+    return lbo >> 4 << 16 | sbo >> 4 << 32 | mode << 62
+
+
+def tcgen05_descriptor(span: int, lbo: int, sbo: int) -> int:
+    """ "Shared memory descriptor" of tcgen05 for an operand at address 0."""
+    mode = {0: 0, 128: 2, 64: 4, 32: 6}[span]
+    return lbo >> 4 << 16 | sbo >> 4 << 32 | 0b001 << 46 | mode << 61
+
+
+def wgmma_fragment(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """ "Register Fragments for wgmma.mma_async.m64nNk*", D: row and column of [thread, register]."""
+    thread, i = np.arange(128)[:, None], np.arange(n // 2)[None, :]
+    lane = thread % 32
+    return thread // 32 * 16 + lane // 4 + i // 2 % 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
+
+
+def wgmma_fragment_a(k: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """ "Register Fragments", A in registers: row and column of [thread, element]; 32 / bits elements per register."""
+    per = 32 // bits
+    thread, e = np.arange(128)[:, None], np.arange(4 * per)[None, :]
+    lane, register = thread % 32, e // per
+    row = thread // 32 * 16 + lane // 4 + register % 2 * 8
+    return row, lane % 4 * per + e % per + register // 2 * (k // 2)
