@@ -10,6 +10,11 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+# torch.compile on a CPU hashes its precompiled headers with this program; where it is missing, no header is precompiled.
+ifeq ($(shell command -v openssl),)
+export TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS ?= 0
+endif
+
 .PHONY: demo test build lint wheel clean env env-test
 
 # Builds for the GPU found here (sm_90a where there is none), then serves two models with it.
