@@ -16,17 +16,21 @@ A sample from each follows, drawn with the same random numbers.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+
+# OpenMP threads that spin while they wait make small operations ten times slower wherever other work shares the cores.
+# Read when PyTorch is loaded.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
@@ -200,21 +204,6 @@ def generate(model: ByteLM, prompt: bytes, length: int, seed: int, device: torch
     progress.close()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch's CPU operations on one thread.
-
-    Serving a model this small is thousands of operations of microseconds each. With two threads on two cores that
-    somebody else also uses, each waits for a thread that is not running: measured 20 to 50 times slower.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def byte_entropy(text: torch.Tensor) -> float:
     """Bits per byte of a model that knows only how often each byte occurs."""
     share = torch.bincount(text.int(), minlength=256).double() / len(text)
@@ -265,9 +254,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     fp8 = quantise_linears(copy.deepcopy(bf16))
     served = sum(isinstance(module, Fp8Linear) for module in fp8.modules())
 
-    with one_thread():
-        loss_bf16 = held_out_bits(bf16, held_out, eval_bytes, device, "held-out loss, BF16")
-        loss_fp8 = held_out_bits(fp8, held_out, eval_bytes, device, "held-out loss, FP8")
+    loss_bf16 = held_out_bits(bf16, held_out, eval_bytes, device, "held-out loss, BF16")
+    loss_fp8 = held_out_bits(fp8, held_out, eval_bytes, device, "held-out loss, FP8")
     difference, entropy = (loss_fp8 - loss_bf16) / loss_bf16, byte_entropy(held_out)
     print(f"Held-out loss, bits per byte, after {steps_done} steps (byte frequencies alone: {entropy:.3f}):")
     change = f"{loss_fp8 - loss_bf16:+.4f} ({difference:+.2%})"
@@ -278,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print(f"Samples that continue, with the same random numbers:\n{show(prompt)}")
     samples = {}
     for name, served_model in (("BF16", bf16), ("FP8", fp8)):
-        with one_thread():
-            sample = bytes(generate(served_model, prompt, sample_bytes, args.seed, device, f"sample, {name}"))
+        sample = bytes(generate(served_model, prompt, sample_bytes, args.seed, device, f"sample, {name}"))
         samples[name.lower()] = sample.decode("latin-1")
         print(f"  {name}:\n{show(sample)}")
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
+
+# OpenMP threads that spin while they wait make small operations ten times slower wherever other work shares the cores.
+# Read when PyTorch is loaded.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import byte_lm
 import decoder_block
