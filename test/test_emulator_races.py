@@ -156,6 +156,16 @@ CASES = {
         "race inflight_read",
         32,
     ),
+    "cp.async: a later arrive may overtake": (
+        f"""{INIT} @!%w0 bra C;
+        @%first cp.async.ca.shared.global [%mine], [%d0], 4; @!%first cp.async.ca.shared.global [%mine], [%d0], 4;
+        cp.async.mbarrier.arrive.noinc.shared.b64 [%bar]; @!%first bra E;
+        cp.async.ca.shared.global [%mine + 1024], [%d0], 4; cp.async.mbarrier.arrive.noinc.shared.b64 [%bar2]; bra E;
+        C: SYNC ld.shared.u32 %r1, [%other]; E: @%first bra F; bra G; F: {wait("%bar2", 9)} G:""",
+        wait(),
+        "race inflight_read uninit_smem",
+        32,
+    ),
     "bulk copy: wait before the read": (
         f"""{INIT} @%p mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 256;
         @%p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%base], [%out], 256, [%bar];
@@ -281,6 +291,12 @@ def test_race_between_ctas(missing, seed):
         text = text.replace(name, SYNC)
     launch = lambda: module(text).launch("k", 2, 32, [0], cluster=2, seed=seed)  # noqa: E731
     expect(("race", "uninit_smem"), launch) if missing else launch()
+
+
+def test_copies_and_their_arrives_in_every_order():
+    program, sync, _, count = CASES["cp.async: a later arrive may overtake"]
+    for seed in range(100):
+        run(program.replace("SYNC", sync), count, seed=seed)
 
 
 def test_report_names_both_sides():

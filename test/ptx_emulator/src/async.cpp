@@ -49,7 +49,10 @@ struct CopyOp : BulkOp {
         Cta* cta = nullptr;
         u32 off = 0, bytes = 0;
         u64 from = 0;
-        bool waited = false, signalled = false;  // who made it visible
+        bool waited = false;     // its thread has waited for it
+        bool claimed = false;    // the next cp.async.mbarrier.arrive of its thread was executed,
+        bool signalled = false;  // ... and has been triggered: visible to who sees
+        u32 queue = 0, count = 0;
     };
     u32 size = 0;
     std::array<Lane, kWarp> lane;
@@ -82,7 +85,7 @@ Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
     Warp* pw = &w;
     M.schedule(M.randomDelay(), [=, &M] {
         forLanes(m, [&](int l) {
-            auto& [c, off, n, src, waited, signalled] = op->lane[size_t(l)];
+            auto& [c, off, n, src, waited, claimed, signalled, queue, count] = op->lane[size_t(l)];
             smemAsyncWriteEnd(c, off, size);
             std::memset(&c->smem[off], 0, size);
             if (n) std::memcpy(&c->smem[off], (const void*)src, n);
@@ -111,7 +114,7 @@ Status cpWaitExec(Warp& w, const Inst& in, u32 m) {
             for (auto& o : a.groups.front()) {
                 auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)];
                 q.waited = true;
-                if (!q.signalled) orderCopyDone(w, l, q.cta, q.off, static_cast<CopyOp&>(*o).size);
+                if (!q.claimed) orderCopyDone(w, l, q.cta, q.off, static_cast<CopyOp&>(*o).size);
             }
             a.groups.pop_front();
         }
@@ -128,7 +131,7 @@ Status cpMbarrierExec(Warp& w, const Inst& in, u32 m) {
     struct Arrival {
         Cta* cta;
         u32 off;
-        std::vector<OpPtr> ops;
+        std::vector<OpPtr> claims, earlier;  // copies that it is the first to signal, and others
     };
     auto arrivals = std::make_shared<std::array<Arrival, kWarp>>();
     std::vector<OpPtr> ops;
@@ -142,10 +145,20 @@ Status cpMbarrierExec(Warp& w, const Inst& in, u32 m) {
         if (!in.n) b.pending++;  // without .noinc the pending count is raised first
         b.asyncPending++;
         c->pendingAsync++;
-        std::vector<OpPtr> mine = w.cpasync[l].open;
-        for (auto& g : w.cpasync[l].groups) mine.insert(mine.end(), g.begin(), g.end());
-        ops.insert(ops.end(), mine.begin(), mine.end());
-        (*arrivals)[size_t(l)] = {c, off, std::move(mine)};
+        Arrival& mine = (*arrivals)[size_t(l)];
+        mine.cta = c, mine.off = off;
+        auto cover = [&](const OpPtr& o) {
+            auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)];
+            ops.push_back(o);
+            (q.claimed ? mine.earlier : mine.claims).push_back(o);
+            q.claimed = true;
+        };
+        LaneAsync& copies = w.cpasync[l];
+        // Without a wait_group copies would pile up here.
+        std::erase_if(copies.open, [&](const OpPtr& o) { return static_cast<CopyOp&>(*o).lane[size_t(l)].signalled; });
+        for (auto& g : copies.groups)
+            for (auto& o : g) cover(o);
+        for (auto& o : copies.open) cover(o);
     });
     std::sort(ops.begin(), ops.end());
     ops.erase(std::unique(ops.begin(), ops.end()), ops.end());
@@ -153,17 +166,20 @@ Status cpMbarrierExec(Warp& w, const Inst& in, u32 m) {
     Warp* pw = &w;
     auto arrive = [=, &M] {
         forLanes(m, [&](int l) {
-            auto& [c, off, mine] = (*arrivals)[size_t(l)];
+            auto& [c, off, claims, earlier] = (*arrivals)[size_t(l)];
             Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "cp.async.mbarrier.arrive");
-            for (auto& o : mine) {
+            for (auto& o : claims) {
                 auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)];
-                if (q.signalled) continue;
                 q.signalled = true;
+                q.queue = b.queue, q.count = u32(b.phase) + 1;
                 if (q.waited && pw->order)
                     orderRelease(*pw, 1u << l, b.arriving);
                 else
-                    orderCopyDone(q.cta, q.off, static_cast<CopyOp&>(*o).size, b.queue, u32(b.phase) + 1);
+                    orderCopyDone(q.cta, q.off, static_cast<CopyOp&>(*o).size, q.queue, q.count);
             }
+            for (auto& o : earlier)
+                if (auto& q = static_cast<CopyOp&>(*o).lane[size_t(l)]; q.signalled && pw->order)
+                    b.arriving.see(q.queue, q.count);
             b.asyncPending--;
             c->pendingAsync--;
             mbarrierArrive(M, nullptr, -1, c, off, 1, "cp.async.mbarrier.arrive");
