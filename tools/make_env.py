@@ -96,11 +96,12 @@ def main() -> None:
 
     python = create(Path(args.venv)) if args.venv else Path(sys.executable)
     wanted = "\n".join(line for group in groups for line in toolchain.requirements(group))
-    stamp = Path(sys.prefix if not args.venv else args.venv) / ".deep_gemm_ops_requirements"
-    if stamp.is_file() and set(wanted.splitlines()) <= set(stamp.read_text().splitlines()):
+    stamp = Path(args.venv) / "deep_gemm_ops_requirements.txt" if args.venv else None
+    if stamp is not None and stamp.is_file() and set(wanted.splitlines()) <= set(stamp.read_text().splitlines()):
         return
     install(python, groups)
-    stamp.write_text(wanted)
+    if stamp is not None:
+        stamp.write_text(wanted)
 
 
 if __name__ == "__main__":
