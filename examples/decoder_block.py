@@ -111,7 +111,10 @@ class DecoderBlock(nn.Module):
         q = torch.cat((q_nope, rotate(q_rope, position)), -1).transpose(0, 1)
         k = torch.cat((k_nope, k_rope), -1).transpose(0, 1)
         visible = (sequence[:, None] == sequence) & (position[:, None] >= position)
-        attended = F.scaled_dot_product_attention(q[None], k[None], v.transpose(0, 1)[None], attn_mask=visible)[0]
+        # Written out: scaled_dot_product_attention looks at sizes to choose a kernel, which may tie a graph to them.
+        scores = (q * (s.nope_dim + s.rope_dim) ** -0.5) @ k.transpose(1, 2)
+        share = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+        attended = share.to(v.dtype) @ v.transpose(0, 1)
         x = x + project("o_proj", attended.transpose(0, 1).reshape(tokens, -1))
 
         gate, up = project("gate_up", self.mlp_norm(x)).chunk(2, -1)
