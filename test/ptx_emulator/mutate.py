@@ -77,7 +77,10 @@ def extract(ptx: str, entry: str) -> str:
 
 
 def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = None) -> Iterator[Mutant]:
-    """One mutant per synchronising statement of the entry (of all entries without one), optionally of some KINDS."""
+    """Mutants of each synchronising statement of the entry (of all entries without one), optionally of some KINDS.
+
+    A wait for an mbarrier has two: one that succeeds at once, and one for the other phase.
+    """
     if entry is not None:
         ptx = extract(ptx, entry)
     start, end = (0, len(ptx)) if entry is None else entry_span(ptx, entry)
@@ -87,8 +90,21 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
         if kinds is not None and kind not in kinds:
             continue
         operands = operands.strip()
-        if kind == "mbarrier wait":  # succeeds at once
-            new = f"{indent}{guard}setp.eq.u32 {operands.split(',')[0].strip()}, 0, 0;"
+        line, text = ptx.count("\n", 0, m.start(3)) + 1, " ".join(m.group().split())
+
+        def mutant(kind: str, new: str, m: re.Match = m, line: int = line, text: str = text) -> Mutant:
+            new += "\n" * (m.group().count("\n") - new.count("\n"))
+            return Mutant(kind, line, text, ptx[: m.start()] + new + ptx[m.end() :])
+
+        if kind == "mbarrier wait":
+            done = operands.split(",")[0].strip()
+            new = f"{indent}{guard}setp.eq.u32 {done}, 0, 0;"  # succeeds at once
+            if ".parity" in op:
+                rest, parity = operands.rsplit(",", 1)
+                other = (
+                    f"{{ .reg .b32 other_phase; xor.b32 other_phase, {parity}, 1; {guard}{op} {rest}, other_phase; }}"
+                )
+                yield mutant("mbarrier phase", indent + other)
         elif kind == "expected bytes":
             address, count = operands.rsplit(",", 1)
             if not count.strip().isdigit():
@@ -98,9 +114,7 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
                 new = f"{indent}{guard}{op} {address}, {int(count) + 16};"
         else:
             new = indent + ";"
-        new += "\n" * (m.group().count("\n") - new.count("\n"))
-        text = " ".join(m.group().split())
-        yield Mutant(kind, ptx.count("\n", 0, m.start(3)) + 1, text, ptx[: m.start()] + new + ptx[m.end() :])
+        yield mutant(kind, new)
 
 
 def survey(mutants: Iterator[Mutant], run: Callable[[str], None]) -> list[tuple[Mutant, str | None]]:

@@ -1,0 +1,152 @@
+"""What a GEMM kernel executes per K block and per tile, for each warp role.
+
+    python -m ptx_emulator.profile --row 3            (in test/, with the library installed)
+
+Three runs of one cluster that differ in the number of tiles and of K blocks; their differences are exact, for the
+counters do not depend on the schedule. The kernel is run through `gemm_emulation.run_row`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+
+from .counters import Counters, ranges
+
+# Multiply-adds per cycle of one SM's tensor cores, FP8 operands on sm_90; warp instructions issued per cycle.
+TENSOR_RATE = 4096
+ISSUE_SLOTS = 4
+CLASSES = "tensor fp32 integer convert move shared global bulk barrier other".split()
+
+
+@dataclasses.dataclass
+class Role:
+    """Warps of a CTA with one job, and the average per warp of each counter."""
+
+    name: str
+    warps: list[int]
+    per_block: dict[str, float]  # per K block
+    per_tile: dict[str, float]  # per tile, K blocks left out
+    fixed: dict[str, float]  # once per CTA
+
+    def instructions(self, table: str = "per_block") -> float:
+        """Instructions of all classes per warp."""
+        return sum(getattr(self, table).get(c, 0) for c in CLASSES)
+
+
+def _roles(counters: Counters) -> dict[str, list[int]]:
+    """Consumers use the tensor cores; loaders fetch from global memory; the rest."""
+    roles: dict[str, list[int]] = {}
+    for warp, c in counters["warps"].items():
+        if c["tensor"]:
+            name = "consumer"
+        elif c["bulk_load_bytes"]:
+            name = "copy producer"
+        elif c["gmem_loads"] or c["global"]:
+            name = "load producer"
+        else:
+            name = "other"
+        roles.setdefault(name, []).append(warp)
+    return roles
+
+
+def profile(run: Callable[[int, int], Counters], tiles: tuple[int, int], blocks: tuple[int, int]) -> list[Role]:
+    """Splits counters into a part per K block, per tile and per CTA.
+
+    `run(t, k)` gives the counters, summed over CTAs, of t tiles of k K blocks each; it is called with both numbers of
+    tiles at the first number of blocks, and with the second number of blocks. Numbers are those of one CTA.
+    """
+    base, longer, more = run(tiles[0], blocks[0]), run(tiles[0], blocks[1]), run(tiles[1], blocks[0])
+    ctas = len(base["ctas"])
+    out = []
+    for name, warps in _roles(base).items():
+
+        def mean(counters: Counters, counter: str, warps: list[int] = warps) -> float:
+            return sum(counters["warps"][w][counter] for w in warps) / (len(warps) * ctas)
+
+        role = Role(name, warps, {}, {}, {})
+        for c in base["total"]:
+            if c == "polls":
+                continue
+            at = mean(base, c)
+            block = (mean(longer, c) - at) / (tiles[0] * (blocks[1] - blocks[0]))
+            tile = (mean(more, c) - at) / (tiles[1] - tiles[0]) - block * blocks[0]
+            for table, value in (
+                (role.per_block, block),
+                (role.per_tile, tile),
+                (role.fixed, at - tiles[0] * (tile + block * blocks[0])),
+            ):
+                if abs(value) > 1e-9:
+                    table[c] = round(value, 6)
+        out.append(role)
+    return out
+
+
+def print_profile(roles: Sequence[Role], tile_macs_per_block: int, file=None) -> None:
+    """Tables per K block and per tile, then tensor-core cycles against issue slots."""
+    heads = [f"{r.name} ({ranges(r.warps)})" for r in roles]
+    names = dict.fromkeys(n for r in roles for n in r.per_block | r.per_tile)
+    for title, table in (("K block", "per_block"), ("tile", "per_tile")):
+        print(f"\nper warp and {title:22s}" + "".join(f"{h:>26s}" for h in heads), file=file)
+        print(f"{'  instructions':35s}" + "".join(f"{r.instructions(table):26,.1f}" for r in roles), file=file)
+        for n in names:
+            values = [getattr(r, table).get(n, 0) for r in roles]
+            if any(values):
+                print(f"  {n:33s}" + "".join(f"{v:26,.1f}" for v in values), file=file)
+    cycles = tile_macs_per_block / TENSOR_RATE
+    slots = sum(r.instructions() * len(r.warps) for r in roles) / ISSUE_SLOTS
+    print(
+        f"\nper K block of a CTA: {cycles:.0f} cycles of the tensor cores, {slots:.0f} issue slots per scheduler "
+        f"(PTX instructions, {slots / cycles:.0%})",
+        file=file,
+    )
+
+
+def profile_row(row: int) -> tuple[list[Role], dict]:
+    """The profile of a row of the library's table, and the row."""
+    import torch
+    from deep_gemm_ops import _capi
+    from gemm_emulation import run_row
+
+    info = _capi.instances()[row]
+    split, gran_k = info["split_k"], info["gran_k"]
+    gran_n = 128 if info["scaling"] == "1d2d" else 1
+
+    def run(tiles: int, blocks: int) -> Counters:
+        # Two tiles of columns, so that both kinds of CTA pairs have work; each CTA of a split tile has its share of K.
+        m, n, k = tiles // 2 * info["block_m"], 2 * info["block_n"], blocks * split * info["block_k"]
+        a, b = (torch.ones(rows, k).to(torch.float8_e4m3fn) for rows in (m, n))
+        sfa, sfb = torch.ones(-(-k // gran_k), m).T, torch.ones(-(-n // gran_n), -(-k // gran_k))
+        d = torch.empty(m, n, dtype=torch.bfloat16)
+        stats = run_row(row, a, sfa, b, sfb, d, gran=(1, gran_n, gran_k), num_sms=info["cluster_size"], counters=True)
+        assert (d == torch.tensor(k).to(d.dtype)).all(), "wrong result"
+        return stats.counters
+
+    # CTAs of a cluster either share each tile or take one each.
+    share = 1 if split > 1 else info["cluster_size"]
+    roles = profile(lambda tiles, blocks: run(tiles * share, blocks), (4, 8), (12, 24))
+    return roles, info
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ptx_emulator.profile", description=__doc__.splitlines()[0])
+    parser.add_argument("--row", type=int, action="append", help="index in the table; several allowed; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of tables")
+    options = parser.parse_args(arguments)
+    if options.row is None:
+        from deep_gemm_ops import _capi
+
+        options.row = [r["index"] for r in _capi.instances()]
+    for index in options.row:
+        roles, info = profile_row(index)
+        if options.json:
+            print(json.dumps({"row": index, "name": info["name"], "roles": [dataclasses.asdict(r) for r in roles]}))
+        else:
+            print(f"\n=== row {index}: {info['name']}")
+            print_profile(roles, info["block_m"] * info["block_n"] * info["block_k"])
+
+
+if __name__ == "__main__":
+    main()
