@@ -74,3 +74,26 @@ def wgmma_fragment_a(k: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     lane, register = thread % 32, e // per
     row = thread // 32 * 16 + lane // 4 + register % 2 * 8
     return row, lane % 4 * per + e % per + register // 2 * (k // 2)
+
+
+def tcgen05_instruction(m: int, n: int, a: str, b: str, *, mn_a=0, mn_b=0, negate_a=0, negate_b=0) -> int:
+    """ "Instruction descriptor" of tcgen05.mma, kinds f16 and f8f6f4, FP32 accumulator."""
+    formats = {"f16": 0, "bf16": 1, "e4m3": 0, "e5m2": 1, "e2m3": 3, "e3m2": 4, "e2m1": 5}
+    fields = {4: 1, 7: formats[a], 10: formats[b], 13: negate_a, 14: negate_b, 15: mn_a, 16: mn_b, 17: n >> 3}
+    return sum(value << bit for bit, value in fields.items()) | m >> 4 << 24
+
+
+def tcgen05_accumulator(m: int, n: int, ctas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ "Data path layout organization": CTA, lane and column of element [row, col] of D.
+
+    One CTA: 128 rows in 128 lanes (layout D), or 64 rows, 16 in each quarter of the lanes (layout F). Two CTAs: 128
+    rows in each (layout A), or 64 rows in each, the second half of the columns in lanes 64 to 127 (layout B).
+    """
+    row, col = np.broadcast_arrays(np.arange(m)[:, None], np.arange(n)[None, :])
+    per_cta = m // ctas
+    cta, row = row // per_cta, row % per_cta
+    if per_cta == 128:
+        return cta, row, col
+    if ctas == 1:
+        return cta, row // 16 * 32 + row % 16, col
+    return cta, row + 64 * (col >= n // 2), col % (n // 2)
