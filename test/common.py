@@ -73,10 +73,9 @@ def fp8_bytes(x: torch.Tensor) -> torch.Tensor:
 def strided(x: torch.Tensor, row_stride: int, device: str, fill: float = math.nan) -> torch.Tensor:
     """A copy of a matrix whose rows lie ``row_stride`` apart in a buffer that is otherwise NaN."""
     rows, cols = x.shape
-    buffer = torch.full((rows, row_stride), fill, dtype=torch.float32).to(x.dtype).to(device)
-    view = buffer[:, :cols]
-    view.copy_(x)
-    return view
+    buffer = torch.full((rows, row_stride), fill, dtype=torch.float32).to(x.dtype)
+    buffer[:, :cols] = x
+    return buffer.to(device)[:, :cols]
 
 
 @contextlib.contextmanager
@@ -118,9 +117,9 @@ def arrange_scales(sf: torch.Tensor, strides: str, device: str) -> torch.Tensor:
     buffer = buffer.view(sf.dtype) if sf.element_size() == 1 else torch.full_like(buffer, 77, dtype=sf.dtype)
     if sf.dtype == torch.float32:
         buffer.fill_(math.nan)
-    view = buffer.to(device)[1 : 2 * rows + 1 : 2, 2 : 3 * cols + 2 : 3]
-    view.copy_(sf)
-    return view
+    inside = slice(1, 2 * rows + 1, 2), slice(2, 3 * cols + 2, 3)
+    buffer[inside] = sf
+    return buffer.to(device)[inside]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ class GemmCase:
         return f"fp8_gemm_{self.layout}"
 
     def operand(self, which: str, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(values, scales, their product as float64 ``[MN, K]``); the first two as the layout wants them, on the device."""
+        """(values, scales, their product as float64 ``[MN, K]``); the first two as the layout has them."""
         mn = self.m if which == "a" else self.n
         gran_mn, gran_k = self.recipe[0 if which == "a" else 1], self.recipe[2]
         if self.data == "integer":

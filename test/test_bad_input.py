@@ -62,6 +62,11 @@ def gemm_arguments(device: str, layout: str = "nt") -> Arguments:
     return {"a": a.to(FP8), "sfa": sfa, "b": b.to(FP8), "sfb": sfb}
 
 
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """[x, x] side by side."""
+    return x.view(torch.uint8).repeat(1, 2).view(x.dtype)
+
+
 def other_device(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
@@ -75,8 +80,8 @@ def test_gemm_operands(device: str) -> None:
         "b of rank 3": changed(b=lambda p: p["b"][None]),
         "K of b": changed(b=lambda p: p["b"][:, :256]),
         "a with a strided inner dimension": changed(a=lambda p: p["a"].t().contiguous().t()),
-        "b with a strided inner dimension": changed(b=lambda p: torch.cat([p["b"]] * 2, 1)[:, ::2]),
-        "a with ragged rows": changed(a=lambda p: torch.cat([p["a"], p["a"]], 1)[:, :280].contiguous()[:, :272]),
+        "b with a strided inner dimension": changed(b=lambda p: twice(p["b"])[:, ::2]),
+        "a with ragged rows": changed(a=lambda p: twice(p["a"])[:, :280].contiguous()[:, :272]),
         "b with overlapping rows": changed(b=lambda p: p["b"][:1].expand(144, 272)),
     }
     assert_expected_inline(
@@ -97,9 +102,7 @@ b with overlapping rows: fp8_gemm_nt: b has row stride 0, expected at least 272 
 
 def test_gemm_base_address() -> None:
     """Only real memory has an address."""
-    changes = {
-        name: changed(**{name: lambda p, name=name: torch.cat([p[name], p[name]], 1)[:, 8:280]}) for name in ("a", "b")
-    }
+    changes = {name: changed(**{name: lambda p, name=name: twice(p[name])[:, 8:280]}) for name in ("a", "b")}
     for device in ["cpu"] + ([] if cuda_condition() else ["cuda"]):
         base = functools.partial(gemm_arguments, device)
         assert_expected_inline(
@@ -165,7 +168,7 @@ def test_gemm_recipe(device: str) -> None:
 [1, 128, 64]: fp8_gemm_nt: recipe has value [1, 128, 64], expected [1 or 128, 1 or 128, 128 or 32]
 [1, 128, 128, 1]: fp8_gemm_nt: recipe has value [1, 128, 128, 1], expected [1 or 128, 1 or 128, 128 or 32]
 [-1, 1, 32]: fp8_gemm_nt: recipe has value [-1, 1, 32], expected [1 or 128, 1 or 128, 128 or 32]
-ambiguous: fp8_gemm_nt: recipe has value None, expected [gran_m, gran_n, 128] or [gran_m, gran_n, 32] (packed scales fit both)""",
+ambiguous: fp8_gemm_nt: recipe has value None, expected [gran_m, gran_n, 128] or [gran_m, gran_n, 32] (packed scales fit both here)""",
     )
 
 

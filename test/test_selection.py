@@ -1,11 +1,10 @@
-"""Which compiled kernel a problem selects. A change of the table or of the cost model shows here, to be looked at and accepted."""
+"""Which compiled kernel a problem selects: a change of the table or of the cost model shows here, to be accepted."""
 
 from __future__ import annotations
 
 import pytest
-from expecttest import assert_expected_inline
-
 from deep_gemm_ops import _capi
+from expecttest import assert_expected_inline
 
 pytestmark = pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library")
 
@@ -21,7 +20,9 @@ def table(recipe: tuple[int, int, int], num_sms: int) -> str:
 
 
 def test_activations_by_weights() -> None:
-    assert_expected_inline(table((1, 128, 128), 132), """\
+    assert_expected_inline(
+        table((1, 128, 128), 132),
+        """\
 1 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
 16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
 64 2112 7168: sm90_fp8_1d2d_m16n64_swap
@@ -63,7 +64,8 @@ def test_activations_by_weights() -> None:
 64 7168 2048: sm90_fp8_1d2d_m64n128_swap_splitk2
 128 7168 2048: sm90_fp8_1d2d_m128n128_swap_splitk2
 1024 7168 2048: sm90_fp8_1d2d_m128n160_rowpair
-4096 7168 2048: sm90_fp8_1d2d_m128n176_rowpair""")
+4096 7168 2048: sm90_fp8_1d2d_m128n176_rowpair""",
+    )
 
 
 def test_weight_gradients() -> None:
@@ -72,7 +74,9 @@ def test_weight_gradients() -> None:
         for recipe in [(1, 1, 128), (1, 1, 32)]:
             choice = _capi.select(m, n, k, recipe=recipe, float_output=True, num_sms=132)["name"]
             lines.append(f"{m} {n} {k} {recipe}: {choice}")
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 2112 7168 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
 2112 7168 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
 7168 2048 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
@@ -80,7 +84,8 @@ def test_weight_gradients() -> None:
 4096 7168 100 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
 4096 7168 100 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
 64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m16n64_swap_splitk2
-64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32""")
+64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32""",
+    )
 
 
 def test_the_choice_is_the_cheapest_row_that_fits() -> None:

@@ -271,7 +271,8 @@ def check_fp8_gemm(
     # Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
     # difference.
     if len(fit_k) > 1 and sfa.dtype == sfb.dtype == torch.int32 and not isinstance(k, _Unknown) and k > 32:
-        fail(op, "recipe", "value", None, "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]", "packed scales fit both")
+        expected = "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]"
+        fail(op, "recipe", "value", None, expected, "packed scales fit both here")
 
     result_dtype = out.dtype if out is not None else out_dtype
     if out is not None:

@@ -41,8 +41,7 @@ def _refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
 
 def _gemm(
     op: str,
-    functional: torch._ops.OpOverload,
-    out_form: torch._ops.OpOverload,
+    overloads: torch._ops.OpOverloadPacket,
     a: torch.Tensor,
     sfa: torch.Tensor,
     b: torch.Tensor,
@@ -52,16 +51,24 @@ def _gemm(
     recipe: Sequence[int] | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    if torch.is_grad_enabled():
+    # Spelt out: this is on the path of every call, and a few microseconds are all that a small product takes.
+    if torch.is_grad_enabled() and (
+        a.requires_grad
+        or sfa.requires_grad
+        or b.requires_grad
+        or sfb.requires_grad
+        or (c is not None and c.requires_grad)
+        or (out is not None and out.requires_grad)
+    ):
         _refuse_grad(op, a=a, sfa=sfa, b=b, sfb=sfb, c=c, out=out)
     if out is None:
-        return functional(
+        return overloads.default(
             a, sfa, b, sfb, c=c, out_dtype=torch.bfloat16 if out_dtype is None else out_dtype, recipe=recipe
         )
     if out_dtype is not None and out.dtype != out_dtype:
         have, want = str(out.dtype).removeprefix("torch."), str(out_dtype).removeprefix("torch.")
         raise RuntimeError(f"{op}: out has dtype {have}, expected {want} (out_dtype)")
-    out_form(a, sfa, b, sfb, c=c, recipe=recipe, out=out)
+    overloads.out(a, sfa, b, sfb, c=c, recipe=recipe, out=out)
     return out
 
 
@@ -101,8 +108,7 @@ def fp8_gemm_nt(
 
     Accumulates in FP32, promoting every 128 elements of K. Specification: ``deep_gemm_ops.reference.fp8_gemm``.
     """
-    functional, out_form = _ops.fp8_gemm_nt.default, _ops.fp8_gemm_nt.out
-    return _gemm("fp8_gemm_nt", functional, out_form, a, sfa, b, sfb, c, out_dtype, recipe, out)
+    return _gemm("fp8_gemm_nt", _ops.fp8_gemm_nt, a, sfa, b, sfb, c, out_dtype, recipe, out)
 
 
 def fp8_gemm_nn(
@@ -121,8 +127,7 @@ def fp8_gemm_nn(
     ``b`` needs inner stride 1 but no alignment: on SM90, whose tensor cores read 8-bit operands K-major only, the
     operator transposes it first (:func:`transpose_fp8`).
     """
-    functional, out_form = _ops.fp8_gemm_nn.default, _ops.fp8_gemm_nn.out
-    return _gemm("fp8_gemm_nn", functional, out_form, a, sfa, b, sfb, c, out_dtype, recipe, out)
+    return _gemm("fp8_gemm_nn", _ops.fp8_gemm_nn, a, sfa, b, sfb, c, out_dtype, recipe, out)
 
 
 def fp8_gemm_tn(
@@ -142,8 +147,7 @@ def fp8_gemm_tn(
     Both need inner stride 1 but no alignment: on SM90 the operator transposes them first (:func:`transpose_fp8`). The
     scales are those of ``per_channel_cast_to_fp8`` as they are.
     """
-    functional, out_form = _ops.fp8_gemm_tn.default, _ops.fp8_gemm_tn.out
-    return _gemm("fp8_gemm_tn", functional, out_form, a, sfa, b, sfb, c, out_dtype, recipe, out)
+    return _gemm("fp8_gemm_tn", _ops.fp8_gemm_tn, a, sfa, b, sfb, c, out_dtype, recipe, out)
 
 
 def fp8_gemm_tt(
@@ -162,26 +166,24 @@ def fp8_gemm_tt(
 
     ``a`` needs inner stride 1 but no alignment: on SM90 the operator transposes it first (:func:`transpose_fp8`).
     """
-    functional, out_form = _ops.fp8_gemm_tt.default, _ops.fp8_gemm_tt.out
-    return _gemm("fp8_gemm_tt", functional, out_form, a, sfa, b, sfb, c, out_dtype, recipe, out)
+    return _gemm("fp8_gemm_tt", _ops.fp8_gemm_tt, a, sfa, b, sfb, c, out_dtype, recipe, out)
 
 
 def _cast(
     op: str,
-    functional: torch._ops.OpOverload,
-    out_form: torch._ops.OpOverload,
+    overloads: torch._ops.OpOverloadPacket,
     x: torch.Tensor,
     gran_k: int,
     use_ue8m0: bool,
     use_packed_ue8m0: bool,
     out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled():
         _refuse_grad(op, x=x)
     if out is None:
-        return functional(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+        return overloads.default(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
     values, scales = out
-    out_form(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0, out=values, out_sf=scales)
+    overloads.out(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0, out=values, out_sf=scales)
     return values, scales
 
 
@@ -213,8 +215,7 @@ def per_token_cast_to_fp8(
     a group makes its scale and values NaN, Inf its scale Inf. Specification:
     ``deep_gemm_ops.reference.per_token_cast_to_fp8``.
     """
-    functional, out_form = _ops.per_token_cast_to_fp8.default, _ops.per_token_cast_to_fp8.out
-    return _cast("per_token_cast_to_fp8", functional, out_form, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
+    return _cast("per_token_cast_to_fp8", _ops.per_token_cast_to_fp8, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
 
 
 def per_channel_cast_to_fp8(
@@ -229,9 +230,11 @@ def per_channel_cast_to_fp8(
 
     As :func:`per_token_cast_to_fp8`, along the other dimension. Scales are ``[ceil(K / gran_k), MN]`` (packed
     ``[ceil(K / (4 * gran_k)), MN]``) with strides ``(MN rounded up to 4, 1)``, MN-major for the transposed operand.
+
+    Traced by torch.export with a dynamic K, the number of scale rows makes PyTorch ask whether it is one: give the
+    dimension ``min=129`` (``gran_k`` 128). torch.compile compiles such a graph once for K <= gran_k and once for more.
     """
-    functional, out_form = _ops.per_channel_cast_to_fp8.default, _ops.per_channel_cast_to_fp8.out
-    return _cast("per_channel_cast_to_fp8", functional, out_form, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
+    return _cast("per_channel_cast_to_fp8", _ops.per_channel_cast_to_fp8, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
 
 
 def per_block_cast_to_fp8(
@@ -247,8 +250,7 @@ def per_block_cast_to_fp8(
     As :func:`per_token_cast_to_fp8`. Scales are ``[ceil(MN / 128), ceil(K / gran_k)]`` (packed
     ``[ceil(MN / 128), ceil(K / (4 * gran_k))]``) with strides ``(1, ceil(MN / 128) rounded up to 4)``.
     """
-    functional, out_form = _ops.per_block_cast_to_fp8.default, _ops.per_block_cast_to_fp8.out
-    return _cast("per_block_cast_to_fp8", functional, out_form, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
+    return _cast("per_block_cast_to_fp8", _ops.per_block_cast_to_fp8, x, gran_k, use_ue8m0, use_packed_ue8m0, out)
 
 
 def transpose_fp8(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -265,7 +267,7 @@ def transpose_fp8(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.
     Raises:
         RuntimeError: wrong dtype, rank, inner stride or shape of ``out``.
     """
-    if torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled():
         _refuse_grad("transpose_fp8", x=x)
     if out is None:
         return _ops.transpose_fp8.default(x)
@@ -283,7 +285,7 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor, *, out: torch.Tensor | Non
     Raises:
         RuntimeError: wrong dtype or rank, or another layout of ``out``.
     """
-    if torch.is_grad_enabled():
+    if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("get_mn_major_tma_aligned_tensor", sf=sf)
     if out is None:
         return _ops.get_mn_major_tma_aligned_tensor.default(sf)
@@ -302,7 +304,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor, *, out: torch
     Raises:
         RuntimeError: wrong dtype or rank, or another layout of ``out``.
     """
-    if torch.is_grad_enabled():
+    if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf=sf)
     if out is None:
         return _ops.get_mn_major_tma_aligned_packed_ue8m0_tensor.default(sf)
@@ -327,7 +329,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
     Raises:
         RuntimeError: wrong dtype, rank, device or ``gran_k``.
     """
-    if torch.is_grad_enabled():
+    if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor", sf=sf)
     return _ops.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor.default(sf, ks, gran_k=gran_k)
 
@@ -361,7 +363,7 @@ def transform_sf_into_required_layout(
     Raises:
         RuntimeError: wrong dtype, rank, shape or recipe.
     """
-    if torch.is_grad_enabled():
+    if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("transform_sf_into_required_layout", sf=sf)
     return _ops.transform_sf_into_required_layout.default(
         sf, mn, k, recipe, num_groups=num_groups, is_sfa=is_sfa, disable_ue8m0_cast=disable_ue8m0_cast
@@ -382,7 +384,7 @@ def expand_ue8m0(sf: torch.Tensor, *, k_sf: int, out: torch.Tensor | None = None
     Raises:
         RuntimeError: wrong dtype, rank or shape.
     """
-    if torch.is_grad_enabled():
+    if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("expand_ue8m0", sf=sf)
     if out is None:
         return _ops.expand_ue8m0.default(sf, k_sf=k_sf)
