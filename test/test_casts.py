@@ -84,7 +84,7 @@ class CastCase:
 
     @property
     def repro(self) -> str:
-        return f'python test/test_casts.py "{self}"'
+        return f'PYTHONPATH=python python test/test_casts.py "{self}"'
 
     def input(self) -> torch.Tensor:
         random = generator(self.seed)
