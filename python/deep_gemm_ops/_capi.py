@@ -1,0 +1,110 @@
+"""The library's C functions: knobs, the table of compiled kernels, selection.
+
+Nothing here touches a GPU. Where no library is installed, :func:`available` is False and the table is empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ._library import library_path
+
+#: SMs of an H100 or H200 (SXM), for selections made without a device.
+DEFAULT_NUM_SMS = 132
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The shared library as ctypes sees it, None where it is not installed."""
+    path = library_path()
+    if path is None:
+        return None
+    lib = ctypes.CDLL(str(path))
+    lib.dg_instances.restype = ctypes.c_char_p
+    lib.dg_select.restype = ctypes.c_char_p
+    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 5
+    for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
+        getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
+        getattr(lib, f"dg_set_{knob}").restype = None
+    lib.dg_set_block_size_multiple_of.argtypes = [ctypes.c_int, ctypes.c_int]
+    lib.dg_set_block_size_multiple_of.restype = None
+    lib.dg_force_instance.argtypes = [ctypes.c_int]
+    lib.dg_force_instance.restype = None
+    return lib
+
+
+def available() -> bool:
+    """Whether the compiled library is installed."""
+    return library() is not None
+
+
+def _require() -> ctypes.CDLL:
+    lib = library()
+    if lib is None:
+        raise RuntimeError("deep_gemm_ops was installed without its compiled library (DG_SKIP_CUDA_BUILD=1)")
+    return lib
+
+
+@functools.cache
+def _instances() -> tuple[dict[str, Any], ...]:
+    lib = library()
+    return () if lib is None else tuple(json.loads(lib.dg_instances()))
+
+
+def instances() -> list[dict[str, Any]]:
+    """The rows of the table of compiled kernels, in its order.
+
+    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel`` (a part of the mangled kernel name),
+    ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``cluster``, ``cluster_size``, ``split_k``, ``scaling`` ("1d2d" or
+    "1d1d"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
+    """
+    return [dict(row) for row in _instances()]
+
+
+def select(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    recipe: tuple[int, int, int] = (1, 128, 128),
+    float_output: bool = False,
+    num_sms: int = DEFAULT_NUM_SMS,
+) -> dict[str, Any]:
+    """The row that a problem selects, and what it beat.
+
+    Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
+    ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
+    """
+    return json.loads(_require().dg_select(m, n, k, *recipe, int(float_output), num_sms))
+
+
+@contextlib.contextmanager
+def force_instance(index: int) -> Iterator[None]:
+    """While the context is open, every GEMM runs on row ``index`` of the table, or raises where that does not fit."""
+    lib = _require()
+    before = lib.dg_get_forced_instance()
+    lib.dg_force_instance(index)
+    try:
+        yield
+    finally:
+        lib.dg_force_instance(before)
+
+
+def get_knob(name: str) -> int:
+    """Value of ``num_sms``, ``tc_util``, ``pdl``, ``mk_alignment``, ``block_m_multiple_of`` or ``block_n_multiple_of``."""
+    return int(getattr(_require(), f"dg_get_{name}")())
+
+
+def set_knob(name: str, value: int) -> None:
+    """Set ``num_sms``, ``tc_util``, ``pdl`` or ``mk_alignment``."""
+    getattr(_require(), f"dg_set_{name}")(value)
+
+
+def set_block_size_multiple_of(m: int, n: int) -> None:
+    """Only rows whose tile is a multiple of ``m`` rows and ``n`` columns are selected from now on."""
+    _require().dg_set_block_size_multiple_of(m, n)

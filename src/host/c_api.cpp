@@ -1,0 +1,139 @@
+// The C functions that deep_gemm_ops/_capi.py calls: knobs, the table, selection, and a GEMM on a caller's backend.
+#include <cstring>
+#include <sstream>
+#include <string>
+
+#include "gemm.h"
+#include "knobs.h"
+
+#define DG_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace deep_gemm;
+
+std::string json_row(int index, const GemmRow& row) {
+    const RowResources resources = row_resources(row);
+    std::ostringstream json;
+    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"sm_90a\""
+         << ", \"family\": \"fp8_gemm\", \"kernel\": \"sm90_fp8_gemmILi" << index << "E\""
+         << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n() << ", \"block_k\": 128"
+         << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
+         << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
+         << row.split_k << ", \"ctas_per_sm\": " << row.ctas_per_sm << ", \"scaling\": \""
+         << (row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
+         << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
+         << ", \"num_threads\": " << resources.num_threads << "}";
+    return json.str();
+}
+
+SelectionLimits limits_from_knobs(int num_sms) {
+    SelectionLimits limits;
+    limits.num_sms = num_sms;
+    limits.block_m_multiple_of = knobs().block_m_multiple_of;
+    limits.block_n_multiple_of = knobs().block_n_multiple_of;
+    return limits;
+}
+
+// Hands encodes and launches to C callbacks, so that a test can emulate what the device would run.
+using LaunchCallback = int (*)(const char* kernel, int grid, int block, int cluster, int shared_bytes,
+                               const void* params, size_t params_bytes);
+
+class CallbackBackend : public Backend {
+public:
+    CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
+    EncodeTiledFunction encode_tiled() override { return encode_; }
+    void launch(const KernelLaunch& launch) override {
+        const std::string kernel = "sm90_fp8_gemmILi" + std::to_string(launch.row) + "E";
+        if (launch_(kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.params,
+                    launch.params_bytes) != 0) {
+            throw std::runtime_error("the launch callback failed");
+        }
+    }
+
+private:
+    EncodeTiledFunction encode_;
+    LaunchCallback launch_;
+};
+
+}  // namespace
+
+DG_EXPORT int dg_get_num_sms() { return knobs().num_sms; }
+DG_EXPORT void dg_set_num_sms(int value) { knobs().num_sms = value; }
+DG_EXPORT int dg_get_tc_util() { return knobs().tc_util; }
+DG_EXPORT void dg_set_tc_util(int percent) { knobs().tc_util = percent; }
+DG_EXPORT int dg_get_pdl() { return knobs().pdl; }
+DG_EXPORT void dg_set_pdl(int enabled) { knobs().pdl = enabled != 0; }
+DG_EXPORT int dg_get_mk_alignment() { return knobs().mk_alignment; }
+DG_EXPORT void dg_set_mk_alignment(int value) { knobs().mk_alignment = value; }
+DG_EXPORT int dg_get_block_m_multiple_of() { return knobs().block_m_multiple_of; }
+DG_EXPORT int dg_get_block_n_multiple_of() { return knobs().block_n_multiple_of; }
+DG_EXPORT void dg_set_block_size_multiple_of(int m, int n) {
+    knobs().block_m_multiple_of = m;
+    knobs().block_n_multiple_of = n;
+}
+DG_EXPORT int dg_get_forced_instance() { return knobs().forced_row; }
+DG_EXPORT void dg_force_instance(int index) { knobs().forced_row = index; }
+
+// JSON array with one object per row of the table; lives as long as the library.
+DG_EXPORT const char* dg_instances() {
+    static const std::string json = [] {
+        std::string text = "[";
+        const auto rows = fp8_gemm_rows();
+        for (size_t i = 0; i < rows.size(); ++i) {
+            if (i > 0) text += ",\n ";
+            text += json_row(static_cast<int>(i), rows[i]);
+        }
+        return text + "]";
+    }();
+    return json.c_str();
+}
+
+// JSON object {"row", "name", "candidates": [{"index", "name", "cost_us", "reason"}]} for a problem; row is -1 where none
+// fits. Valid until the next call on the same thread.
+DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
+                                int num_sms) {
+    static thread_local std::string json;
+    GemmProblem problem;
+    problem.m = m;
+    problem.n = n;
+    problem.k = k;
+    problem.sfa.gran_mn = gran_m;
+    problem.sfb.gran_mn = gran_n;
+    problem.gran_k = gran_k;
+    problem.d_type = d_is_float ? DataType::kFloat32 : DataType::kBFloat16;
+    const auto rows = fp8_gemm_rows();
+    const SelectionLimits limits = limits_from_knobs(num_sms);
+    const int selected = select_row(rows, problem, limits);
+    std::ostringstream text;
+    text << "{\"row\": " << selected << ", \"name\": \"" << (selected < 0 ? "" : row_name(rows[selected]))
+         << "\", \"candidates\": [";
+    const char* separator = "";
+    for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
+        text << separator << "{\"index\": " << candidate.row << ", \"name\": \"" << row_name(rows[candidate.row])
+             << "\", \"cost_us\": ";
+        separator = ", ";
+        if (candidate.reason == nullptr) {
+            text << candidate.cost_us << ", \"reason\": null}";
+        } else {
+            text << "null, \"reason\": \"" << candidate.reason << "\"}";
+        }
+    }
+    text << "]}";
+    json = text.str();
+    return json.c_str();
+}
+
+// Runs a problem on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
+DG_EXPORT int dg_run_fp8_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
+                              LaunchCallback launch, char* error, size_t error_size) {
+    try {
+        CallbackBackend backend(encode, launch);
+        run_fp8_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        return 0;
+    } catch (const std::exception& exception) {
+        std::strncpy(error, exception.what(), error_size - 1);
+        error[error_size - 1] = '\0';
+        return 1;
+    }
+}

@@ -1,0 +1,174 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "../device/gemm_params.h"
+#include "../sm90/gemm_dispatch.h"
+#include "../sm90/gemm_instances.h"
+#include "../sm90/gemm_traits.h"
+#include "knobs.h"
+
+namespace deep_gemm {
+
+namespace {
+
+static_assert(sm90::first_invalid(sm90::kGemmRows) == -1,
+              "src/sm90/gemm_instances.h has a row that cannot be compiled: see invalid_reason() in gemm_traits.h");
+
+#if DG_WITH_SM90
+template <int... kShard>
+const void* find_kernel(int row, std::integer_sequence<int, kShard...>) {
+    static constexpr const void* (*kFind[])(int) = {&sm90::gemm_kernel_in_shard<kShard>...};
+    return kFind[row % DG_NUM_SHARDS](row);
+}
+
+const void* find_kernel(int row) { return find_kernel(row, std::make_integer_sequence<int, DG_NUM_SHARDS>()); }
+#else
+const void* find_kernel(int) { return nullptr; }
+#endif
+
+std::string kernel_name(int row) { return row_name(fp8_gemm_rows()[row]); }
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+[[noreturn]] void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem,
+                               const SelectionLimits& limits) {
+    std::ostringstream message;
+    message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k
+            << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
+    for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
+        message << "\n  " << row_name(rows[candidate.row]) << ": " << candidate.reason;
+    }
+    if (rows.empty()) message << ": this build of deep_gemm_ops has no kernels for sm_90a";
+    throw std::runtime_error(message.str());
+}
+
+ScaleSource scale_source(const ScaleTensor& scales, int64_t mn, int64_t k_groups, bool vector) {
+    ScaleSource source;
+    source.data = scales.data;
+    source.stride_mn = scales.stride_mn;
+    source.stride_k = scales.stride_k;
+    source.k_groups = static_cast<int>(k_groups);
+    source.count = static_cast<int>(vector ? mn : (mn + 127) / 128);
+    source.shift = vector && scales.gran_mn == 128 ? 7 : 0;
+    return source;
+}
+
+// Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side.
+int choose_row_group(const GemmRow& row, int row_tiles, int col_tiles, int clusters) {
+    const double row_bytes = row.block_rows * row.row_ctas;
+    const double col_bytes = row.block_cols * row.col_ctas;
+    if (col_tiles == 1) return row_tiles;
+    const double ideal = std::sqrt(clusters * col_bytes / row_bytes);
+    const int groups = std::max(1, static_cast<int>(std::lround(row_tiles / ideal)));
+    return (row_tiles + groups - 1) / groups;
+}
+
+void print_config(const GemmProblem& problem, const GemmRow& row, const RowResources& resources, int grid) {
+    static std::mutex mutex;
+    static std::set<std::tuple<int64_t, int64_t, int64_t, std::string>> printed;
+    const std::string name = row_name(row);
+    std::lock_guard lock(mutex);
+    if (!printed.insert({problem.m, problem.n, problem.k, name}).second) return;
+    std::fprintf(stderr, "deep_gemm: M = %lld, N = %lld, K = %lld: %s, %d stages, %d bytes shared, grid %d\n",
+                 static_cast<long long>(problem.m), static_cast<long long>(problem.n),
+                 static_cast<long long>(problem.k), name.c_str(), resources.num_stages, resources.shared_bytes, grid);
+}
+
+}  // namespace
+
+std::span<const GemmRow> fp8_gemm_rows() {
+#if DG_WITH_SM90
+    return sm90::kGemmRows;
+#else
+    return {};
+#endif
+}
+
+RowResources row_resources(const GemmRow& row) {
+    const sm90::GemmLayout layout{row};
+    return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
+}
+
+void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row_idx, bool pdl, Backend& backend) {
+    const std::span<const GemmRow> table = fp8_gemm_rows();
+    if (row_idx < 0) row_idx = select_row(table, problem, limits);
+    if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
+    const GemmRow& row = table[row_idx];
+    if (row.gran_k != problem.gran_k ||
+        (row.scaling == kScaling1D2D && (problem.sfa.gran_mn != 1 || problem.sfb.gran_mn != 128))) {
+        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these scales");
+    }
+    const sm90::GemmLayout layout{row};
+
+    const MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    const MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    const MatrixView d{problem.d, problem.m, problem.n, problem.d_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    const MatrixView& rows = row.swap_ab ? b : a;
+    const MatrixView& cols = row.swap_ab ? a : b;
+    const EncodeTiledFunction encode = backend.encode_tiled();
+
+    GemmParams params = {};
+    // A shared panel is loaded in halves, one by each CTA of the pair.
+    params.rows_map = make_tensor_map(encode, rows, row.block_rows / row.col_ctas, sm90::kBlockK);
+    params.cols_map = make_tensor_map(encode, cols, row.block_cols / row.row_ctas, sm90::kBlockK);
+
+    const int element_bytes = size_of(problem.d_type);
+    params.d_is_float = problem.d_type == DataType::kFloat32;
+    params.d_pairs = problem.d_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
+                     (problem.c == nullptr || (problem.c_stride % 2 == 0 && aligned(problem.c, 2 * element_bytes)));
+    const bool tma_can_store = !params.d_is_float && aligned(problem.d, 16) && problem.d_stride * 2 % 16 == 0;
+    params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
+    if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols());
+
+    const int64_t k_groups = (problem.k + problem.gran_k - 1) / problem.gran_k;
+    const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
+    const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
+    params.row_scales = scale_source(row_scales, rows.rows, k_groups, layout.row_scales_are_vector());
+    params.col_scales = scale_source(col_scales, cols.rows, k_groups, layout.col_scales_are_vector());
+
+    const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
+    params.schedule.num_row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
+    params.schedule.num_col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
+    params.schedule.num_k_blocks = tiles(problem.k, sm90::kBlockK);
+    const int64_t num_tiles =
+        static_cast<int64_t>(params.schedule.num_row_tiles) * params.schedule.num_col_tiles;
+    const int clusters = static_cast<int>(
+        std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
+    params.schedule.row_group =
+        choose_row_group(row, params.schedule.num_row_tiles, params.schedule.num_col_tiles, clusters);
+
+    params.d = problem.d;
+    params.c = problem.c;
+    params.d_stride = problem.d_stride;
+    params.c_stride = problem.c_stride;
+    params.m = static_cast<int>(problem.m);
+    params.n = static_cast<int>(problem.n);
+    params.pdl = pdl;
+
+    const RowResources resources = row_resources(row);
+    KernelLaunch launch;
+    launch.kernel = find_kernel(row_idx);
+    launch.name = &kernel_name;
+    launch.row = row_idx;
+    launch.grid = clusters * row.cluster_size();
+    launch.block = resources.num_threads;
+    launch.cluster = row.cluster_size();
+    launch.shared_bytes = resources.shared_bytes;
+    launch.params = &params;
+    launch.params_bytes = sizeof(params);
+    launch.pdl = pdl;
+    if (print_configs()) print_config(problem, row, resources, launch.grid);
+    backend.launch(launch);
+}
+
+}  // namespace deep_gemm

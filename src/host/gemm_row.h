@@ -1,0 +1,30 @@
+// One row of a table of compiled GEMM kernels.
+#pragma once
+
+namespace deep_gemm {
+
+enum Scaling : int {
+    kScaling1D2D,  // A: one scale per row and 128 of K; B: one per 128 x 128 block
+    kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
+};
+
+// Rows and columns are those of the tensor-core instruction (see WorkTile): with swapped operands, rows are B's (the
+// weights) and columns A's (the tokens), which is for small M.
+struct GemmRow {
+    int block_rows;   // 64 or 128: one consumer warpgroup per 64
+    int block_cols;   // multiple of 8, at most 192
+    int row_ctas;     // CTAs of a cluster side by side along rows: they share the column operand by multicast
+    int col_ctas;     // ... along columns: they share the row operand
+    int split_k;      // CTAs of a cluster that share one tile, each with its part of K, reduced in shared memory
+    int ctas_per_sm;  // 2 leaves room for the next kernel's CTA, which then prefetches its weights (see gemm_kernel.cuh)
+    bool swap_ab;
+    Scaling scaling;
+    int gran_k;       // 128, or 32 (1D1D only)
+
+    constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
+    constexpr int cluster_size() const { return multicast_ctas() * split_k; }
+    constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
+    constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
+};
+
+}  // namespace deep_gemm

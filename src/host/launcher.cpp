@@ -1,0 +1,59 @@
+#include "launcher.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace deep_gemm {
+
+namespace {
+
+void check(cudaError_t error, const KernelLaunch& launch, const char* what) {
+    if (error == cudaSuccess) return;
+    (void)cudaGetLastError();
+    throw std::runtime_error("deep_gemm: " + std::string(what) + " of " + launch.name(launch.row) +
+                             " failed: " + cudaGetErrorString(error));
+}
+
+// Above 48 KB a kernel has to be told its limit once per device; asking again costs half a microsecond.
+void allow_shared_memory(const KernelLaunch& launch) {
+    constexpr int kMaxRows = 256;
+    constexpr int kMaxDevices = 64;
+    static std::atomic<const void*> done[kMaxDevices][kMaxRows];
+    int device = 0;
+    check(cudaGetDevice(&device), launch, "cudaGetDevice before the launch");
+    const bool remembered = device < kMaxDevices && launch.row < kMaxRows;
+    if (remembered && done[device][launch.row].load(std::memory_order_acquire) == launch.kernel) return;
+    check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), launch,
+          "setting the shared memory size");
+    if (remembered) done[device][launch.row].store(launch.kernel, std::memory_order_release);
+}
+
+}  // namespace
+
+void DeviceBackend::launch(const KernelLaunch& launch) {
+    allow_shared_memory(launch);
+
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (launch.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+        ++count;
+    }
+    if (launch.pdl) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count].val.programmaticStreamSerializationAllowed = 1;
+        ++count;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(launch.grid);
+    config.blockDim = dim3(launch.block);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = stream_;
+    config.attrs = attributes;
+    config.numAttrs = count;
+    void* arguments[] = {const_cast<void*>(launch.params)};
+    check(cudaLaunchKernelExC(&config, launch.kernel, arguments), launch, "launch");
+}
+
+}  // namespace deep_gemm

@@ -1,0 +1,45 @@
+// The one place where GEMM kernels are launched.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+
+#include "tensor_map.h"
+
+namespace deep_gemm {
+
+struct KernelLaunch {
+    const void* kernel;      // host handle
+    std::string (*name)(int row);
+    int row;                 // in its table
+    int grid;
+    int block;
+    int cluster;
+    int shared_bytes;
+    const void* params;      // the kernel's only parameter
+    size_t params_bytes;
+    bool pdl;
+};
+
+// What runs a problem once it has become a launch: the device, or a test that records or emulates it.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    virtual EncodeTiledFunction encode_tiled() = 0;
+    virtual void launch(const KernelLaunch& launch) = 0;
+};
+
+// Enqueues on a stream of the current device.
+class DeviceBackend : public Backend {
+public:
+    explicit DeviceBackend(cudaStream_t stream) : stream_(stream) {}
+    EncodeTiledFunction encode_tiled() override { return driver_encode_tiled(); }
+    void launch(const KernelLaunch& launch) override;
+
+private:
+    cudaStream_t stream_;
+};
+
+}  // namespace deep_gemm

@@ -1,0 +1,38 @@
+// Which row of a GEMM table runs a problem: the one that a cost model finds cheapest among those that support it.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "gemm_problem.h"
+#include "gemm_row.h"
+
+namespace deep_gemm {
+
+struct SelectionLimits {
+    int num_sms = 132;
+    int block_m_multiple_of = 1;
+    int block_n_multiple_of = 1;
+};
+
+struct Candidate {
+    int row;
+    double cost_us;      // of the model; meaningless where `reason` is set
+    const char* reason;  // why the row cannot run the problem, or null
+};
+
+// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rowpair".
+std::string row_name(const GemmRow& row);
+
+// One entry per row, in the table's order.
+std::vector<Candidate> rate_rows(std::span<const GemmRow> rows, const GemmProblem& problem,
+                                 const SelectionLimits& limits);
+
+// Index of the cheapest row that supports the problem, or -1.
+int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits);
+
+// Clusters of this size that are resident together with one CTA on each SM.
+int resident_clusters(int cluster_size, int num_sms);
+
+}  // namespace deep_gemm

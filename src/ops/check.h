@@ -1,0 +1,144 @@
+// Argument checks of the CUDA operators. Texts are those of deep_gemm_ops/_checks.py:
+//   <op>: <arg> has <what> <value>, expected <value> (<note>)
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace deep_gemm::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // kernels count rows, columns and K in 32 bits
+
+inline std::string text(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Byte: return "uint8";
+        case ScalarType::Char: return "int8";
+        case ScalarType::Short: return "int16";
+        case ScalarType::Int: return "int32";
+        case ScalarType::Long: return "int64";
+        case ScalarType::Half: return "float16";
+        case ScalarType::Float: return "float32";
+        case ScalarType::Double: return "float64";
+        case ScalarType::Bool: return "bool";
+        case ScalarType::BFloat16: return "bfloat16";
+        case ScalarType::Float8_e5m2: return "float8_e5m2";
+        case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+        case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
+        case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
+        case ScalarType::Float8_e8m0fnu: return "float8_e8m0fnu";
+        default: return "scalar type " + std::to_string(static_cast<int>(dtype));
+    }
+}
+
+inline std::string text(int64_t value) { return std::to_string(value); }
+inline std::string text(const std::string& value) { return value; }
+inline std::string text(const char* value) { return value; }
+
+inline std::string text(std::span<const int64_t> values) {
+    std::string joined = "[";
+    for (size_t i = 0; i < values.size(); ++i) joined += (i > 0 ? ", " : "") + std::to_string(values[i]);
+    return joined + "]";
+}
+
+// "x", "x or y", "x, y or z".
+inline std::string one_of(std::initializer_list<std::string> words) {
+    std::string joined;
+    size_t i = 0;
+    for (const std::string& word : words) {
+        joined += (i == 0 ? "" : i + 1 == words.size() ? " or " : ", ") + word;
+        ++i;
+    }
+    return joined;
+}
+
+template <class Value, class Expected>
+[[noreturn]] void fail(const std::string& op, const char* arg, const char* what, const Value& value,
+                       const Expected& expected, const std::string& note = "") {
+    throw std::runtime_error(op + ": " + arg + " has " + what + " " + text(value) + ", expected " + text(expected) +
+                             (note.empty() ? "" : " (" + note + ")"));
+}
+
+inline void check_dtype(const std::string& op, const char* arg, const Tensor& x,
+                        std::initializer_list<ScalarType> dtypes) {
+    const ScalarType dtype = x.scalar_type();
+    std::string names;
+    size_t i = 0;
+    for (ScalarType accepted : dtypes) {
+        if (dtype == accepted) return;
+        names += (i == 0 ? "" : i + 1 == dtypes.size() ? " or " : ", ") + text(accepted);
+        ++i;
+    }
+    fail(op, arg, "dtype", text(dtype), names);
+}
+
+inline void check_rank(const std::string& op, const char* arg, const Tensor& x, int64_t rank) {
+    if (x.dim() != rank) fail(op, arg, "rank", x.dim(), rank);
+}
+
+inline std::string device_text(const Tensor& x) {
+    return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : x.is_cpu() ? "cpu" : "of another kind";
+}
+
+inline void check_device(const std::string& op, const char* arg, const Tensor& x, const Tensor& like,
+                         const char* like_arg) {
+    if (!x.is_cuda() || x.get_device_index() != like.get_device_index()) {
+        fail(op, arg, "device", device_text(x), device_text(like), "the device of " + std::string(like_arg));
+    }
+}
+
+inline void check_size(const std::string& op, const char* arg, const char* dimension, int64_t size) {
+    if (size > kMaxSize) fail(op, arg, dimension, size, "at most " + std::to_string(kMaxSize));
+}
+
+inline void check_shape(const std::string& op, const char* arg, const Tensor& x, const char* names,
+                        std::initializer_list<int64_t> expected) {
+    const auto sizes = x.sizes();
+    bool equal = sizes.size() == expected.size();
+    for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == expected.begin()[i];
+    if (equal) return;
+    fail(op, arg, "shape", text(std::span(sizes.data(), sizes.size())),
+         std::string(names) + " = " + text(std::span(expected.begin(), expected.size())));
+}
+
+// The last dimension of a matrix is dense (irrelevant where it has one element or the matrix none).
+inline void check_inner_stride(const std::string& op, const char* arg, const Tensor& x, const char* helper) {
+    if (x.size(1) > 1 && x.size(0) > 0 && x.stride(1) != 1) {
+        fail(op, arg, "inner stride", x.stride(1), int64_t{1},
+             helper ? "use deep_gemm_ops." + std::string(helper) : "");
+    }
+}
+
+// Rows of a matrix that is written do not overlap.
+inline void check_rows_apart(const std::string& op, const char* arg, const Tensor& x) {
+    if (x.size(0) > 1 && x.size(1) > 0 && x.stride(0) < x.size(1)) {
+        fail(op, arg, "row stride", x.stride(0), "at least " + std::to_string(x.size(1)));
+    }
+}
+
+// A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address.
+inline void check_tma_readable(const std::string& op, const char* arg, const Tensor& x) {
+    constexpr int64_t kAlignment = 16;
+    check_inner_stride(op, arg, x, "to_tma_aligned");
+    const int64_t rows = x.size(0), cols = x.size(1);
+    if (rows == 0 || cols == 0) return;
+    const char* helper = "use deep_gemm_ops.to_tma_aligned";
+    if (rows > 1) {
+        const int64_t stride = x.stride(0);
+        if (stride % kAlignment != 0) {
+            fail(op, arg, "row stride", std::to_string(stride) + " bytes", "a multiple of 16 bytes", helper);
+        }
+        if (stride < cols) fail(op, arg, "row stride", stride, "at least " + std::to_string(cols), helper);
+    }
+    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % kAlignment;
+    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 16 bytes", int64_t{0}, helper);
+}
+
+}  // namespace deep_gemm::ops

@@ -1,0 +1,173 @@
+// From FP32 accumulators to D: optional C or bias, one rounding, then TMA stores or predicated stores.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "../device/gemm_params.h"
+#include "../device/ptx_memory.cuh"
+#include "../device/ptx_tma.cuh"
+#include "gemm_traits.h"
+
+namespace deep_gemm::sm90 {
+
+// Stores kStoreCols columns of one consumer warpgroup's 64 rows. Accumulator layout: wgmma.cuh.
+template <class Traits>
+class Epilogue {
+public:
+    static constexpr GemmLayout kLayout = Traits::kLayout;
+    static constexpr bool kSwapAB = kLayout.row.swap_ab;
+    static constexpr int kStoreCols = kLayout.store_cols();
+    static constexpr int kColGroups = kStoreCols / 8;
+
+    static constexpr int kBoxCols = kLayout.box_cols();
+
+    // `row`, `col`: position of values[0..3]'s 64 x kStoreCols part, in rows and columns of the instruction.
+    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t* staging, int barrier_id, int row,
+                                                 int col, int thread, float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int thread_row = row + thread / 32 * 16 + lane / 4;
+        const int thread_col = col + lane % 4 * 2;
+        if (params.c != nullptr) {
+            if (params.d_is_float) {
+                add_c<float>(params, thread_row, thread_col, values);
+            } else {
+                add_c<__nv_bfloat16>(params, thread_row, thread_col, values);
+            }
+        }
+        if (params.output_mode == kStoreTma) {
+            store_tma(params, staging, barrier_id, row, col, thread, values);
+        } else if (params.d_is_float) {
+            store_direct<float>(params, thread_row, thread_col, values);
+        } else {
+            store_direct<__nv_bfloat16>(params, thread_row, thread_col, values);
+        }
+    }
+
+private:
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, uint8_t* staging, int barrier_id,
+                                                     int row, int col, int thread, float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int warp = thread / 32;
+        constexpr int kBoxBytes = kBoxCols * 2;
+
+        // The staging buffer is free once the previous tile's stores have read it.
+        if (thread == 0) ptx::tma_store_wait_read<0>();
+        ptx::named_barrier_sync(barrier_id, 128);
+
+        const uint32_t base = ptx::smem_address(staging);
+        if constexpr (kSwapAB) {
+            // [kStoreCols rows of D][64 columns]: transposed 8x8 matrices; this warp holds 16 of the 64 columns.
+            const int row_in_matrix = lane % 8;
+            const int chunk = warp * 2 + lane / 8 % 2;
+#pragma unroll
+            for (int j = 0; j < kColGroups; j += 2) {
+                const int d_row = (j + lane / 16) * 8 + row_in_matrix;
+                const uint32_t address = base + d_row * 128 + ((chunk ^ (d_row % 8)) * 16);
+                if (j + 1 < kColGroups) {
+                    ptx::stmatrix_x4_transposed(address, pack(values, j, 0), pack(values, j, 2), pack(values, j + 1, 0),
+                                                pack(values, j + 1, 2));
+                } else {
+                    ptx::stmatrix_x2_transposed(address, pack(values, j, 0), pack(values, j, 2));
+                }
+            }
+        } else {
+            // Boxes of [64 rows][kBoxCols], swizzled as TMA expects it for rows of kBoxBytes.
+            const int d_row = warp * 16 + lane % 16;
+            const uint32_t row_address = base + d_row * kBoxBytes;
+            const int swizzle = d_row / (128 / kBoxBytes) % (kBoxBytes / 16);
+#pragma unroll
+            for (int j = 0; j < kColGroups; j += 2) {
+                const int box = j * 8 / kBoxCols;
+                const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
+                ptx::stmatrix_x4(row_address + box * 64 * kBoxBytes + chunk * 16, pack(values, j, 0),
+                                 pack(values, j, 2), pack(values, j + 1, 0), pack(values, j + 1, 2));
+            }
+        }
+        ptx::fence_async_shared();
+        ptx::named_barrier_sync(barrier_id, 128);
+
+        if (thread == 0) {
+            if constexpr (kSwapAB) {
+                ptx::tma_store_2d(params.d_map, staging, row, col);
+            } else {
+#pragma unroll
+                for (int box = 0; box < kStoreCols / kBoxCols; ++box) {
+                    ptx::tma_store_2d(params.d_map, staging + box * 64 * kBoxBytes, col + box * kBoxCols, row);
+                }
+            }
+            ptx::tma_store_commit();
+        }
+    }
+
+    __device__ __forceinline__ static uint32_t pack(const float (&values)[kColGroups * 4], int j, int first) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[4 * j + first], values[4 * j + first + 1]);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+
+    __device__ __forceinline__ static float to_float(float value) { return value; }
+    __device__ __forceinline__ static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+    template <class Element>
+    struct alignas(2 * sizeof(Element)) Pair {
+        Element x, y;
+    };
+
+    // Calls visit(index of the first of two values, row, column) for this thread's pairs of neighbouring columns.
+    template <class Visit>
+    __device__ __forceinline__ static void for_each_pair(int thread_row, int thread_col, Visit&& visit) {
+#pragma unroll
+        for (int j = 0; j < kColGroups; ++j) {
+            visit(4 * j, thread_row, thread_col + 8 * j);
+            visit(4 * j + 2, thread_row + 8, thread_col + 8 * j);
+        }
+    }
+
+    template <class Element>
+    __device__ __forceinline__ static void add_c(const GemmParams& params, int thread_row, int thread_col,
+                                                 float (&values)[kColGroups * 4]) {
+        const Element* c = static_cast<const Element*>(params.c);
+        for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
+            if constexpr (kSwapAB) {
+                if (row >= params.n) return;
+                if (col < params.m) values[i] += to_float(c[col * params.c_stride + row]);
+                if (col + 1 < params.m) values[i + 1] += to_float(c[(col + 1) * params.c_stride + row]);
+            } else {
+                if (row >= params.m) return;
+                const Element* source = c + row * params.c_stride + col;
+                if (params.d_pairs && col + 1 < params.n) {
+                    const auto pair = *reinterpret_cast<const Pair<Element>*>(source);
+                    values[i] += to_float(pair.x);
+                    values[i + 1] += to_float(pair.y);
+                } else {
+                    if (col < params.n) values[i] += to_float(source[0]);
+                    if (col + 1 < params.n) values[i + 1] += to_float(source[1]);
+                }
+            }
+        });
+    }
+
+    template <class Element>
+    __device__ __forceinline__ static void store_direct(const GemmParams& params, int thread_row, int thread_col,
+                                                        const float (&values)[kColGroups * 4]) {
+        Element* d = static_cast<Element*>(params.d);
+        for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
+            if constexpr (kSwapAB) {
+                if (row >= params.n) return;
+                if (col < params.m) d[col * params.d_stride + row] = static_cast<Element>(values[i]);
+                if (col + 1 < params.m) d[(col + 1) * params.d_stride + row] = static_cast<Element>(values[i + 1]);
+            } else {
+                if (row >= params.m) return;
+                Element* destination = d + row * params.d_stride + col;
+                const Pair<Element> pair{static_cast<Element>(values[i]), static_cast<Element>(values[i + 1])};
+                if (params.d_pairs && col + 1 < params.n) {
+                    *reinterpret_cast<Pair<Element>*>(destination) = pair;
+                } else {
+                    if (col < params.n) destination[0] = pair.x;
+                    if (col + 1 < params.n) destination[1] = pair.y;
+                }
+            }
+        });
+    }
+};
+
+}  // namespace deep_gemm::sm90

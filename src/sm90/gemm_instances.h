@@ -1,0 +1,91 @@
+// The table of SM90 FP8 GEMM kernels. One line is one kernel: shards, dispatch, selection, listing and tests follow.
+#pragma once
+
+#include "../host/gemm_row.h"
+
+namespace deep_gemm::sm90 {
+
+inline constexpr GemmRow kGemmRows[] = {
+    // block_rows, block_cols, row_ctas, col_ctas, split_k, ctas_per_sm, swap_ab, scaling, gran_k
+#if DG_PART != 2
+    {128, 96, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 96, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 112, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 112, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 128, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 128, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 144, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 144, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 160, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 160, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 176, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 176, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 192, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 192, 2, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 128, 1, 2, 1, 1, false, kScaling1D2D, 128},
+    {128, 192, 1, 2, 1, 1, false, kScaling1D2D, 128},
+    {128, 128, 2, 1, 1, 1, false, kScaling1D1D, 128},
+    {128, 128, 1, 1, 1, 1, false, kScaling1D1D, 32},
+#endif
+#if DG_PART != 1
+    {64, 8, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 8, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 8, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 8, 1, 1, 8, 2, true, kScaling1D2D, 128},
+    {128, 8, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 8, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {128, 8, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 16, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 16, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 16, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 16, 1, 1, 8, 2, true, kScaling1D2D, 128},
+    {128, 16, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 16, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {128, 16, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 16, 2, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 16, 2, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 16, 2, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 32, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 32, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 32, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 32, 1, 1, 8, 2, true, kScaling1D2D, 128},
+    {128, 32, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 32, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {128, 32, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 32, 2, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 32, 2, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 32, 2, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 32, 4, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 32, 4, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 64, 1, 1, 1, 2, true, kScaling1D2D, 128},
+    {64, 64, 1, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 64, 1, 1, 4, 2, true, kScaling1D2D, 128},
+    {64, 64, 1, 1, 8, 2, true, kScaling1D2D, 128},
+    {128, 64, 1, 1, 1, 1, true, kScaling1D2D, 128},
+    {128, 64, 1, 1, 2, 1, true, kScaling1D2D, 128},
+    {128, 64, 1, 1, 4, 1, true, kScaling1D2D, 128},
+    {64, 64, 2, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 64, 2, 1, 1, 1, true, kScaling1D2D, 128},
+    {64, 64, 2, 1, 2, 2, true, kScaling1D2D, 128},
+    {64, 64, 4, 1, 1, 2, true, kScaling1D2D, 128},
+    {128, 64, 4, 1, 1, 1, true, kScaling1D2D, 128},
+    {128, 32, 1, 2, 1, 2, false, kScaling1D2D, 128},
+    {128, 32, 1, 4, 1, 2, false, kScaling1D2D, 128},
+    {128, 32, 1, 1, 1, 2, false, kScaling1D2D, 128},
+    {128, 48, 1, 2, 1, 2, false, kScaling1D2D, 128},
+    {128, 48, 1, 4, 1, 2, false, kScaling1D2D, 128},
+    {128, 48, 1, 1, 1, 2, false, kScaling1D2D, 128},
+    {128, 64, 1, 2, 1, 1, false, kScaling1D2D, 128},
+    {128, 64, 1, 4, 1, 1, false, kScaling1D2D, 128},
+    {128, 64, 1, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 64, 1, 2, 2, 1, false, kScaling1D2D, 128},
+    {128, 64, 1, 1, 2, 1, false, kScaling1D2D, 128},
+    {128, 96, 1, 2, 1, 1, false, kScaling1D2D, 128},
+    {128, 96, 1, 4, 1, 1, false, kScaling1D2D, 128},
+    {64, 32, 1, 2, 1, 2, false, kScaling1D2D, 128},
+    {64, 32, 1, 4, 1, 2, false, kScaling1D2D, 128},
+#endif
+};
+inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
+
+}  // namespace deep_gemm::sm90

@@ -1,0 +1,87 @@
+// The warpgroup matrix instruction: 64 x N x 32 FP8 products, both operands K-major in shared memory.
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cstdint>
+#include <utility>
+
+#include "../device/ptx_mbarrier.cuh"
+
+namespace deep_gemm::sm90 {
+
+template <int kN>
+struct WgmmaShape;
+
+#define DG_WGMMA_SHAPE(N)                                                                                             \
+    template <>                                                                                                       \
+    struct WgmmaShape<N> {                                                                                            \
+        using Instruction = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<cute::SM90::GMMA::ScaleIn::One,      \
+                                                                                cute::SM90::GMMA::ScaleIn::One>;     \
+    };
+DG_WGMMA_SHAPE(8)
+DG_WGMMA_SHAPE(16)
+DG_WGMMA_SHAPE(24)
+DG_WGMMA_SHAPE(32)
+DG_WGMMA_SHAPE(48)
+DG_WGMMA_SHAPE(64)
+DG_WGMMA_SHAPE(80)
+DG_WGMMA_SHAPE(96)
+DG_WGMMA_SHAPE(112)
+DG_WGMMA_SHAPE(128)
+DG_WGMMA_SHAPE(144)
+DG_WGMMA_SHAPE(160)
+DG_WGMMA_SHAPE(176)
+DG_WGMMA_SHAPE(192)
+#undef DG_WGMMA_SHAPE
+
+// Descriptor of a K-major tile of 8-bit values with rows of 128 bytes and 128-byte swizzle, which starts on a multiple
+// of 1024 bytes: groups of 8 rows are 1024 bytes apart. Adding 2 to it moves 32 values along K.
+__device__ __forceinline__ uint64_t make_descriptor(const void* tile) {
+    constexpr uint64_t kSwizzle128B = 1ull << 62;
+    constexpr uint64_t kRowGroupStride = (1024ull >> 4) << 32;
+    constexpr uint64_t kUnusedLeadingStride = 1ull << 16;
+    return kSwizzle128B | kRowGroupStride | kUnusedLeadingStride | (ptx::smem_address(tile) >> 4);
+}
+
+template <int kN, size_t... kIndex>
+__device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate,
+                                      std::index_sequence<kIndex...>) {
+    WgmmaShape<kN>::Instruction::fma(
+        rows, cols, accumulator[kIndex]...,
+        accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+// accumulator = rows * cols^T (+ accumulator), asynchronously; thread layout as in the PTX ISA, "wgmma D fragment":
+// element 4 j + {0, 1} is (row t / 4 of the warp's 16, column 8 j + 2 (t % 4) + {0, 1}), 4 j + {2, 3} is 8 rows below.
+template <int kN>
+__device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate) {
+    wgmma<kN>(rows, cols, accumulator, accumulate, std::make_index_sequence<kN / 2>());
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of an accumulator across this point.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void set_max_registers() {
+    // The two forms need the count as an immediate; growing waits until the other warpgroups have given theirs back.
+    if constexpr (kCount >= 100) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+    }
+}
+
+}  // namespace deep_gemm::sm90
