@@ -293,6 +293,24 @@ def test_race_between_ctas(missing, seed):
     expect(("race", "uninit_smem"), launch) if missing else launch()
 
 
+EXIT = """
+.shared .align 8 .b64 bar; .reg .b32 %t, %rank, %bar, %peer; .reg .pred %first, %q;
+mov.u32 %t, %tid.x; mov.u32 %rank, %cluster_ctarank; mov.u32 %bar, bar; setp.eq.u32 %first, %t, 0;
+@%first mbarrier.init.shared.b64 [%bar], 1; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+xor.b32 %peer, %rank, 1; mapa.shared::cluster.u32 %peer, %bar, %peer;
+@%first mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%peer];
+"""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_exit_before_a_remote_arrive(seed):
+    """A CTA may only exit after it, or the arriving thread, has been synchronised with."""
+    launch = lambda end: module(EXIT + end).launch("k", 2, 32, [0], cluster=2, seed=seed)  # noqa: E731
+    launch(SYNC)
+    launch("W: mbarrier.try_wait.parity.shared.b64 %q, [%bar], 0; @!%q bra W;")
+    assert "exit" in expect("dsmem_exited", launch, "")
+
+
 def test_copies_and_their_arrives_in_every_order():
     program, sync, _, count = CASES["cp.async: a later arrive may overtake"]
     for seed in range(100):

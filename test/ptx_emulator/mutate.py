@@ -40,12 +40,16 @@ _STATEMENT = re.compile(r"(?<=[;{}\n])([ \t]*)(@!?[%\w]+[ \t]+)?(" + "|".join(KI
 
 @dataclass
 class Mutant:
-    """`ptx` is the kernel's module with one statement changed; the statement was `text`, on `line` of it."""
+    """`ptx` is the kernel's module with one statement changed; the statement was `text`, on `line` of it.
+
+    In `probe` the statement is a trap instead, which tells whether a run reaches it.
+    """
 
     kind: str
     line: int
     text: str
     ptx: str
+    probe: str
 
     def __str__(self) -> str:
         return f"{self.kind}, PTX line {self.line}: {self.text}"
@@ -93,8 +97,11 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
         line, text = ptx.count("\n", 0, m.start(3)) + 1, " ".join(m.group().split())
 
         def mutant(kind: str, new: str, m: re.Match = m, line: int = line, text: str = text) -> Mutant:
-            new += "\n" * (m.group().count("\n") - new.count("\n"))
-            return Mutant(kind, line, text, ptx[: m.start()] + new + ptx[m.end() :])
+            def version(statement: str) -> str:
+                lines = "\n" * (m.group().count("\n") - statement.count("\n"))
+                return f"{ptx[: m.start()]}{statement}{lines}{ptx[m.end() :]}"
+
+            return Mutant(kind, line, text, version(new), version((m[1] or "") + (m[2] or "") + "trap;"))
 
         if kind == "mbarrier wait":
             done = operands.split(",")[0].strip()
@@ -117,19 +124,26 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
         yield mutant(kind, new)
 
 
-def survey(mutants: Iterator[Mutant], run: Callable[[str], None]) -> list[tuple[Mutant, str | None]]:
-    """Runs each mutant; pairs it with the kind of the violation found, "wrong result", or None if it went unnoticed.
+def survey(mutants: Iterator[Mutant], run: Callable[[str], None]) -> list[tuple[Mutant, str]]:
+    """Runs each mutant; pairs it with the kind of the violation found, or with one of three words.
 
-    `run` takes the PTX, launches the kernel and raises AssertionError when the result is wrong.
+    "wrong result": only the numbers tell; "not reached": the run does not execute the statement; "unnoticed".
+    `run` takes PTX, launches the kernel and raises AssertionError when the result is wrong.
     """
     results = []
     for m in mutants:
-        try:
-            run(m.ptx)
-            found = None
-        except PtxError as e:
-            found = e.kind
-        except AssertionError:
-            found = "wrong result"
+        found = _outcome(run, m.ptx)
+        if found == "unnoticed" and _outcome(run, m.probe) == "unnoticed":
+            found = "not reached"
         results.append((m, found))
     return results
+
+
+def _outcome(run: Callable[[str], None], ptx: str) -> str:
+    try:
+        run(ptx)
+    except PtxError as e:
+        return e.kind
+    except AssertionError:
+        return "wrong result"
+    return "unnoticed"

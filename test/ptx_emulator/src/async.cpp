@@ -205,11 +205,12 @@ void expectSignal(Machine& M, Warp& w, int l, Cta* c, u32 off, const char* what)
     b.asyncPending++;
     c->pendingAsync++;
 }
-// `bytes` have arrived at [dst, dst + size) of CTA `d`.
-void signal(Machine& M, Cta* c, u32 off, u32 bytes, Cta* d, u32 dst, u32 size, const char* what) {
+// `bytes` have arrived at [dst, dst + size) of CTA `d`, from another CTA if `remote`.
+void signal(Machine& M, Cta* c, u32 off, u32 bytes, Cta* d, u32 dst, u32 size, bool remote, const char* what) {
     Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, what);
     b.asyncPending--;
     if (size) orderWritten(d, dst, size, b.queue, u32(b.phase) + 1);
+    if (remote) orderTouch(d, Access::byQueue(b.queue, u32(b.phase) + 1));
     c->pendingAsync--;
     mbarrierTx(M, nullptr, -1, c, off, -i64(bytes), what);
 }
@@ -324,6 +325,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             orderAsyncWrite(w, l, t.cta, off, bytes, "cp.async.bulk");
             expectSignal(M, w, l, t.barCta, barOff, "cp.async.bulk");
             t.cta->pendingAsync++;
+            const Cta* self = w.cta;
             M.schedule(M.randomDelay(), [=, &M] {
                 if (sc) {
                     std::memcpy(&t.cta->smem[off], &sc->smem[srcOff], bytes);
@@ -336,7 +338,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
                 }
                 smemAsyncWriteEnd(t.cta, off, bytes);
                 t.cta->pendingAsync--;
-                signal(M, t.barCta, barOff, bytes, t.cta, off, bytes, "cp.async.bulk");
+                signal(M, t.barCta, barOff, bytes, t.cta, off, bytes, t.cta != self, "cp.async.bulk");
             });
         }
     });
@@ -370,6 +372,7 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
             orderAsyncWrite(w, l, g.cta, off, bytes, "cp.async.bulk.tensor");
             expectSignal(M, w, l, g.barCta, barOff, "cp.async.bulk.tensor");
             g.cta->pendingAsync++;
+            const Cta* self = w.cta;
             std::array<i32, 5> co;
             std::copy_n(coord, 5, co.begin());
             M.schedule(M.randomDelay(), [=, &M] {
@@ -383,7 +386,7 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
                 }
                 smemAsyncWriteEnd(g.cta, off, bytes);
                 g.cta->pendingAsync--;
-                signal(M, g.barCta, barOff, tx, g.cta, off, bytes, "cp.async.bulk.tensor");
+                signal(M, g.barCta, barOff, tx, g.cta, off, bytes, g.cta != self, "cp.async.bulk.tensor");
             });
         }
     });
@@ -631,6 +634,7 @@ Status stAsyncExec(Warp& w, const Inst& in, u32 m) {
         expectSignal(M, w, l, bc, barOff, "st.async");
         countBulk(w, kBulkDsmem, bytes);
         bool add = x.p[4];
+        const Cta* self = w.cta;
         u32 eb = in.sb;
         M.schedule(M.randomDelay(), [=, &M] {
             if (!add)
@@ -648,7 +652,7 @@ Status stAsyncExec(Warp& w, const Inst& in, u32 m) {
                 o += n;
                 std::memcpy(&c->smem[off], &o, 4);
             }
-            signal(M, bc, barOff, bytes, c, off, add ? 0 : bytes, "st.async");
+            signal(M, bc, barOff, bytes, c, off, add ? 0 : bytes, c != self, "st.async");
         });
     });
     return Status::Next;

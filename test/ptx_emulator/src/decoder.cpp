@@ -177,6 +177,7 @@ int Decoder::newReg(u8 bits) {
     pinned_.push_back(false);
     asyncReg_.push_back(false);
     fenceReg_.push_back(false);
+    accumulator_.push_back(false);
     return int(f_.regs.size()) - 1;
 }
 
@@ -361,8 +362,9 @@ void Decoder::retirePendingLoads() {
     pendingLoads_.clear();
 }
 
-void Decoder::pin(const Operand& o) {
+void Decoder::pin(const Operand& o, bool accumulator) {
     if (o.kind == Operand::Reg) pinned_[size_t(o.reg)] = asyncReg_[size_t(o.reg)] = fenceReg_[size_t(o.reg)] = true;
+    if (o.kind == Operand::Reg && accumulator) accumulator_[size_t(o.reg)] = true;
 }
 
 int Decoder::label(int scope, const std::string& name) const {
@@ -378,7 +380,7 @@ namespace {
 // wgmma.mma_async or tcgen05.ld uses asynchronously.
 Status asyncGuarded(Warp& w, const Inst& in, u32 m) {
     if (!w.wgmma.empty()) wgmmaRegisterCheck(w, in);
-    if (!in.x->fenceDef.empty()) wgmmaTrackWrites(w, *in.x);
+    if (!in.x->fenceDef.empty() || !in.x->fenceRead.empty()) wgmmaTrackAccesses(w, *in.x);
     if (!w.tmemPending.empty()) tmemRegisterCheck(w, in);
     return in.x->asyncInner(w, in, m);
 }
@@ -424,6 +426,12 @@ void Decoder::wrapAsyncChecks() {
         };
         slots(x.fenceDef, tracked);
         x.move = op == "mov";
+        if (!x.move) {
+            std::vector<int> read;
+            for (int v : uses_[i])
+                if (accumulator_[size_t(v)]) read.push_back(v);
+            slots(x.fenceRead, read);
+        }
         if (x.move && !tracked.empty()) slots(x.fenceUse, uses_[i]);
         x.guardedDef = defs;
         x.copy = isCopy(i);
@@ -440,6 +448,7 @@ std::unique_ptr<Kernel> Decoder::run() {
     pinned_.assign(f_.regs.size(), false);
     asyncReg_.assign(f_.regs.size(), false);
     fenceReg_.assign(f_.regs.size(), false);
+    accumulator_.assign(f_.regs.size(), false);
     predIndex_.assign(f_.regs.size(), -1);
     int preds = 1;  // 0 is the sink
     for (size_t i = 0; i < f_.regs.size(); i++)

@@ -47,9 +47,9 @@ class Decoder {
     void special(u32& field, const std::string& name, u32 stride);
     bool symbolAddress(const Operand& o, const Stmt& s, std::string& base, i64& disp);
     // Registers used asynchronously: accesses by other instructions are checked.
-    void pin(const Operand& o);          // wgmma: the register keeps a slot of its own
-    void pendingLoad(const Operand& o);  // tcgen05.ld: live until ...
-    void retirePendingLoads();           // ... the next tcgen05.wait::ld
+    void pin(const Operand& o, bool accumulator);  // wgmma: the register keeps a slot of its own
+    void pendingLoad(const Operand& o);            // tcgen05.ld: live until ...
+    void retirePendingLoads();                     // ... the next tcgen05.wait::ld
 
  private:
     friend void allocateRegisters(Decoder& d);
@@ -64,7 +64,7 @@ class Decoder {
     std::deque<Inst> work_;  // in emission order
     std::vector<const Stmt*> workStmt_;
     std::vector<std::vector<int>> uses_, defs_;  // per instruction, vreg ids
-    std::vector<bool> pinned_, asyncReg_, fenceReg_;
+    std::vector<bool> pinned_, asyncReg_, fenceReg_, accumulator_;
     std::map<std::pair<u64, u32>, u32> constants_;
     std::map<std::string, int> specials_;     // hidden registers
     std::map<std::string, u32> smemOffsets_;  // module-level shared variables

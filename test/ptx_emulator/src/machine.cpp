@@ -204,6 +204,7 @@ bool Machine::startCluster(Launch& l) {
             w.id = i;
             w.regs.assign(k.regBytes + 64 + k.predCount * 4, 0);
             w.wgmmaState.assign(k.regBytes / 128 + 1, 0);
+            w.wgmmaRead = w.wgmmaState;
             if (opt.counters) w.counters = std::make_unique<WarpCounters>();
             u8* base = (u8*)alignUp(u64(w.regs.data()), 32);
             w.base[0] = base;
@@ -249,6 +250,7 @@ void Machine::finishCta(Cta* c) {
         }
         counters.push_back(std::move(r));
     }
+    if (c->order && !c->touched.empty()) orderExit(*this, c);
     c->launchFinished = true;
     smBusy[c->smid] = false;
     usedSms--;

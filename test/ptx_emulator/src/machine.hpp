@@ -41,6 +41,7 @@ struct Ext {
     std::vector<u32> guarded;             // registers to test for in-flight wgmma
     std::vector<u8> guardedDef;           // ... and whether this instruction writes them
     std::vector<u32> fenceDef, fenceUse;  // registers whose values reach a wgmma: written here; sources of a mov
+    std::vector<u32> fenceRead;           // accumulators that an ordinary instruction reads
     bool copy = false;                    // register-to-register mov
     bool move = false;                    // any mov
     std::vector<u32> targets;             // brx.idx
@@ -191,6 +192,7 @@ struct Warp {
     // Per register slot that a wgmma may read, since the last wgmma.fence: 0 untouched,
     // 1 written by an ordinary instruction, 2 + N / 8 by a wgmma of that width.
     std::vector<u8> wgmmaState;
+    std::vector<u8> wgmmaRead;  // ... and whether an ordinary instruction read it
     std::unique_ptr<WarpCounters> counters;
     std::unique_ptr<WarpOrder> order;
     u64 instrs = 0;
@@ -230,6 +232,7 @@ struct Cta {
     u32 liveWarps = 0;
     std::unique_ptr<Tmem> tmem;
     std::unique_ptr<SmemOrder> order;
+    std::unordered_map<u32, Access> touched;     // last access from another CTA, by who made it
     std::unordered_map<u32, Clock> strongWords;  // by word: what atomics and releases published
     u32 tensorQueue = ~0u;                       // counts tcgen05.commit
     u32 tensorCommits = 0;
@@ -379,7 +382,7 @@ void barriersAfterExit(Machine& m, Warp& w);
 // async.cpp, wgmma.cpp, tcgen05.cpp
 void asyncAtWarpExit(Warp& w);
 void wgmmaRegisterCheck(Warp& w, const Inst& in);
-void wgmmaTrackWrites(Warp& w, const Ext& x);
+void wgmmaTrackAccesses(Warp& w, const Ext& x);
 void tmemAtCtaExit(Machine& m, Cta* c);
 void tmemRegisterCheck(Warp& w, const Inst& in);
 void fenceProxyAsync(Warp& w, u32 m);

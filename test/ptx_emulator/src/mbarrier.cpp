@@ -180,6 +180,7 @@ Status arriveExec(Warp& w, const Inst& in, u32 m) {
         if (in.n & 2) b.count -= v;
         if (w.order) {
             orderMbarrierUse(w, l, b.init, "mbarrier.arrive", r.off);
+            orderTouch(w, l, r.c);
             if (in.q)
                 orderReleaseRelaxed(w, 1u << l, b.arriving);
             else if (!together)

@@ -368,6 +368,7 @@ void orderAccess(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool write) {
     forLanes(uniform ? 1u << firstLane : lanes, [&](int l) {
         if (!locate(w, in, l, bytes, c, off)) return;
         Checker k(w, c, write ? "the store" : "the load");
+        orderTouch(w, l, c);
         WarpOrder::Lanes& s = o.sets.size() == 1 ? o.sets[0] : o.of(l);
         u32 mask = bytes >= 4 ? 15u : shape << (off & 3);
         k.writes(s, l, off, off + bytes, mask);
@@ -509,6 +510,27 @@ void orderCopyDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes) {
 }
 void orderCopyDone(Cta* c, u32 off, u32 bytes, u32 queue, u32 count) {
     if (c->order) stampWords(c, off, bytes, Access::byQueue(queue, count));
+}
+
+void orderTouch(Cta* c, Access a) {
+    if (c->order) c->touched[a.who()] = a;
+}
+void orderTouch(Warp& w, int lane, Cta* c) {
+    if (w.order && c != w.cta) c->touched[w.order->index + 1] = orderStamp(w, lane);
+}
+
+void orderExit(Machine& m, Cta* c) {
+    Clock last;  // what any thread of the CTA has seen
+    for (auto& w : c->warps)
+        for (auto& s : w->order->sets) last.join(s.seen);
+    for (auto& [who, a] : c->touched) {
+        bool ok = a.isQueue() ? a.queue() < last.queues.size() && last.queues[a.queue()] >= a.time()
+                              : seen(last.warps[a.warp()], a);
+        if (!ok)
+            m.faultAt(c, "dsmem_exited",
+                      strf("the CTA exits without being ordered after the use of its shared memory or mbarriers by %s",
+                           describe(*c->warps[0], a).c_str()));
+    }
 }
 
 void orderMbarrierUse(Warp& w, int lane, Access init, const char* what, u32 off) {

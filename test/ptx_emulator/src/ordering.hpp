@@ -151,6 +151,11 @@ void orderCopyStart(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
 void orderCopyDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
 void orderCopyDone(Cta* c, u32 off, u32 bytes, u32 queue, u32 count);
 
+// Something of another CTA uses this one's memory or mbarriers, which must outlive that.
+void orderTouch(Cta* c, Access a);
+void orderTouch(Warp& w, int lane, Cta* c);
+void orderExit(Machine& m, Cta* c);
+
 Access orderStamp(Warp& w, int lane);
 // The thread uses an mbarrier that was initialised at `init`.
 void orderMbarrierUse(Warp& w, int lane, Access init, const char* what, u32 off);

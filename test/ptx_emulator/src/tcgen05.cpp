@@ -290,6 +290,7 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
                     Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "tcgen05.commit");
                     b.asyncPending--;
                     b.arriving.see(issuer->tensorQueue, commit);
+                    if (c != issuer) orderTouch(c, ptx_emulator::Access::byQueue(issuer->tensorQueue, commit));
                     c->pendingCommits--;
                     mbarrierArrive(M, nullptr, -1, c, off, 1, "tcgen05.commit");
                 };

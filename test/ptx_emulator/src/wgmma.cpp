@@ -47,6 +47,10 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
             }
         };
         if (w.predMask(in.p) & 1) check(x.dst, true);
+        for (u32 r : x.dst)
+            if (w.wgmmaRead[r / 128])
+                M.fault(&w, -1, "wgmma_fence",
+                        "accumulator register was read by an ordinary instruction since the last wgmma.fence");
         if (x.p[9]) check(x.s0, false);
         for (u32 r : x.dst) w.wgmmaState[r / 128] = mine;
     }
@@ -132,6 +136,7 @@ Status fenceExec(Warp& w, const Inst&, u32 m) {
     if (m != w.live) return converge(w);
     w.wgmmaFenced = true;
     std::fill(w.wgmmaState.begin(), w.wgmmaState.end(), 0);
+    std::fill(w.wgmmaRead.begin(), w.wgmmaRead.end(), 0);
     return Status::Next;
 }
 Status commitExec(Warp& w, const Inst&, u32 m) {
@@ -194,12 +199,12 @@ void buildWgmma(Decoder& d, const Stmt& s, Inst& in) {
     x.p[8] = t[0] == "f32" ? 0 : t[0] == "f16" ? 1 : 2;
     d.dstSrcList(x.dst, s.ops[0], s, 4);
     if (x.dst.size() != (x.p[8] == 1 ? n / 4 : n / 2)) d.fail(s, "accumulator list has the wrong length");
-    for (auto& e : s.ops[0].elems) d.pin(e);
+    for (auto& e : s.ops[0].elems) d.pin(e, true);
     bool regA = s.ops[1].kind == Operand::Vec;
     x.p[9] = regA;
     if (regA) {
         d.srcList(x.s0, s.ops[1], s, 4);
-        for (auto& e : s.ops[1].elems) d.pin(e);
+        for (auto& e : s.ops[1].elems) d.pin(e, false);
     } else
         d.src(in.a, s.ops[1], s, 8);
     d.src(in.b, s.ops[2], s, 8);
@@ -219,11 +224,12 @@ PTX_OP("wgmma", buildWgmma);
 // For the check of wgmma.fence.  nvcc moves values into the registers of a wgmma
 // wherever it likes, also behind the fence, and ptxas makes that work; so a move
 // passes on the state of its source, and a constant counts as untouched.
-void wgmmaTrackWrites(Warp& w, const Ext& x) {
+void wgmmaTrackAccesses(Warp& w, const Ext& x) {
     u8 s = x.move ? 0 : 1;
     for (u32 r : x.fenceUse)
         if (!(r & kConstBit)) s = std::max(s, w.wgmmaState[r / 128]);
     for (u32 r : x.fenceDef) w.wgmmaState[r / 128] = s;
+    for (u32 r : x.fenceRead) w.wgmmaRead[r / 128] = 1;
 }
 
 // Accumulators and A fragments may not be touched before wait_group.  nvcc's
