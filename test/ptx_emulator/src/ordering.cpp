@@ -62,7 +62,7 @@ void orderStart(Cluster* cl) {
             w->order->sets.resize(1);
             w->order->sets[0].mask = ~0u;
             w->order->sets[0].seen.warps.resize(cl->ctas.size() * perCta);
-            w->order->sites.resize(1024);
+            w->order->sites.resize(256);
         }
     }
 }
