@@ -195,6 +195,7 @@ struct Warp {
     std::vector<u8> wgmmaRead;  // ... and whether an ordinary instruction read it
     std::unique_ptr<WarpCounters> counters;
     std::unique_ptr<WarpOrder> order;
+    u32 maxRegisters = 0;  // of its last setmaxnreg
     u64 instrs = 0;
     u32 carry = 0;  // condition-code carry, one bit per lane
 

@@ -164,7 +164,10 @@ Status arriveExec(Warp& w, const Inst& in, u32 m) {
             BarRef r = barRef(w, in, l);
             together &= r.c == first.c && r.off == first.off;
         });
-        if (together) orderRelease(w, m, mbarrierAt(*w.m, &w, -1, first.c, first.off, "mbarrier.arrive").arriving);
+        if (together) {
+            orderTouch(w, std::countr_zero(m), first.c);
+            orderRelease(w, m, mbarrierAt(*w.m, &w, -1, first.c, first.off, "mbarrier.arrive").arriving);
+        }
     }
     forLanes(m, [&](int l) {
         BarRef r = barRef(w, in, l);
@@ -180,7 +183,7 @@ Status arriveExec(Warp& w, const Inst& in, u32 m) {
         if (in.n & 2) b.count -= v;
         if (w.order) {
             orderMbarrierUse(w, l, b.init, "mbarrier.arrive", r.off);
-            orderTouch(w, l, r.c);
+            if (!together) orderTouch(w, l, r.c);
             if (in.q)
                 orderReleaseRelaxed(w, 1u << l, b.arriving);
             else if (!together)

@@ -250,15 +250,21 @@ void buildBrx(Decoder& d, const Stmt& s, Inst& in) {
 Status nanosleepExec(Warp&, const Inst&, u32) { return Status::Yield; }
 Status nopExec(Warp&, const Inst&, u32) { return Status::Next; }
 
-// setmaxnreg: only the contract is checked (PTX ISA "setmaxnreg").
-Status setmaxnregExec(Warp& w, const Inst&, u32 m) {
+// setmaxnreg: registers are not limited, but the counts must fit the register file, where it would wait for ever.
+Status setmaxnregExec(Warp& w, const Inst& in, u32 m) {
     if (m != w.live) return converge(w);
+    w.maxRegisters = u32(in.imm);
+    u32 total = 0;
+    for (auto& q : w.cta->warps) total += q->maxRegisters * kWarp;
+    if (total > 65536)
+        w.m->fault(&w, -1, "setmaxnreg", strf("the warps of the CTA ask for %u registers, an SM has 65536", total));
     return Status::Next;
 }
 void buildSetmaxnreg(Decoder& d, const Stmt& s, Inst& in) {
     i64 n = s.ops[0].imm;
     if (n < 24 || n > 256 || n % 8) d.fail(s, "register count must be 24..256 and a multiple of 8");
     in.fn = setmaxnregExec;
+    in.imm = n;
 }
 
 // --- vprintf and __assertfail, the only externals device code calls -----------------
