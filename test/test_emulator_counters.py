@@ -73,6 +73,18 @@ st.global.u32 [%d2], %r0; ld.global.u32 %r1, [%d2];
     assert (c["gmem_stores"], c["gmem_store_sectors"], c["gmem_store_min_sectors"]) == (1, sectors, minimum)
 
 
+def test_parameters_are_not_global_memory():
+    mod = module(
+        """
+.reg .b64 %a, %o, %d; .reg .b32 %t, %v;
+ld.param.u64 %o, [out]; mov.b64 %a, out; mov.u32 %t, %tid.x; and.b32 %t, %t, 1; mul.wide.u32 %d, %t, 4;
+add.u64 %a, %a, %d; ld.param.u32 %v, [%a]; st.global.u32 [%o], %v;
+"""
+    )
+    c = total(mod, np.zeros(2, np.int32))
+    assert (c["gmem_loads"], c["gmem_load_sectors"], c["gmem_stores"]) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_divergence_is_canonical(seed):
     """Both sides of a branch count once, a loop as often as its longest lane, whatever the interleaving."""

@@ -182,12 +182,16 @@ void countAccess(Warp& w, const Inst& in, u32 m, u32 bytes, bool write) {
     Space sp = Space(in.space);
     if (sp != Space::Shared && sp != Space::Global && sp != Space::Generic) return;
     const u8* a = w.src(in.a);
+    const Launch& launch = *w.cta->cluster->launch;
+    const u64 params = u64(launch.params), paramBytes = launch.kernel->paramBytes;
     u64 addr[kWarp] = {};
     forLanes(m, [&](int l) {
         u64 v = (in.sa == 8 ? rd<u64>(a, l) : rd<u32>(a, l)) + u64(in.imm);
         addr[l] = sp == Space::Shared ? (v & 0xffffffffu) | kSharedWindow : v;
+        // Kernel parameters live in constant memory, also when their address was computed.
+        if (v - params < paramBytes) m &= ~(1u << l);
     });
-    w.counters->access(w, w.pc, m, addr, bytes, write);
+    if (m) w.counters->access(w, w.pc, m, addr, bytes, write);
 }
 
 void countBulk(Warp& w, Counter what, u64 bytes) {
