@@ -2,15 +2,22 @@
 
 `mutants` takes PTX and yields versions of it in which one wait, arrive, fence, barrier or commit is missing (or one
 expected byte count is wrong). Each must be reported by the emulator, or be harmless for a reason one can name.
+
+    python -m ptx_emulator.mutate --row 3             (in test/, with the library installed)
+
+does this for rows of the library's table and prints what went unnoticed.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
-from .api import PtxError
+from .api import Module, PtxError
 
 # kind: pattern of the mnemonic. The first that matches counts.
 KINDS = {
@@ -147,3 +154,54 @@ def _outcome(run: Callable[[str], None], ptx: str) -> str:
     except AssertionError:
         return "wrong result"
     return "unnoticed"
+
+
+def survey_row(row: int) -> list[tuple[Mutant, str]]:
+    """`survey` of a row of the library's table: ragged tiles, several for each CTA, more K blocks than stages."""
+    import torch
+    from deep_gemm_ops import _capi
+    from gemm_emulation import library_ptx, run_row
+
+    info = _capi.instances()[row]
+    gran_k, gran_n = info["gran_k"], 128 if info["scaling"] == "1d2d" else 1
+    m, n = 3 * info["block_m"] - 8, 2 * info["block_n"] - 8
+    k = (info["num_stages"] + 2) * info["split_k"] * info["block_k"] + 16
+    random = torch.Generator().manual_seed(row)
+    a, b = (torch.randint(-3, 4, (rows, k), generator=random).float() for rows in (m, n))
+    sfa, sfb = (2.0 ** torch.randint(-1, 2, (rows, -(-k // gran_k)), generator=random) for rows in (m, -(-n // gran_n)))
+    a8, b8, sfa = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), sfa.T.contiguous().T
+    scaled_a = a * sfa.repeat_interleave(gran_k, 1)[:, :k]
+    scaled_b = b * sfb.repeat_interleave(gran_n, 0)[:n].repeat_interleave(gran_k, 1)[:, :k]
+    want = (scaled_a.double() @ scaled_b.double().T).float()
+    launch, options = Module.launch, {"budget": 20_000_000, "check_exit": 1}
+
+    def run(text: str) -> None:
+        mutant = Module(text)
+        with mock.patch.object(Module, "launch", lambda self, *args, **kwargs: launch(mutant, *args, **kwargs)):
+            for dtype in (torch.bfloat16, torch.float32):
+                d = torch.full((m, n), float("nan"), dtype=dtype)
+                run_row(row, a8, sfa, b8, sfb, d, gran=(1, gran_n, gran_k), num_sms=info["cluster_size"], **options)
+                assert torch.equal(d, want.to(dtype))
+
+    units = [".version" + part for part in library_ptx().split(".version")[1:]]
+    ptx = next(unit for unit in units if info["kernel"] in unit)
+    entry = next(name for name in Module(ptx).entries if info["kernel"] in name)
+    run(extract(ptx, entry))  # the kernel itself is right
+    return survey(mutants(ptx, entry), run)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from deep_gemm_ops import _capi
+
+    parser = argparse.ArgumentParser(prog="python -m ptx_emulator.mutate", description=__doc__.splitlines()[0])
+    parser.add_argument("--row", type=int, action="append", help="index in the table; several allowed; default: all")
+    for row in parser.parse_args(arguments).row or [r["index"] for r in _capi.instances()]:
+        results = survey_row(row)
+        print(f"row {row}: {len(results)} mutants, {dict(Counter(found for _, found in results))}")
+        for m, found in results:
+            if found in ("unnoticed", "wrong result"):
+                print(f"  {found}: {m}")
+
+
+if __name__ == "__main__":
+    main()
