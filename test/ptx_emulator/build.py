@@ -51,8 +51,22 @@ def library_path() -> Path:
     if not lib.exists():
         with _locked(cache / "build.lock"):
             if not lib.exists():
-                _build(cxx, sources, common, lib)
+                _build_once(cxx, sources, common, lib)
     return lib
+
+
+_failed: dict[Path, Exception] = {}
+
+
+def _build_once(cxx: str, sources: Sequence[Path], common: Sequence[bytes], lib: Path) -> None:
+    """A build that failed is not tried again by every test of the process."""
+    if lib in _failed:
+        raise _failed[lib]
+    try:
+        _build(cxx, sources, common, lib)
+    except Exception as e:
+        _failed[lib] = e
+        raise
 
 
 def _build(cxx: str, sources: Sequence[Path], common: Sequence[bytes], lib: Path) -> None:

@@ -4,11 +4,6 @@
 namespace ptx_emulator {
 namespace {
 
-Status converge(Warp& w) {
-    w.block = Block::Converge;
-    return Status::Block;
-}
-
 // in.p: bar.red source predicate, in.q: result predicate, in.n: flavour
 enum BarOp { SYNC, ARRIVE, RED_POPC, RED_AND, RED_OR };
 

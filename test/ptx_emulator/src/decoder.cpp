@@ -162,7 +162,6 @@ void Decoder::layout() {
             u32 at = alignUp(smem, std::max<u32>(v.align, 1));
             smemOffsets_[n] = at;
             if (dynamic) {
-                k_->usesDynamicSmem = true;
                 k_->staticSmem = std::max(k_->staticSmem, at - kSmemReserved);
             } else
                 smem = at + u32(v.size);

@@ -96,6 +96,12 @@ inline void setPred(Warp& w, u16 p, u32 m, u32 bits) {
     r = (r & ~m) | (bits & m);
 }
 
+// An instruction that needs lanes which are not here yet: it is executed again when they are.
+inline Status converge(Warp& w) {
+    w.block = Block::Converge;
+    return Status::Block;
+}
+
 inline bool isType(std::string_view t) { return typeBytes(t) != 0; }
 
 // Binds d, a[, b[, c]] with the same stride.

@@ -34,9 +34,7 @@ const char* blockName(Block b) {
         case Block::WarpSync: return "waiting at bar.warp.sync";
         case Block::ClusterBarrier: return "waiting at barrier.cluster";
         case Block::BulkGroup: return "waiting for a bulk/cp.async group";
-        case Block::Async: return "waiting for an asynchronous operation";
         case Block::Tmem: return "waiting for tensor memory";
-        case Block::Cluster: return "waiting for its peer CTA";
     }
     return "?";
 }

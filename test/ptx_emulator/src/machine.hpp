@@ -75,7 +75,6 @@ struct Kernel {
     std::vector<u8> constants;
     u32 regBytes = 0, predCount = 0;
     u32 staticSmem = 0, localBytes = 0, paramBytes = 0;
-    bool usesDynamicSmem = false;
     std::vector<std::pair<std::string, u32>> specials;  // name -> register offset
     struct Param {
         u32 offset, size;
@@ -118,18 +117,7 @@ struct Mbarrier {
     u64 initTime = 0;
 };
 
-enum class Block : u8 {
-    None,
-    Converge,
-    Mbarrier,
-    NamedBarrier,
-    WarpSync,
-    ClusterBarrier,
-    BulkGroup,
-    Async,
-    Tmem,
-    Cluster
-};
+enum class Block : u8 { None, Converge, Mbarrier, NamedBarrier, WarpSync, ClusterBarrier, BulkGroup, Tmem };
 
 struct Group {
     u32 pc = 0, mask = 0;
@@ -165,12 +153,10 @@ struct Warp {
     u64 blockInfo = 0;
     Group groups[kWarp];
     int ng = 0;
-    u32 rr = 0;
     bool queued = false;
     u32 slow = 0;  // 0, or a mask: run only once in about slow + 1 turns
     std::vector<u8> regs;
     std::vector<u8> local;
-    std::vector<u8> localInit;
     std::map<int, LaneAsync> bulk, cpasync;  // lane -> groups
     // Reads of shared memory by bulk stores: released by wait_group.
     struct HeldRead {
@@ -255,7 +241,6 @@ struct Cluster : std::enable_shared_from_this<Cluster> {
     u64 generation = 0;
     Clock arriving, done;  // barrier.cluster
     u32 queues = 0;        // allotted
-    bool cancelled = false;
 };
 
 struct Launch {

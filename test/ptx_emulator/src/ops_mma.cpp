@@ -5,11 +5,6 @@
 namespace ptx_emulator {
 namespace {
 
-Status converge(Warp& w) {
-    w.block = Block::Converge;
-    return Status::Block;
-}
-
 // in.n: number of matrices; p[0]: trans; p[1]: 8-bit form (m16n8 / m16n16)
 Status ldmatrixExec(Warp& w, const Inst& in, u32 m) {
     if (m != w.live) return converge(w);

@@ -4,11 +4,6 @@
 namespace ptx_emulator {
 namespace {
 
-Status converge(Warp& w) {
-    w.block = Block::Converge;
-    return Status::Block;
-}
-
 // `.sync` with a member mask: every live member must have arrived here.  Groups
 // that name different masks at one instruction are handled together, provided
 // that each mask is covered.

@@ -13,11 +13,6 @@
 namespace ptx_emulator {
 namespace {
 
-Status converge(Warp& w) {
-    w.block = Block::Converge;
-    return Status::Block;
-}
-
 Tmem& tmemOf(Cta* c) {
     if (!c->tmem) c->tmem = std::make_unique<Tmem>();
     return *c->tmem;

@@ -11,11 +11,6 @@
 namespace ptx_emulator {
 namespace {
 
-Status converge(Warp& w) {
-    w.block = Block::Converge;
-    return Status::Block;
-}
-
 // p[0] N, p[1] K, p[2] elem A, p[3] elem B, p[4] scale A, p[5] scale B, p[6] trans A,
 // p[7] trans B, p[8] D type (0 f32, 1 f16, 2 s32), p[9] A in registers, p[10] satfinite
 Status mmaExec(Warp& w, const Inst& in, u32 m) {
