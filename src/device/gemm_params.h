@@ -7,22 +7,30 @@
 
 namespace deep_gemm {
 
-// Work for DenseScheduler (tile_scheduler.cuh), in units of a cluster's tile.
-struct DenseSchedule {
-    int num_row_tiles;
-    int num_col_tiles;
-    int num_k_blocks;
-    int row_group;  // row tiles that are walked together before the next column, for locality in L2
+// Division by a number that the host knows: x / divisor = (x * multiplier) >> 32 >> shift for 0 <= x < 2^31 and a divisor
+// of 2 or more (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994).
+struct FastDivisor {
+    int divisor;
+    uint32_t multiplier;
+    uint32_t shift;
 };
 
-// FP32 scale factors with any strides: entry (i, g) is data[(i >> shift) * stride_mn + g * stride_k].
+// Work for DenseScheduler (tile_scheduler.cuh), in units of a cluster's tile.
+struct DenseSchedule {
+    int num_tiles;
+    int num_row_tiles;
+    int num_k_blocks;
+    FastDivisor row_group;        // row tiles that are walked together before the next column, for locality in L2
+    FastDivisor last_row_group;   // how many the last group has
+    FastDivisor tiles_per_group;
+};
+
+// FP32 scale factors of blocks, with any strides: entry (i, g) is data[i * stride_mn + g * stride_k].
 struct ScaleSource {
     const float* data;
     int64_t stride_mn;
     int64_t stride_k;
-    int count;     // entries along MN that exist; others read as zero
-    int k_groups;  // entries along K that exist
-    int shift;     // 7 where one entry serves 128 rows that are read one by one, else 0
+    int count;  // entries along MN
 };
 
 enum OutputMode : int {
@@ -34,8 +42,9 @@ struct GemmParams {
     CUtensorMap rows_map;  // FP8 operand on the instruction's M side, [rows, K]
     CUtensorMap cols_map;  // FP8 operand on the instruction's N side, [cols, K]
     CUtensorMap d_map;     // [M, N]; unused with kStoreDirect
-    ScaleSource row_scales;
-    ScaleSource col_scales;
+    CUtensorMap row_scales_map;  // FP32 [K groups, rows], where each row has its scale
+    CUtensorMap col_scales_map;  // FP32 [K groups, cols], where each column has its scale
+    ScaleSource block_scales;    // where a block of 128 rows or columns has one
     DenseSchedule schedule;
     void* d;               // [M, N], BF16 or FP32
     const void* c;         // null, or [M, N] of D's type, or [N] with c_stride 0
@@ -44,7 +53,6 @@ struct GemmParams {
     int m;
     int n;
     OutputMode output_mode;
-    bool pdl;              // launched with programmatic dependent launch
     bool d_is_float;
     bool d_pairs;          // two neighbours of a row of D (and of C) may be accessed at once
 };

@@ -56,11 +56,6 @@ __device__ __forceinline__ void mbarrier_arrive_remote_release(Barrier& barrier,
         : "memory");
 }
 
-// The calling thread's arrival happens once all its earlier cp.async copies have landed.
-__device__ __forceinline__ void mbarrier_arrive_after_cp_async(Barrier& barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
-}
-
 __device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t phase) {
     asm volatile(
         "{\n"

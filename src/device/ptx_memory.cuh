@@ -10,13 +10,6 @@ __device__ __forceinline__ void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Copies 4 bytes to shared memory in the background, or writes zero where `valid` is false (nothing is read then).
-__device__ __forceinline__ void cp_async_4(void* destination, const void* source, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(destination)), "l"(source),
-                 "r"(valid ? 4 : 0)
-                 : "memory");
-}
-
 // Each lane gives the 16-byte row address of one 8x8 matrix of 16-bit values (lanes 0-7 the first, and so on).
 __device__ __forceinline__ void stmatrix_x2(uint32_t address, uint32_t r0, uint32_t r1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)

@@ -38,11 +38,6 @@ __device__ __forceinline__ void tma_load_2d_multicast(const CUtensorMap& map, Ba
         : "memory");
 }
 
-// Brings a box into L2, for a load that will follow.
-__device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap& map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y) : "memory");
-}
-
 // Stores a box; parts outside the tensor are not written.
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* source, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
@@ -58,11 +53,6 @@ __device__ __forceinline__ void tma_store_commit() {
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Waits until this thread's stores are complete.
-__device__ __forceinline__ void tma_store_wait_all() {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 }  // namespace deep_gemm::ptx

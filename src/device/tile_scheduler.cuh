@@ -18,6 +18,10 @@ struct WorkTile {
     int num_k_blocks;
 };
 
+__device__ __forceinline__ int divide(int x, const FastDivisor& by) {
+    return by.divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), by.multiplier) >> by.shift);
+}
+
 // Persistent walk over a dense output: cluster i takes tiles i, i + clusters, ... Tiles are numbered in groups of
 // `row_group` row tiles; inside a group rows vary fastest, so a wave of CTAs shares few panels of either operand.
 //   kRowCtas, kColCtas   CTAs of a cluster side by side along rows and columns
@@ -33,14 +37,14 @@ public:
     }
 
     __device__ __forceinline__ bool next(WorkTile& work) {
-        if (tile_ >= schedule_.num_row_tiles * schedule_.num_col_tiles) return false;
-        const int tiles_per_group = schedule_.row_group * schedule_.num_col_tiles;
-        const int group = tile_ / tiles_per_group;
-        const int in_group = tile_ - group * tiles_per_group;
-        const int first_row_tile = group * schedule_.row_group;
-        const int rows_in_group = min(schedule_.row_group, schedule_.num_row_tiles - first_row_tile);
-        const int col_tile = in_group / rows_in_group;
-        const int row_tile = first_row_tile + in_group - col_tile * rows_in_group;
+        if (tile_ >= schedule_.num_tiles) return false;
+        const int group = divide(tile_, schedule_.tiles_per_group);
+        const int in_group = tile_ - group * schedule_.tiles_per_group.divisor;
+        const int first_row_tile = group * schedule_.row_group.divisor;
+        const bool is_last = first_row_tile + schedule_.row_group.divisor >= schedule_.num_row_tiles;
+        const FastDivisor& rows = is_last ? schedule_.last_row_group : schedule_.row_group;
+        const int col_tile = divide(in_group, rows);
+        const int row_tile = first_row_tile + in_group - col_tile * rows.divisor;
 
         work.row = (row_tile * kRowCtas + rank_ % kRowCtas) * kBlockRows;
         work.col = (col_tile * kColCtas + rank_ / kRowCtas % kColCtas) * kBlockCols;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -52,15 +53,22 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
     throw std::runtime_error(message.str());
 }
 
-ScaleSource scale_source(const ScaleTensor& scales, int64_t mn, int64_t k_groups, bool vector) {
-    ScaleSource source;
-    source.data = scales.data;
-    source.stride_mn = scales.stride_mn;
-    source.stride_k = scales.stride_k;
-    source.k_groups = static_cast<int>(k_groups);
-    source.count = static_cast<int>(vector ? mn : (mn + 127) / 128);
-    source.shift = vector && scales.gran_mn == 128 ? 7 : 0;
-    return source;
+// Scales per row, as a matrix [K groups, MN].
+CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
+                           int box_mn, int box_groups) {
+    if ((scales.stride_mn != 1 && mn > 1) || (scales.stride_k % 4 != 0 && k_groups > 1) || !aligned(scales.data, 16)) {
+        throw std::runtime_error("fp8_gemm: scales per row must be MN-major with a 16-byte aligned stride");
+    }
+    const MatrixView view{scales.data, k_groups, mn, scales.stride_k, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+    return make_tensor_map(encode, view, box_groups, box_mn, false);
+}
+
+FastDivisor make_divisor(int divisor) {
+    if (divisor == 1) return {1, 0, 0};
+    uint32_t shift = 1;
+    while ((int64_t{1} << shift) < divisor) ++shift;
+    const uint64_t power = uint64_t{1} << (31 + shift);
+    return {divisor, static_cast<uint32_t>((power + divisor - 1) / divisor), shift - 1};
 }
 
 // Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side.
@@ -104,8 +112,7 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     if (row_idx < 0) row_idx = select_row(table, problem, limits);
     if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
     const GemmRow& row = table[row_idx];
-    if (row.gran_k != problem.gran_k ||
-        (row.scaling == kScaling1D2D && (problem.sfa.gran_mn != 1 || problem.sfb.gran_mn != 128))) {
+    if (row.gran_k != problem.gran_k || row.scaling != scaling_of(problem)) {
         throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these scales");
     }
     const sm90::GemmLayout layout{row};
@@ -133,19 +140,33 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     const int64_t k_groups = (problem.k + problem.gran_k - 1) / problem.gran_k;
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
-    params.row_scales = scale_source(row_scales, rows.rows, k_groups, layout.row_scales_are_vector());
-    params.col_scales = scale_source(col_scales, cols.rows, k_groups, layout.col_scales_are_vector());
+    if (layout.row_scales_are_vector()) {
+        params.row_scales_map =
+            make_scale_map(encode, row_scales, rows.rows, k_groups, row.block_rows, layout.k_groups());
+    }
+    if (layout.col_scales_are_vector()) {
+        params.col_scales_map =
+            make_scale_map(encode, col_scales, cols.rows, k_groups, row.block_cols, layout.k_groups());
+    }
+    if (layout.has_block_scales()) {
+        params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
+                               static_cast<int>((problem.n + 127) / 128)};
+    }
 
     const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
-    params.schedule.num_row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
-    params.schedule.num_col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
+    const int row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
+    const int col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
+    const int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
+    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("fp8_gemm: more than 2^30 output tiles");
+    const int clusters =
+        static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
+    const int row_group = choose_row_group(row, row_tiles, col_tiles, clusters);
+    params.schedule.num_tiles = static_cast<int>(num_tiles);
+    params.schedule.num_row_tiles = row_tiles;
     params.schedule.num_k_blocks = tiles(problem.k, sm90::kBlockK);
-    const int64_t num_tiles =
-        static_cast<int64_t>(params.schedule.num_row_tiles) * params.schedule.num_col_tiles;
-    const int clusters = static_cast<int>(
-        std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
-    params.schedule.row_group =
-        choose_row_group(row, params.schedule.num_row_tiles, params.schedule.num_col_tiles, clusters);
+    params.schedule.row_group = make_divisor(row_group);
+    params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
+    params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);
 
     params.d = problem.d;
     params.c = problem.c;
@@ -153,7 +174,6 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     params.c_stride = problem.c_stride;
     params.m = static_cast<int>(problem.m);
     params.n = static_cast<int>(problem.n);
-    params.pdl = pdl;
 
     const RowResources resources = row_resources(row);
     KernelLaunch launch;

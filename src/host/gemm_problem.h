@@ -9,7 +9,9 @@ enum class DataType : int { kBFloat16 = 0, kFloat32 = 1 };
 
 inline int size_of(DataType type) { return type == DataType::kBFloat16 ? 2 : 4; }
 
-// FP32 scale factors: the scale of row i and K group g is data[(i / gran_mn) * stride_mn + g * stride_k].
+// FP32 scale factors: the scale of row i and K group g is data[(i / gran_mn) * stride_mn + g * stride_k]. Scales per row
+// must be as TMA reads them: stride_mn 1, stride_k a multiple of 4, data on a multiple of 16 bytes. Scales per block of 128
+// may have any strides in the recipe 1, 128, 128, and are otherwise repeated per row by the caller.
 struct ScaleTensor {
     const float* data = nullptr;
     int64_t stride_mn = 0;  // elements

@@ -11,12 +11,11 @@ enum Scaling : int {
 // Rows and columns are those of the tensor-core instruction (see WorkTile): with swapped operands, rows are B's (the
 // weights) and columns A's (the tokens), which is for small M.
 struct GemmRow {
-    int block_rows;   // 64 or 128: one consumer warpgroup per 64
+    int block_rows;   // 64, 128, 192: one consumer warpgroup per 64; 256: two, each with two parts of 64
     int block_cols;   // multiple of 8, at most 192
     int row_ctas;     // CTAs of a cluster side by side along rows: they share the column operand by multicast
     int col_ctas;     // ... along columns: they share the row operand
     int split_k;      // CTAs of a cluster that share one tile, each with its part of K, reduced in shared memory
-    int ctas_per_sm;  // 2 leaves room for the next kernel's CTA, which then prefetches its weights (see gemm_kernel.cuh)
     bool swap_ab;
     Scaling scaling;
     int gran_k;       // 128, or 32 (1D1D only)

@@ -10,92 +10,116 @@
 
 namespace deep_gemm::sm90 {
 
-// Stores kStoreCols columns of one consumer warpgroup's 64 rows. Accumulator layout: wgmma.cuh.
+// Stores kStoreCols columns of a consumer warpgroup's parts of 64 rows. Accumulator layout: wgmma.cuh.
 template <class Traits>
 class Epilogue {
 public:
     static constexpr GemmLayout kLayout = Traits::kLayout;
     static constexpr bool kSwapAB = kLayout.row.swap_ab;
+    static constexpr int kRowParts = kLayout.row_parts();
     static constexpr int kStoreCols = kLayout.store_cols();
     static constexpr int kColGroups = kStoreCols / 8;
-
     static constexpr int kBoxCols = kLayout.box_cols();
+    static constexpr int kBoxBytes = kLayout.box_bytes();
+    static constexpr int kBoxes = kLayout.boxes_per_part();
 
-    // `row`, `col`: position of values[0..3]'s 64 x kStoreCols part, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t* staging, int barrier_id, int row,
-                                                 int col, int thread, float (&values)[kColGroups * 4]) {
+    // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
+    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes],
+                                                 int barrier_id, const int (&rows)[kRowParts], int col, int thread,
+                                                 float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
-        const int thread_row = row + thread / 32 * 16 + lane / 4;
+        const int thread_row = thread / 32 * 16 + lane / 4;
         const int thread_col = col + lane % 4 * 2;
         if (params.c != nullptr) {
-            if (params.d_is_float) {
-                add_c<float>(params, thread_row, thread_col, values);
-            } else {
-                add_c<__nv_bfloat16>(params, thread_row, thread_col, values);
+#pragma unroll
+            for (int part = 0; part < kRowParts; ++part) {
+                if (params.d_is_float) {
+                    add_c<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                } else {
+                    add_c<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                }
             }
         }
         if (params.output_mode == kStoreTma) {
-            store_tma(params, staging, barrier_id, row, col, thread, values);
-        } else if (params.d_is_float) {
-            store_direct<float>(params, thread_row, thread_col, values);
-        } else {
-            store_direct<__nv_bfloat16>(params, thread_row, thread_col, values);
+            store_tma(params, staging, barrier_id, rows, col, thread, values);
+            return;
+        }
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) {
+            if (params.d_is_float) {
+                store_direct<float>(params, rows[part] + thread_row, thread_col, values[part]);
+            } else {
+                store_direct<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+            }
         }
     }
 
 private:
-    __device__ __forceinline__ static void store_tma(const GemmParams& params, uint8_t* staging, int barrier_id,
-                                                     int row, int col, int thread, float (&values)[kColGroups * 4]) {
-        const int lane = thread % 32;
-        const int warp = thread / 32;
-        constexpr int kBoxBytes = kBoxCols * 2;
-
-        // The staging buffer is free once the previous tile's stores have read it.
+    __device__ __forceinline__ static void store_tma(const GemmParams& params,
+                                                     uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
+                                                     const int (&rows)[kRowParts], int col, int thread,
+                                                     const float (&values)[kRowParts][kColGroups * 4]) {
+        // The staging memory is free once the previous tile's stores have read it.
         if (thread == 0) ptx::tma_store_wait_read<0>();
         ptx::named_barrier_sync(barrier_id, 128);
-
-        const uint32_t base = ptx::smem_address(staging);
-        if constexpr (kSwapAB) {
-            // [kStoreCols rows of D][64 columns]: transposed 8x8 matrices; this warp holds 16 of the 64 columns.
-            const int row_in_matrix = lane % 8;
-            const int chunk = warp * 2 + lane / 8 % 2;
 #pragma unroll
-            for (int j = 0; j < kColGroups; j += 2) {
-                const int d_row = (j + lane / 16) * 8 + row_in_matrix;
-                const uint32_t address = base + d_row * 128 + ((chunk ^ (d_row % 8)) * 16);
-                if (j + 1 < kColGroups) {
-                    ptx::stmatrix_x4_transposed(address, pack(values, j, 0), pack(values, j, 2), pack(values, j + 1, 0),
-                                                pack(values, j + 1, 2));
-                } else {
-                    ptx::stmatrix_x2_transposed(address, pack(values, j, 0), pack(values, j, 2));
-                }
-            }
-        } else {
-            // Boxes of [64 rows][kBoxCols], swizzled as TMA expects it for rows of kBoxBytes.
-            const int d_row = warp * 16 + lane % 16;
-            const uint32_t row_address = base + d_row * kBoxBytes;
-            const int swizzle = d_row / (128 / kBoxBytes) % (kBoxBytes / 16);
-#pragma unroll
-            for (int j = 0; j < kColGroups; j += 2) {
-                const int box = j * 8 / kBoxCols;
-                const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
-                ptx::stmatrix_x4(row_address + box * 64 * kBoxBytes + chunk * 16, pack(values, j, 0),
-                                 pack(values, j, 2), pack(values, j + 1, 0), pack(values, j + 1, 2));
+        for (int part = 0; part < kRowParts; ++part) {
+            if constexpr (kSwapAB) {
+                stage_transposed(staging[part][0], thread, values[part]);
+            } else {
+                stage(staging[part][0], thread, values[part]);
             }
         }
         ptx::fence_async_shared();
         ptx::named_barrier_sync(barrier_id, 128);
-
         if (thread == 0) {
-            if constexpr (kSwapAB) {
-                ptx::tma_store_2d(params.d_map, staging, row, col);
-            } else {
 #pragma unroll
-                for (int box = 0; box < kStoreCols / kBoxCols; ++box) {
-                    ptx::tma_store_2d(params.d_map, staging + box * 64 * kBoxBytes, col + box * kBoxCols, row);
+            for (int part = 0; part < kRowParts; ++part) {
+                if constexpr (kSwapAB) {
+                    ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                } else {
+#pragma unroll
+                    for (int box = 0; box < kBoxes; ++box) {
+                        ptx::tma_store_2d(params.d_map, staging[part][box], col + box * kBoxCols, rows[part]);
+                    }
                 }
             }
             ptx::tma_store_commit();
+        }
+    }
+
+    // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
+    __device__ __forceinline__ static void stage(uint8_t* boxes, int thread, const float (&values)[kColGroups * 4]) {
+        constexpr int kRowBytes = kBoxCols * 2;
+        const int lane = thread % 32;
+        const int d_row = thread / 32 * 16 + lane % 16;
+        const int swizzle = d_row / (128 / kRowBytes) % (kRowBytes / 16);
+        const uint32_t row_address = ptx::smem_address(boxes) + d_row * kRowBytes;
+#pragma unroll
+        for (int j = 0; j < kColGroups; j += 2) {
+            const int box = j * 8 / kBoxCols;
+            const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
+            ptx::stmatrix_x4(row_address + box * kBoxBytes + chunk * 16, pack(values, j, 0), pack(values, j, 2),
+                             pack(values, j + 1, 0), pack(values, j + 1, 2));
+        }
+    }
+
+    // With swapped operands the 64 x kStoreCols values are kStoreCols rows and 64 columns of D: transposed 8x8 matrices.
+    __device__ __forceinline__ static void stage_transposed(uint8_t* box, int thread,
+                                                            const float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int chunk = thread / 32 * 2 + lane / 8 % 2;  // 16 bytes: 8 of this warp's 16 columns of D
+        const uint32_t base = ptx::smem_address(box);
+#pragma unroll
+        for (int j = 0; j < kColGroups; j += 2) {
+            const int d_row = (j + lane / 16) * 8 + lane % 8;
+            const uint32_t address = base + d_row * 128 + ((chunk ^ (d_row % 8)) * 16);
+            if (j + 1 < kColGroups) {
+                ptx::stmatrix_x4_transposed(address, pack(values, j, 0), pack(values, j, 2), pack(values, j + 1, 0),
+                                            pack(values, j + 1, 2));
+            } else {
+                ptx::stmatrix_x2_transposed(address, pack(values, j, 0), pack(values, j, 2));
+            }
         }
     }
 

@@ -9,29 +9,42 @@
 namespace deep_gemm::sm90 {
 
 inline constexpr int kBlockK = 128;               // bytes and elements: one swizzle span
-inline constexpr int kSharedBytesPerSm = 228 * 1024;  // of which each CTA reserves 1 KB
-inline constexpr int kMaxStages = 12;
+inline constexpr int kMaxSharedBytes = 227 * 1024;
+inline constexpr int kMaxStages = 20;
+inline constexpr int kScaleChunk = 32;            // K blocks whose block scales are loaded at once
+inline constexpr int kScaleChunks = 2;            // chunks in shared memory
 
 constexpr int align_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct GemmLayout {
     GemmRow row;
 
-    constexpr int num_consumer_warpgroups() const { return row.block_rows / 64; }
+    constexpr int num_consumer_warpgroups() const { return row.block_rows == 256 ? 2 : row.block_rows / 64; }
+    constexpr int row_parts() const { return row.block_rows / 64 / num_consumer_warpgroups(); }  // of a warpgroup
     constexpr int num_threads() const { return 128 * (1 + num_consumer_warpgroups()); }
+    // What setmaxnreg gives a consumer and leaves a producer thread; 0: all have the same.
+    constexpr int consumer_registers() const {
+        const int warpgroups = num_consumer_warpgroups();
+        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : 160;
+    }
+    constexpr int producer_registers() const { return num_consumer_warpgroups() == 3 ? 32 : 40; }
+
     constexpr int k_groups() const { return kBlockK / row.gran_k; }
 
-    // Scale factors that one stage holds for each operand. With 1D2D, B has one for every block of 128 of its rows
-    // that a tile can touch; a tile starts on a multiple of block_granule() columns.
+    // Where a tile has one scale for each of its rows, or columns, and where one for each block of 128 that it touches. A
+    // tile starts on a multiple of block_granule() columns.
     constexpr int block_granule() const { return std::gcd(row.block_cols, 128); }
     constexpr bool row_scales_are_vector() const { return row.scaling == kScaling1D1D || !row.swap_ab; }
     constexpr bool col_scales_are_vector() const { return row.scaling == kScaling1D1D || row.swap_ab; }
-    constexpr int row_scales() const { return row_scales_are_vector() ? row.block_rows : 1; }
-    constexpr int col_scales() const {
-        if (col_scales_are_vector()) return row.block_cols;
-        const int blocks = (128 - block_granule() + row.block_cols + 127) / 128;
-        return blocks == 3 ? 4 : blocks;  // read as one vector
+    constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
+    constexpr int num_block_scales() const {
+        if (!has_block_scales()) return 0;
+        return row.swap_ab ? 1 : (128 - block_granule() + row.block_cols + 127) / 128;
     }
+
+    // Scales in a stage: TMA writes to multiples of 128 bytes.
+    constexpr int row_scale_bytes() const { return row_scales_are_vector() ? 4 * k_groups() * row.block_rows : 0; }
+    constexpr int col_scale_bytes() const { return col_scales_are_vector() ? 4 * k_groups() * row.block_cols : 0; }
 
     // With split K each CTA of the cluster finishes a slice of the tile's columns.
     constexpr int num_slices() const { return std::min(row.split_k, row.block_cols / 8); }
@@ -43,21 +56,24 @@ struct GemmLayout {
         return row.swap_ab || store_cols() % 64 == 0 ? 64 : store_cols() % 32 == 0 ? 32 : 16;
     }
     constexpr int box_rows() const { return row.swap_ab ? store_cols() : 64; }
+    constexpr int boxes_per_part() const { return row.swap_ab ? 1 : store_cols() / box_cols(); }
 
     constexpr int row_tile_bytes() const { return row.block_rows * kBlockK; }
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
+    constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
     constexpr int staging_bytes() const { return row.block_rows * store_cols() * 2; }
     constexpr int reduce_bytes() const {
         return row.split_k == 1 ? 0 : row.split_k * row.block_rows * store_cols() * 4;
     }
     constexpr int stage_bytes() const {
-        return row_tile_bytes() + col_tile_bytes() + 4 * k_groups() * (align_up(row_scales(), 4) + align_up(col_scales(), 4)) +
-               16;
+        return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
+               align_up(col_scale_bytes(), 128) + 16;
     }
-    constexpr int fixed_bytes() const { return staging_bytes() + std::max(reduce_bytes(), 16) + 16; }
+    constexpr int fixed_bytes() const {
+        return staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
+    }
     constexpr int num_stages() const {
-        const int budget = kSharedBytesPerSm / row.ctas_per_sm - 1024;
-        return std::min(kMaxStages, (budget - fixed_bytes()) / stage_bytes());
+        return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
     }
     constexpr int shared_bytes() const {
         return align_up(fixed_bytes() + num_stages() * stage_bytes(), 1024);
@@ -67,7 +83,9 @@ struct GemmLayout {
 // Why a row cannot be compiled, or null.
 constexpr const char* invalid_reason(GemmRow row) {
     const GemmLayout layout{row};
-    if (row.block_rows != 64 && row.block_rows != 128) return "block_rows must be 64 or 128";
+    if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
+    // Totals of all parts and one accumulator, of the registers that setmaxnreg can give.
+    if (row.block_cols / 2 * (layout.row_parts() + 1) > layout.consumer_registers() - 28) return "too few registers";
     if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > 192) {
         return "block_cols must be a multiple of 8 from 8 to 192";
     }
@@ -77,9 +95,8 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.cluster_size() > 8) return "a cluster has 8 CTAs at most";
     if (row.block_cols % (8 * row.row_ctas) != 0) return "a shared column panel is loaded in parts of 8 columns or more";
     if (row.block_rows % (8 * row.col_ctas) != 0) return "a shared row panel is loaded in parts of 8 rows or more";
-    if (row.ctas_per_sm != 1 && row.ctas_per_sm != 2) return "ctas_per_sm must be 1 or 2";
-    if (row.ctas_per_sm == 2 && row.block_cols > 64) return "two CTAs of this size do not fit into the registers";
     if (row.block_cols / 8 % layout.num_slices() != 0) return "split K must divide the columns evenly, 8 at a time";
+    if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
     return nullptr;

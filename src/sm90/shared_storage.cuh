@@ -15,17 +15,25 @@ struct alignas(1024) SharedStorage {
     uint8_t rows[kStages][kLayout.row_tile_bytes()];  // FP8 [block_rows][128]
     uint8_t cols[kStages][kLayout.col_tile_bytes()];  // FP8 [block_cols][128]
 
-    // BF16 result on its way to TMA, a part for each consumer warpgroup.
-    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.staging_bytes() / kLayout.num_consumer_warpgroups()];
+    // BF16 result on its way to TMA, [consumer warpgroup][64-row part][box].
+    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.boxes_per_part()]
+                   [kLayout.box_bytes()];
+
+    // Scales of a stage, [K group][row or column].
+    alignas(128) uint8_t row_scales[kStages][align_up(kLayout.row_scale_bytes(), 128) + (kLayout.row_scale_bytes() == 0)];
+    alignas(128) uint8_t col_scales[kStages][align_up(kLayout.col_scale_bytes(), 128) + (kLayout.col_scale_bytes() == 0)];
+
+    // Block scales, [chunk][block][K block].
+    static constexpr int kBlockScales = kLayout.num_block_scales() + !kLayout.has_block_scales();
+    alignas(16) float block_scales[kScaleChunks][kBlockScales][kScaleChunk];
 
     // Split K: FP32 parts of this CTA's slice, [source CTA][4-value group][consumer thread].
     float4 reduce[kLayout.reduce_bytes() / 16 + (kLayout.reduce_bytes() == 0)];
 
-    float row_scales[kStages][kLayout.k_groups()][align_up(kLayout.row_scales(), 4)];
-    float col_scales[kStages][kLayout.k_groups()][align_up(kLayout.col_scales(), 4)];
-
     ptx::Barrier full[kStages];
     ptx::Barrier empty[kStages];
+    ptx::Barrier scales_full[kScaleChunks];
+    ptx::Barrier scales_empty[kScaleChunks];
     ptx::Barrier reduce_full;
     ptx::Barrier reduce_empty;
 };

@@ -36,13 +36,22 @@ DG_WGMMA_SHAPE(192)
 #undef DG_WGMMA_SHAPE
 
 // Descriptor of a K-major tile of 8-bit values with rows of 128 bytes and 128-byte swizzle, which starts on a multiple
-// of 1024 bytes: groups of 8 rows are 1024 bytes apart. Adding 2 to it moves 32 values along K.
-__device__ __forceinline__ uint64_t make_descriptor(const void* tile) {
-    constexpr uint64_t kSwizzle128B = 1ull << 62;
-    constexpr uint64_t kRowGroupStride = (1024ull >> 4) << 32;
-    constexpr uint64_t kUnusedLeadingStride = 1ull << 16;
-    return kSwizzle128B | kRowGroupStride | kUnusedLeadingStride | (ptx::smem_address(tile) >> 4);
-}
+// of 1024 bytes: groups of 8 rows are 1024 bytes apart. Only the low word holds the address, in units of 16 bytes: adding
+// 2 to it moves 32 values along K.
+struct Descriptor {
+    static constexpr uint32_t kHigh = 1u << 30 /* 128-byte swizzle */ | 1024u >> 4 /* between groups of 8 rows */;
+    static constexpr uint32_t kLeadingStride = 1u << 16;  // unused with this swizzle
+
+    uint32_t low;
+
+    __device__ __forceinline__ explicit Descriptor(const void* tile)
+        : low(kLeadingStride | ptx::smem_address(tile) >> 4) {}
+
+    // `offset` in units of 16 bytes.
+    __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+        return static_cast<uint64_t>(kHigh) << 32 | (low + offset);
+    }
+};
 
 template <int kN, size_t... kIndex>
 __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate,
@@ -74,14 +83,16 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
+// Hands registers from the producer to the consumers. Growing waits until there are enough: what all warpgroups end up with
+// must not exceed what the CTA was launched with, or it waits for ever.
 template <int kCount>
-__device__ __forceinline__ void set_max_registers() {
-    // The two forms need the count as an immediate; growing waits until the other warpgroups have given theirs back.
-    if constexpr (kCount >= 100) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-    } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-    }
+__device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 }  // namespace deep_gemm::sm90
