@@ -13,15 +13,13 @@ Knobs& knobs() {
     return instance;
 }
 
-int usable_sms() {
+int usable_sms(int device) {
     constexpr int kMaxDevices = 64;
     static std::atomic<int> counts[kMaxDevices];
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) throw std::runtime_error("deep_gemm: no current CUDA device");
     int count = device < kMaxDevices ? counts[device].load(std::memory_order_relaxed) : 0;
     if (count == 0) {
         if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-            throw std::runtime_error("deep_gemm: cannot read the number of SMs of the current device");
+            throw std::runtime_error("deep_gemm: cannot read the number of SMs of a CUDA device");
         }
         if (device < kMaxDevices) counts[device].store(count, std::memory_order_relaxed);
     }

@@ -8,7 +8,7 @@ namespace deep_gemm {
 struct Knobs {
     std::atomic<int> num_sms{0};       // 0: all of the device
     std::atomic<int> tc_util{100};     // percent; kept for callers, no SM90 kernel throttles itself
-    std::atomic<int> pdl{0};           // programmatic dependent launch
+    std::atomic<int> pdl{1};           // programmatic dependent launch
     std::atomic<int> mk_alignment{128};
     std::atomic<int> block_m_multiple_of{1};
     std::atomic<int> block_n_multiple_of{1};
@@ -18,8 +18,8 @@ struct Knobs {
 
 Knobs& knobs();
 
-// SMs that work on the current device may use: the knob, capped by the device.
-int usable_sms();
+// SMs that work on a device may use: the knob, capped by the device.
+int usable_sms(int device);
 
 // DG_PRINT_CONFIGS, read once.
 bool print_configs();

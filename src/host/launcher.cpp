@@ -15,12 +15,10 @@ void check(cudaError_t error, const KernelLaunch& launch, const char* what) {
 }
 
 // Above 48 KB a kernel has to be told its limit once per device; asking again costs half a microsecond.
-void allow_shared_memory(const KernelLaunch& launch) {
+void allow_shared_memory(const KernelLaunch& launch, int device) {
     constexpr int kMaxRows = 256;
     constexpr int kMaxDevices = 64;
     static std::atomic<const void*> done[kMaxDevices][kMaxRows];
-    int device = 0;
-    check(cudaGetDevice(&device), launch, "cudaGetDevice before the launch");
     const bool remembered = device < kMaxDevices && launch.row < kMaxRows;
     if (remembered && done[device][launch.row].load(std::memory_order_acquire) == launch.kernel) return;
     check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), launch,
@@ -31,7 +29,7 @@ void allow_shared_memory(const KernelLaunch& launch) {
 }  // namespace
 
 void DeviceBackend::launch(const KernelLaunch& launch) {
-    allow_shared_memory(launch);
+    allow_shared_memory(launch, device_);
 
     cudaLaunchAttribute attributes[2];
     int count = 0;

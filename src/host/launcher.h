@@ -31,14 +31,15 @@ public:
     virtual void launch(const KernelLaunch& launch) = 0;
 };
 
-// Enqueues on a stream of the current device.
+// Enqueues on a stream of a device, which must be the current one.
 class DeviceBackend : public Backend {
 public:
-    explicit DeviceBackend(cudaStream_t stream) : stream_(stream) {}
+    DeviceBackend(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
     EncodeTiledFunction encode_tiled() override { return driver_encode_tiled(); }
     void launch(const KernelLaunch& launch) override;
 
 private:
+    int device_;
     cudaStream_t stream_;
 };
 

@@ -14,16 +14,19 @@ EncodeTiledFunction driver_encode_tiled() {
         const cudaError_t error =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
         if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-            throw std::runtime_error("deep_gemm: the CUDA driver has no cuTensorMapEncodeTiled; it must support CUDA 12");
+            throw std::runtime_error(
+                "deep_gemm: the CUDA driver has no cuTensorMapEncodeTiled; it must support CUDA 12");
         }
         return reinterpret_cast<EncodeTiledFunction>(entry);
     }();
     return function;
 }
 
-CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols) {
+CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols,
+                            bool swizzled) {
     const int span_bytes = box_cols * matrix.element_bytes;
-    const CUtensorMapSwizzle swizzle = span_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+    const CUtensorMapSwizzle swizzle = !swizzled           ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                       : span_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                        : span_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
     const cuuint64_t dims[2] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows)};
@@ -37,8 +40,8 @@ CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         std::ostringstream message;
-        message << "deep_gemm: cuTensorMapEncodeTiled failed with error " << static_cast<int>(result) << " for a matrix ["
-                << matrix.rows << ", " << matrix.cols << "] with row stride " << matrix.row_stride << " at "
+        message << "deep_gemm: cuTensorMapEncodeTiled failed with error " << static_cast<int>(result)
+                << " for a matrix [" << matrix.rows << ", " << matrix.cols << "] with row stride " << matrix.row_stride << " at "
                 << matrix.data << ", box [" << box_rows << ", " << box_cols << "]";
         throw std::runtime_error(message.str());
     }

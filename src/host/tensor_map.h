@@ -23,6 +23,8 @@ struct MatrixView {
 
 // A row-major matrix, moved in boxes of box_rows x box_cols; a box row (32, 64 or 128 bytes) is one swizzle span.
 // Rows and columns outside read as zero and are not written. Throws std::runtime_error when the driver refuses.
-CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols);
+// `swizzled` is false for data that threads read as it lies.
+CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols,
+                            bool swizzled = true);
 
 }  // namespace deep_gemm

@@ -1,14 +1,16 @@
-// Argument checks of the CUDA operators. Texts are those of deep_gemm_ops/_checks.py:
+// Argument checks of the CUDA operators, of tensors (X is Tensor or TensorInfo). Texts are those of
+// deep_gemm_ops/_checks.py:
 //   <op>: <arg> has <what> <value>, expected <value> (<note>)
+// They are put together once a check has failed: a call that passes makes no string.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
 #include <span>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace deep_gemm::ops {
 
@@ -60,46 +62,51 @@ inline std::string one_of(std::initializer_list<std::string> words) {
 }
 
 template <class Value, class Expected>
-[[noreturn]] void fail(const std::string& op, const char* arg, const char* what, const Value& value,
+[[noreturn]] void fail(std::string_view op, const char* arg, const char* what, const Value& value,
                        const Expected& expected, const std::string& note = "") {
-    throw std::runtime_error(op + ": " + arg + " has " + what + " " + text(value) + ", expected " + text(expected) +
-                             (note.empty() ? "" : " (" + note + ")"));
+    throw std::runtime_error(std::string(op) + ": " + arg + " has " + what + " " + text(value) + ", expected " +
+                             text(expected) + (note.empty() ? "" : " (" + note + ")"));
 }
 
-inline void check_dtype(const std::string& op, const char* arg, const Tensor& x,
-                        std::initializer_list<ScalarType> dtypes) {
+template <class X>
+void check_dtype(std::string_view op, const char* arg, const X& x, std::initializer_list<ScalarType> dtypes) {
     const ScalarType dtype = x.scalar_type();
+    for (ScalarType accepted : dtypes) {
+        if (dtype == accepted) return;
+    }
     std::string names;
     size_t i = 0;
     for (ScalarType accepted : dtypes) {
-        if (dtype == accepted) return;
         names += (i == 0 ? "" : i + 1 == dtypes.size() ? " or " : ", ") + text(accepted);
         ++i;
     }
     fail(op, arg, "dtype", text(dtype), names);
 }
 
-inline void check_rank(const std::string& op, const char* arg, const Tensor& x, int64_t rank) {
+template <class X>
+void check_rank(std::string_view op, const char* arg, const X& x, int64_t rank) {
     if (x.dim() != rank) fail(op, arg, "rank", x.dim(), rank);
 }
 
-inline std::string device_text(const Tensor& x) {
+template <class X>
+std::string device_text(const X& x) {
     return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : x.is_cpu() ? "cpu" : "of another kind";
 }
 
-inline void check_device(const std::string& op, const char* arg, const Tensor& x, const Tensor& like,
-                         const char* like_arg) {
+template <class X>
+void check_device(std::string_view op, const char* arg, const X& x, const X& like, const char* like_arg) {
     if (!x.is_cuda() || x.get_device_index() != like.get_device_index()) {
         fail(op, arg, "device", device_text(x), device_text(like), "the device of " + std::string(like_arg));
     }
 }
 
-inline void check_size(const std::string& op, const char* arg, const char* dimension, int64_t size) {
+inline void check_size(std::string_view op, const char* arg, const char* dimension, int64_t size) {
     if (size > kMaxSize) fail(op, arg, dimension, size, "at most " + std::to_string(kMaxSize));
 }
 
-inline void check_shape(const std::string& op, const char* arg, const Tensor& x, const char* names,
-                        std::initializer_list<int64_t> expected) {
+template <class X>
+void check_shape(std::string_view op, const char* arg, const X& x, const char* names,
+                 std::initializer_list<int64_t> expected) {
     const auto sizes = x.sizes();
     bool equal = sizes.size() == expected.size();
     for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == expected.begin()[i];
@@ -109,7 +116,8 @@ inline void check_shape(const std::string& op, const char* arg, const Tensor& x,
 }
 
 // The last dimension of a matrix is dense (irrelevant where it has one element or the matrix none).
-inline void check_inner_stride(const std::string& op, const char* arg, const Tensor& x, const char* helper) {
+template <class X>
+void check_inner_stride(std::string_view op, const char* arg, const X& x, const char* helper) {
     if (x.size(1) > 1 && x.size(0) > 0 && x.stride(1) != 1) {
         fail(op, arg, "inner stride", x.stride(1), int64_t{1},
              helper ? "use deep_gemm_ops." + std::string(helper) : "");
@@ -117,14 +125,16 @@ inline void check_inner_stride(const std::string& op, const char* arg, const Ten
 }
 
 // Rows of a matrix that is written do not overlap.
-inline void check_rows_apart(const std::string& op, const char* arg, const Tensor& x) {
+template <class X>
+void check_rows_apart(std::string_view op, const char* arg, const X& x) {
     if (x.size(0) > 1 && x.size(1) > 0 && x.stride(0) < x.size(1)) {
         fail(op, arg, "row stride", x.stride(0), "at least " + std::to_string(x.size(1)));
     }
 }
 
 // A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address.
-inline void check_tma_readable(const std::string& op, const char* arg, const Tensor& x) {
+template <class X>
+void check_tma_readable(std::string_view op, const char* arg, const X& x) {
     constexpr int64_t kAlignment = 16;
     check_inner_stride(op, arg, x, "to_tma_aligned");
     const int64_t rows = x.size(0), cols = x.size(1);

@@ -6,9 +6,11 @@
 
 #include "../host/cast.h"
 #include "../host/knobs.h"
+#include "../host/selection_cache.h"
 #include "check.h"
 #include "gemm_ops.h"
 #include "stream.h"
+#include "tensor_info.h"
 
 namespace deep_gemm::ops {
 
@@ -33,105 +35,120 @@ struct Operand {
     int64_t stride_mn, stride_k;
 };
 
-Operand view(const Tensor& x, bool k_major) {
+Operand view(const TensorInfo& x, bool k_major) {
     if (k_major) return {x.size(0), x.size(1), x.stride(0), x.stride(1)};
     return {x.size(1), x.size(0), x.stride(1), x.stride(0)};
 }
 
-struct Granularity {
-    int64_t mn;
-    std::vector<int64_t> fit_k;  // all that explain the columns
+// One or two granularities to choose from.
+struct Choices {
+    std::array<int64_t, 2> values = {};
+    int count = 0;
+
+    Choices() = default;
+    Choices(std::initializer_list<int64_t> list) {
+        for (int64_t value : list) push_back(value);
+    }
+    void push_back(int64_t value) { values[count++] = value; }
+    const int64_t* begin() const { return values.data(); }
+    const int64_t* end() const { return values.data() + count; }
 };
 
-std::string unique_sizes(const std::vector<int64_t>& values) {
-    std::vector<int64_t> unique;
-    std::string joined;
-    for (int64_t value : values) {
-        bool seen = false;
-        for (int64_t other : unique) seen |= other == value;
-        if (!seen) unique.push_back(value);
-    }
-    for (size_t i = 0; i < unique.size(); ++i) {
-        joined += (i == 0 ? "" : i + 1 == unique.size() ? " or " : ", ") + std::to_string(unique[i]);
-    }
-    return joined;
+struct Granularity {
+    int64_t mn = 0;
+    Choices fit_k;  // all that explain the columns
+};
+
+// "3", or "3 or 5" where two choices differ.
+std::string unique_sizes(const std::vector<int64_t>& sizes) {
+    const bool differ = sizes.size() > 1 && sizes[1] != sizes[0];
+    return text(sizes[0]) + (differ ? " or " + text(sizes[1]) : "");
 }
 
-// Granularities that explain the shape of the scales `sf` of an operand with `mn` rows.
-Granularity match_scales(const char* op, const char* arg, const Tensor& sf, bool k_major, int64_t mn, int64_t k,
-                         const char* mn_name, const std::vector<int64_t>& grans_mn,
-                         const std::vector<int64_t>& grans_k) {
-    const bool packed = sf.scalar_type() == ScalarType::Int;
-    const auto columns_for = [&](int64_t gran) {
-        const int64_t columns = ceil_div(k, gran);
-        return packed ? ceil_div(columns, 4) : columns;
-    };
-    const Operand scales = view(sf, k_major);
-    Granularity result;
-    for (int64_t gran : grans_k) {
-        if (scales.k == columns_for(gran)) result.fit_k.push_back(gran);
-    }
-    for (int64_t gran : grans_mn) {
-        if (scales.mn == ceil_div(mn, gran) && !result.fit_k.empty()) {
-            result.mn = gran;
-            return result;
-        }
-    }
+int64_t scale_columns(int64_t k, int64_t gran_k, bool packed) {
+    const int64_t columns = ceil_div(k, gran_k);
+    return packed ? ceil_div(columns, 4) : columns;
+}
 
+[[noreturn]] void fail_scales(const char* op, const char* arg, const TensorInfo& sf, bool k_major, int64_t mn,
+                              int64_t k, const std::string& mn_name, const Choices& grans_mn, const Choices& grans_k) {
+    const bool packed = sf.scalar_type() == ScalarType::Int;
     std::string names[2];
     std::vector<int64_t> sizes[2];
     for (int64_t gran : grans_mn) {
         names[0] += (names[0].empty() ? "" : " or ") +
-                    (gran == 1 ? std::string(mn_name) : "ceil(" + std::string(mn_name) + " / " + text(gran) + ")");
+                    (gran == 1 ? mn_name : "ceil(" + mn_name + " / " + text(gran) + ")");
         sizes[0].push_back(ceil_div(mn, gran));
     }
     for (int64_t gran : grans_k) {
         names[1] += (names[1].empty() ? "" : " or ") + ("ceil(K / " + text(packed ? gran * 4 : gran)) + ")";
-        sizes[1].push_back(columns_for(gran));
+        sizes[1].push_back(scale_columns(k, gran, packed));
     }
     const int first = k_major ? 0 : 1;
-    const std::array<int64_t, 2> shape = {sf.size(0), sf.size(1)};
-    fail(op, arg, "shape", text(shape),
+    fail(op, arg, "shape", text(sf.sizes()),
          "[" + names[first] + ", " + names[1 - first] + "] = [" + unique_sizes(sizes[first]) + ", " +
              unique_sizes(sizes[1 - first]) + "]");
 }
 
-// Scales as the kernels take them: FP32 of any strides. UE8M0 is expanded into `scratch`.
-ScaleTensor prepare_scales(const char* op, const Tensor& sf, bool k_major, int64_t gran_mn, int64_t k_groups,
-                           cudaStream_t stream, std::optional<Tensor>& scratch) {
+// Granularities that explain the shape of the scales `sf` of an operand with `mn` rows.
+Granularity match_scales(const char* op, const char* arg, const TensorInfo& sf, bool k_major, int64_t mn, int64_t k,
+                         const char* mn_name, const Choices& grans_mn, const Choices& grans_k) {
+    const bool packed = sf.scalar_type() == ScalarType::Int;
     const Operand scales = view(sf, k_major);
-    ScaleTensor result;
-    result.gran_mn = static_cast<int>(gran_mn);
-    if (sf.scalar_type() == ScalarType::Float) {
-        result.data = static_cast<const float*>(sf.data_ptr());
-        result.stride_mn = scales.stride_mn;
-        result.stride_k = scales.stride_k;
-        return result;
+    Granularity result;
+    for (int64_t gran : grans_k) {
+        if (scales.k == scale_columns(k, gran, packed)) result.fit_k.push_back(gran);
     }
-    const int64_t aligned = ceil_div(scales.mn, 4) * 4;
+    for (int64_t gran : grans_mn) {
+        if (scales.mn == ceil_div(mn, gran) && result.fit_k.count > 0) {
+            result.mn = gran;
+            return result;
+        }
+    }
+    fail_scales(op, arg, sf, k_major, mn, k, mn_name, grans_mn, grans_k);
+}
+
+// Scales as the kernels take them (see ScaleTensor): float32, and MN-major where there is one per row. What is not so
+// is brought into that form in `scratch` by one small kernel.
+ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, int64_t mn, int64_t gran_mn,
+                           int64_t k_groups, bool per_row, cudaStream_t stream, std::optional<Tensor>& scratch) {
+    const Operand scales = view(sf, k_major);
+    const bool is_float = sf.scalar_type() == ScalarType::Float;
+    const bool repeat = per_row && gran_mn == 128;
+    const bool tma_readable = (scales.stride_mn == 1 || mn == 1) && scales.stride_k % 4 == 0 &&
+                              reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
+    if (is_float && !repeat && (!per_row || tma_readable)) {
+        return {static_cast<const float*>(sf.data_ptr()), scales.stride_mn, scales.stride_k, static_cast<int>(gran_mn)};
+    }
+    cast::ScaleLayoutProblem problem;
+    problem.mn = repeat ? mn : scales.mn;
+    problem.mn_repeat = repeat ? 128 : 1;
+    const int64_t aligned = ceil_div(problem.mn, 4) * 4;
     const std::array<int64_t, 2> sizes = {k_groups, aligned}, strides = {aligned, 1};
-    scratch = empty_strided(sizes, strides, ScalarType::Float, sf);
-    float* expanded = static_cast<float*>(scratch->data_ptr());
-    check_launch(cast::launch_expand_ue8m0(sf.data_ptr(), sf.scalar_type() == ScalarType::Int, scales.stride_mn,
-                                           scales.stride_k, expanded, aligned, scales.mn, k_groups, stream,
-                                           knobs().pdl),
-                 op, "expanding UE8M0 scales");
-    result.data = expanded;
-    result.stride_mn = 1;
-    result.stride_k = aligned;
-    return result;
+    scratch = empty_strided(sizes, strides, ScalarType::Float, sf.tensor());
+    problem.src = sf.data_ptr();
+    problem.src_type = is_float                                  ? cast::ScaleType::kFloat32
+                       : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
+                                                                 : cast::ScaleType::kE8M0;
+    problem.src_mn_stride = scales.stride_mn;
+    problem.src_k_stride = scales.stride_k;
+    problem.dst = scratch->data_ptr();
+    problem.dst_k_stride = aligned;
+    problem.k_sf = k_groups;
+    check_launch(cast::launch_scale_layout(problem, stream, knobs().pdl), op, "laying out scales");
+    return {static_cast<const float*>(problem.dst), 1, aligned, repeat ? 1 : static_cast<int>(gran_mn)};
 }
 
 // The address and row stride of a K-major operand. SM90's FP8 tensor cores read nothing else, so an MN-major one is
 // transposed into `scratch`.
-std::pair<const void*, int64_t> prepare_operand(const char* op, const Tensor& x, bool k_major, cudaStream_t stream,
-                                                std::optional<Tensor>& scratch) {
+std::pair<const void*, int64_t> prepare_operand(const char* op, const TensorInfo& x, bool k_major,
+                                                cudaStream_t stream, std::optional<Tensor>& scratch) {
     // The stride of a single row is never used, but the tensor map wants a multiple of 16.
     if (k_major) return {x.data_ptr(), x.size(0) > 1 ? x.stride(0) : ceil_div(x.size(1), 16) * 16};
     const int64_t k = x.size(0), mn = x.size(1);
     const int64_t aligned = ceil_div(k, 16) * 16;
     const std::array<int64_t, 2> sizes = {mn, aligned}, strides = {aligned, 1};
-    scratch = empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x);
+    scratch = empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.tensor());
     cast::TransposeProblem problem;
     problem.x = x.data_ptr();
     problem.x_stride = x.stride(0);
@@ -143,12 +160,18 @@ std::pair<const void*, int64_t> prepare_operand(const char* op, const Tensor& x,
     return {problem.out, aligned};
 }
 
-// Checks everything, then runs; `out` is allocated here when absent.
-Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
-           const std::optional<Tensor>& c, ScalarType out_dtype, const std::optional<std::vector<int64_t>>& recipe,
-           const Tensor* given_out) {
+using Recipe = std::optional<std::vector<int64_t>>;
+
+// Checks everything, then runs. Returns a tensor allocated here unless `given_out` is there to write to.
+std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& sfa_tensor, const Tensor& b_tensor,
+                          const Tensor& sfb_tensor, const std::optional<Tensor>& c_tensor, ScalarType out_dtype,
+                          const Recipe& recipe, const Tensor* given_out) {
     const char* op = kNames[static_cast<int>(layout)];
     const bool a_k_major = a_is_k_major(layout), b_k_major = b_is_k_major(layout);
+    const TensorInfo a(a_tensor), sfa(sfa_tensor), b(b_tensor), sfb(sfb_tensor);
+    std::optional<TensorInfo> c, out;
+    if (c_tensor) c.emplace(*c_tensor);
+    if (given_out) out.emplace(*given_out);
 
     check_dtype(op, "a", a, {ScalarType::Float8_e4m3fn});
     check_rank(op, "a", a, 2);
@@ -162,8 +185,8 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
     check_device(op, "sfa", sfa, a, "a");
     check_device(op, "sfb", sfb, a, "a");
     if (c) check_device(op, "c", *c, a, "a");
-    if (given_out) check_device(op, "out", *given_out, a, "a");
-    if (!given_out && out_dtype != ScalarType::BFloat16 && out_dtype != ScalarType::Float) {
+    if (out) check_device(op, "out", *out, a, "a");
+    if (!out && out_dtype != ScalarType::BFloat16 && out_dtype != ScalarType::Float) {
         fail(op, "out_dtype", "value", text(out_dtype), "bfloat16 or float32");
     }
 
@@ -177,7 +200,7 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
     a_k_major ? check_tma_readable(op, "a", a) : check_inner_stride(op, "a", a, "to_tma_aligned");
     b_k_major ? check_tma_readable(op, "b", b) : check_inner_stride(op, "b", b, "to_tma_aligned");
 
-    std::vector<int64_t> grans_m = {1, 128}, grans_n = {1, 128}, grans_k = {128, 32};
+    Choices grans_m = {1, 128}, grans_n = {1, 128}, grans_k = {128, 32};
     if (recipe) {
         const std::vector<int64_t>& r = *recipe;
         const auto is_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
@@ -190,18 +213,18 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
     }
     const Granularity of_a = match_scales(op, "sfa", sfa, a_k_major, m, k, "M", grans_m, grans_k);
     const Granularity of_b = match_scales(op, "sfb", sfb, b_k_major, n, k, "N", grans_n, of_a.fit_k);
-    if (of_b.fit_k.size() > 1 && sfa.scalar_type() == ScalarType::Int && sfb.scalar_type() == ScalarType::Int &&
+    if (of_b.fit_k.count > 1 && sfa.scalar_type() == ScalarType::Int && sfb.scalar_type() == ScalarType::Int &&
         k > 32) {
         fail(op, "recipe", "value", "None", "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]",
              "packed scales fit both here");
     }
 
-    const ScalarType result_dtype = given_out ? given_out->scalar_type() : out_dtype;
-    if (given_out) {
-        check_dtype(op, "out", *given_out, {ScalarType::BFloat16, ScalarType::Float});
-        check_shape(op, "out", *given_out, "[M, N]", {m, n});
-        check_inner_stride(op, "out", *given_out, nullptr);
-        check_rows_apart(op, "out", *given_out);
+    const ScalarType result_dtype = out ? out->scalar_type() : out_dtype;
+    if (out) {
+        check_dtype(op, "out", *out, {ScalarType::BFloat16, ScalarType::Float});
+        check_shape(op, "out", *out, "[M, N]", {m, n});
+        check_inner_stride(op, "out", *out, nullptr);
+        check_rows_apart(op, "out", *out);
     }
     if (c) {
         if (c->scalar_type() != result_dtype) {
@@ -210,8 +233,7 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
         const bool full = c->dim() == 2 && c->size(0) == m && c->size(1) == n;
         const bool bias = c->dim() == 1 && c->size(0) == n;
         if (!full && !bias) {
-            const auto sizes = c->sizes();
-            fail(op, "c", "shape", text(std::span(sizes.data(), sizes.size())),
+            fail(op, "c", "shape", text(c->sizes()),
                  "[M, N] or [N] = [" + text(m) + ", " + text(n) + "] or [" + text(n) + "]");
         }
         if (full) {
@@ -221,25 +243,29 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
         }
     }
 
-    const DeviceGuard guard(a.get_device_index());
-    Tensor out = given_out ? *given_out : [&] {
+    const int device = a.get_device_index();
+    const DeviceGuard guard(device);
+    std::optional<Tensor> allocated;
+    if (!out) {
         const std::array<int64_t, 2> sizes = {m, n}, strides = {std::max<int64_t>(n, 1), 1};
-        return empty_strided(sizes, strides, result_dtype, a);
-    }();
-    if (m == 0 || n == 0) return out;
-    if (k == 0) {
-        if (c) {
-            torch::stable::copy_(out, *c);
-        } else {
-            torch::stable::zero_(out);
-        }
-        return out;
+        allocated = empty_strided(sizes, strides, result_dtype, a_tensor);
     }
-    if (compute_capability() != 90) {
-        fail(op, "a", "architecture", "sm_" + std::to_string(compute_capability()), "sm_90");
+    const Tensor& result = out ? *given_out : *allocated;
+    if (m == 0 || n == 0) return allocated;
+    if (k == 0) {
+        Tensor target = result;
+        if (c) {
+            torch::stable::copy_(target, *c_tensor);
+        } else {
+            torch::stable::zero_(target);
+        }
+        return allocated;
+    }
+    if (compute_capability(device) != 90) {
+        fail(op, "a", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
     }
 
-    const cudaStream_t stream = current_stream(a);
+    const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
     problem.m = m;
     problem.n = n;
@@ -247,12 +273,14 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
     std::optional<Tensor> scratch_a, scratch_b, scratch_sfa, scratch_sfb;
     std::tie(problem.a, problem.a_stride) = prepare_operand(op, a, a_k_major, stream, scratch_a);
     std::tie(problem.b, problem.b_stride) = prepare_operand(op, b, b_k_major, stream, scratch_b);
-    problem.gran_k = static_cast<int>(of_b.fit_k[0]);
+    problem.gran_k = static_cast<int>(of_b.fit_k.values[0]);
     const int64_t k_groups = ceil_div(k, problem.gran_k);
-    problem.sfa = prepare_scales(op, sfa, a_k_major, of_a.mn, k_groups, stream, scratch_sfa);
-    problem.sfb = prepare_scales(op, sfb, b_k_major, of_b.mn, k_groups, stream, scratch_sfb);
-    problem.d = out.data_ptr();
-    problem.d_stride = m > 1 ? out.stride(0) : n;
+    // In the recipe 1, 128, 128 the kernels read B's block scales as they lie.
+    const bool is_1d2d = of_a.mn == 1 && of_b.mn == 128 && problem.gran_k == 128;
+    problem.sfa = prepare_scales(op, sfa, a_k_major, m, of_a.mn, k_groups, true, stream, scratch_sfa);
+    problem.sfb = prepare_scales(op, sfb, b_k_major, n, of_b.mn, k_groups, !is_1d2d, stream, scratch_sfb);
+    problem.d = result.data_ptr();
+    problem.d_stride = out && m > 1 ? out->stride(0) : n;
     problem.d_type = result_dtype == ScalarType::Float ? DataType::kFloat32 : DataType::kBFloat16;
     if (c) {
         problem.c = c->data_ptr();
@@ -260,33 +288,38 @@ Tensor run(Layout layout, const Tensor& a, const Tensor& sfa, const Tensor& b, c
     }
 
     SelectionLimits limits;
-    limits.num_sms = usable_sms();
+    limits.num_sms = usable_sms(device);
     limits.block_m_multiple_of = knobs().block_m_multiple_of;
     limits.block_n_multiple_of = knobs().block_n_multiple_of;
-    DeviceBackend backend(stream);
-    run_fp8_gemm(problem, limits, knobs().forced_row, knobs().pdl, backend);
-    return out;
+    int row = knobs().forced_row;
+    if (row < 0) row = select_row_cached(fp8_gemm_rows(), problem, limits);
+    DeviceBackend backend(device, stream);
+    run_fp8_gemm(problem, limits, row, knobs().pdl, backend);
+    return allocated;
 }
 
 }  // namespace
 
 template <Layout kLayout>
-Tensor fp8_gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, std::optional<Tensor> c, ScalarType out_dtype,
-                std::optional<std::vector<int64_t>> recipe) {
-    return run(kLayout, a, sfa, b, sfb, c, out_dtype, recipe, nullptr);
+Tensor fp8_gemm(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const std::optional<Tensor>& c,
+                ScalarType out_dtype, const std::optional<std::vector<int64_t>>& recipe) {
+    return *run(kLayout, a, sfa, b, sfb, c, out_dtype, recipe, nullptr);
 }
 
 template <Layout kLayout>
-void fp8_gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, std::optional<Tensor> c,
-                  std::optional<std::vector<int64_t>> recipe, Tensor out) {
+void fp8_gemm_out(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
+                  const std::optional<Tensor>& c, const std::optional<std::vector<int64_t>>& recipe,
+                  const Tensor& out) {
     run(kLayout, a, sfa, b, sfb, c, ScalarType::BFloat16, recipe, &out);
 }
 
 #define DG_INSTANTIATE(LAYOUT)                                                                                        \
-    template Tensor fp8_gemm<LAYOUT>(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, ScalarType,               \
-                                     std::optional<std::vector<int64_t>>);                                            \
-    template void fp8_gemm_out<LAYOUT>(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>,                         \
-                                       std::optional<std::vector<int64_t>>, Tensor);
+    template Tensor fp8_gemm<LAYOUT>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,                      \
+                                     const std::optional<Tensor>&, ScalarType,                                        \
+                                     const std::optional<std::vector<int64_t>>&);                                     \
+    template void fp8_gemm_out<LAYOUT>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,                    \
+                                       const std::optional<Tensor>&, const std::optional<std::vector<int64_t>>&,      \
+                                       const Tensor&);
 DG_INSTANTIATE(Layout::kNT)
 DG_INSTANTIATE(Layout::kNN)
 DG_INSTANTIATE(Layout::kTN)

@@ -15,11 +15,12 @@ using torch::stable::Tensor;
 enum class Layout { kNT, kNN, kTN, kTT };
 
 template <Layout kLayout>
-Tensor fp8_gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, std::optional<Tensor> c, ScalarType out_dtype,
-                std::optional<std::vector<int64_t>> recipe);
+Tensor fp8_gemm(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const std::optional<Tensor>& c,
+                ScalarType out_dtype, const std::optional<std::vector<int64_t>>& recipe);
 
 template <Layout kLayout>
-void fp8_gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, std::optional<Tensor> c,
-                  std::optional<std::vector<int64_t>> recipe, Tensor out);
+void fp8_gemm_out(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
+                  const std::optional<Tensor>& c, const std::optional<std::vector<int64_t>>& recipe,
+                  const Tensor& out);
 
 }  // namespace deep_gemm::ops

@@ -1,0 +1,50 @@
+#include "selection_cache.h"
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace deep_gemm {
+
+namespace {
+
+// All that selection may look at of a problem and its limits.
+struct Key {
+    int64_t m, n, k;
+    int gran_m, gran_n, gran_k;
+    DataType d_type;
+    bool has_c;
+    int num_sms, block_m_multiple_of, block_n_multiple_of;
+
+    bool operator==(const Key&) const = default;
+};
+
+struct Entry {
+    Key key;
+    int row;
+};
+
+constexpr size_t kEntries = 256;
+
+size_t slot_of(const Key& key) {
+    const auto mix = [](uint64_t hash, int64_t value) { return (hash ^ value) * 0x9E3779B97F4A7C15u; };
+    return mix(mix(mix(0, key.m), key.n), key.k) >> 56;
+}
+static_assert(kEntries == 1 << (64 - 56));
+
+}  // namespace
+
+int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
+    static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
+    const Key key = {problem.m,       problem.n,
+                     problem.k,       problem.sfa.gran_mn,
+                     problem.sfb.gran_mn, problem.gran_k,
+                     problem.d_type,  problem.c != nullptr,
+                     limits.num_sms,  limits.block_m_multiple_of,
+                     limits.block_n_multiple_of};
+    Entry& entry = entries[slot_of(key)];
+    if (entry.key != key) entry = {key, select_row(rows, problem, limits)};
+    return entry.row;
+}
+
+}  // namespace deep_gemm
