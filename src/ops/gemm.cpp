@@ -1,6 +1,6 @@
 #include "../host/gemm.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <array>
 
@@ -15,6 +15,8 @@
 namespace deep_gemm::ops {
 
 namespace {
+
+using torch::stable::detail::to;
 
 constexpr const char* kNames[] = {"fp8_gemm_nt", "fp8_gemm_nn", "fp8_gemm_tn", "fp8_gemm_tt"};
 
@@ -111,7 +113,7 @@ Granularity match_scales(const char* op, const char* arg, const TensorInfo& sf, 
 // Scales as the kernels take them (see ScaleTensor): float32, and MN-major where there is one per row. What is not so
 // is brought into that form in `scratch` by one small kernel.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, int64_t mn, int64_t gran_mn,
-                           int64_t k_groups, bool per_row, cudaStream_t stream, std::optional<Tensor>& scratch) {
+                           int64_t k_groups, bool per_row, cudaStream_t stream, OwnedTensor& scratch) {
     const Operand scales = view(sf, k_major);
     const bool is_float = sf.scalar_type() == ScalarType::Float;
     const bool repeat = per_row && gran_mn == 128;
@@ -125,14 +127,14 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, i
     problem.mn_repeat = repeat ? 128 : 1;
     const int64_t aligned = ceil_div(problem.mn, 4) * 4;
     const std::array<int64_t, 2> sizes = {k_groups, aligned}, strides = {aligned, 1};
-    scratch = empty_strided(sizes, strides, ScalarType::Float, sf.tensor());
+    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float, sf.get()));
     problem.src = sf.data_ptr();
     problem.src_type = is_float                                  ? cast::ScaleType::kFloat32
                        : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
                                                                  : cast::ScaleType::kE8M0;
     problem.src_mn_stride = scales.stride_mn;
     problem.src_k_stride = scales.stride_k;
-    problem.dst = scratch->data_ptr();
+    problem.dst = TensorInfo(scratch.get()).data_ptr();
     problem.dst_k_stride = aligned;
     problem.k_sf = k_groups;
     check_launch(cast::launch_scale_layout(problem, stream, knobs().pdl), op, "laying out scales");
@@ -142,17 +144,17 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, i
 // The address and row stride of a K-major operand. SM90's FP8 tensor cores read nothing else, so an MN-major one is
 // transposed into `scratch`.
 std::pair<const void*, int64_t> prepare_operand(const char* op, const TensorInfo& x, bool k_major,
-                                                cudaStream_t stream, std::optional<Tensor>& scratch) {
+                                                cudaStream_t stream, OwnedTensor& scratch) {
     // The stride of a single row is never used, but the tensor map wants a multiple of 16.
     if (k_major) return {x.data_ptr(), x.size(0) > 1 ? x.stride(0) : ceil_div(x.size(1), 16) * 16};
     const int64_t k = x.size(0), mn = x.size(1);
     const int64_t aligned = ceil_div(k, 16) * 16;
     const std::array<int64_t, 2> sizes = {mn, aligned}, strides = {aligned, 1};
-    scratch = empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.tensor());
+    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.get()));
     cast::TransposeProblem problem;
     problem.x = x.data_ptr();
     problem.x_stride = x.stride(0);
-    problem.out = scratch->data_ptr();
+    problem.out = TensorInfo(scratch.get()).data_ptr();
     problem.out_stride = aligned;
     problem.rows = k;
     problem.cols = mn;
@@ -162,16 +164,12 @@ std::pair<const void*, int64_t> prepare_operand(const char* op, const TensorInfo
 
 using Recipe = std::optional<std::vector<int64_t>>;
 
-// Checks everything, then runs. Returns a tensor allocated here unless `given_out` is there to write to.
-std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& sfa_tensor, const Tensor& b_tensor,
-                          const Tensor& sfb_tensor, const std::optional<Tensor>& c_tensor, ScalarType out_dtype,
-                          const Recipe& recipe, const Tensor* given_out) {
+// Checks everything, then runs. Returns the result, allocated here, unless `given_out` is there to write to.
+OwnedTensor run(Layout layout, const TensorInfo& a, const TensorInfo& sfa, const TensorInfo& b, const TensorInfo& sfb,
+                const std::optional<TensorInfo>& c, ScalarType out_dtype, const Recipe& recipe,
+                const TensorInfo* given_out) {
     const char* op = kNames[static_cast<int>(layout)];
     const bool a_k_major = a_is_k_major(layout), b_k_major = b_is_k_major(layout);
-    const TensorInfo a(a_tensor), sfa(sfa_tensor), b(b_tensor), sfb(sfb_tensor);
-    std::optional<TensorInfo> c, out;
-    if (c_tensor) c.emplace(*c_tensor);
-    if (given_out) out.emplace(*given_out);
 
     check_dtype(op, "a", a, {ScalarType::Float8_e4m3fn});
     check_rank(op, "a", a, 2);
@@ -185,8 +183,8 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
     check_device(op, "sfa", sfa, a, "a");
     check_device(op, "sfb", sfb, a, "a");
     if (c) check_device(op, "c", *c, a, "a");
-    if (out) check_device(op, "out", *out, a, "a");
-    if (!out && out_dtype != ScalarType::BFloat16 && out_dtype != ScalarType::Float) {
+    if (given_out) check_device(op, "out", *given_out, a, "a");
+    if (!given_out && out_dtype != ScalarType::BFloat16 && out_dtype != ScalarType::Float) {
         fail(op, "out_dtype", "value", text(out_dtype), "bfloat16 or float32");
     }
 
@@ -219,12 +217,12 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
              "packed scales fit both here");
     }
 
-    const ScalarType result_dtype = out ? out->scalar_type() : out_dtype;
-    if (out) {
-        check_dtype(op, "out", *out, {ScalarType::BFloat16, ScalarType::Float});
-        check_shape(op, "out", *out, "[M, N]", {m, n});
-        check_inner_stride(op, "out", *out, nullptr);
-        check_rows_apart(op, "out", *out);
+    const ScalarType result_dtype = given_out ? given_out->scalar_type() : out_dtype;
+    if (given_out) {
+        check_dtype(op, "out", *given_out, {ScalarType::BFloat16, ScalarType::Float});
+        check_shape(op, "out", *given_out, "[M, N]", {m, n});
+        check_inner_stride(op, "out", *given_out, nullptr);
+        check_rows_apart(op, "out", *given_out);
     }
     if (c) {
         if (c->scalar_type() != result_dtype) {
@@ -245,20 +243,15 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
 
     const int device = a.get_device_index();
     const DeviceGuard guard(device);
-    std::optional<Tensor> allocated;
-    if (!out) {
+    OwnedTensor allocated;
+    if (!given_out) {
         const std::array<int64_t, 2> sizes = {m, n}, strides = {std::max<int64_t>(n, 1), 1};
-        allocated = empty_strided(sizes, strides, result_dtype, a_tensor);
+        allocated.reset(new_empty_strided(sizes, strides, result_dtype, a.get()));
     }
-    const Tensor& result = out ? *given_out : *allocated;
+    const AtenTensorHandle result = given_out ? given_out->get() : allocated.get();
     if (m == 0 || n == 0) return allocated;
     if (k == 0) {
-        Tensor target = result;
-        if (c) {
-            torch::stable::copy_(target, *c_tensor);
-        } else {
-            torch::stable::zero_(target);
-        }
+        STABLE_TORCH_ERROR_CODE_CHECK(c ? aoti_torch_copy_(result, c->get(), 0) : aoti_torch_zero_(result));
         return allocated;
     }
     if (compute_capability(device) != 90) {
@@ -270,7 +263,7 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
     problem.m = m;
     problem.n = n;
     problem.k = k;
-    std::optional<Tensor> scratch_a, scratch_b, scratch_sfa, scratch_sfb;
+    OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
     std::tie(problem.a, problem.a_stride) = prepare_operand(op, a, a_k_major, stream, scratch_a);
     std::tie(problem.b, problem.b_stride) = prepare_operand(op, b, b_k_major, stream, scratch_b);
     problem.gran_k = static_cast<int>(of_b.fit_k.values[0]);
@@ -279,8 +272,8 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
     const bool is_1d2d = of_a.mn == 1 && of_b.mn == 128 && problem.gran_k == 128;
     problem.sfa = prepare_scales(op, sfa, a_k_major, m, of_a.mn, k_groups, true, stream, scratch_sfa);
     problem.sfb = prepare_scales(op, sfb, b_k_major, n, of_b.mn, k_groups, !is_1d2d, stream, scratch_sfb);
-    problem.d = result.data_ptr();
-    problem.d_stride = out && m > 1 ? out->stride(0) : n;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result, &problem.d));
+    problem.d_stride = given_out && m > 1 ? given_out->stride(0) : n;
     problem.d_type = result_dtype == ScalarType::Float ? DataType::kFloat32 : DataType::kBFloat16;
     if (c) {
         problem.c = c->data_ptr();
@@ -298,28 +291,50 @@ std::optional<Tensor> run(Layout layout, const Tensor& a_tensor, const Tensor& s
     return allocated;
 }
 
+// Arguments as they come from the stack, which owns nothing afterwards.
+OwnedTensor take_tensor(StableIValue value) { return OwnedTensor(to<AtenTensorHandle>(value)); }
+
+// The arguments that both overloads begin with.
+struct Arguments {
+    OwnedTensor a, sfa, b, sfb;
+    std::optional<Tensor> c;
+};
+
+Arguments take_arguments(const StableIValue* stack) {
+    return {take_tensor(stack[0]), take_tensor(stack[1]), take_tensor(stack[2]), take_tensor(stack[3]),
+            to<std::optional<Tensor>>(stack[4])};
+}
+
+OwnedTensor run(Layout layout, const Arguments& arguments, ScalarType out_dtype, const Recipe& recipe,
+                const TensorInfo* out) {
+    const TensorInfo a(arguments.a.get()), sfa(arguments.sfa.get()), b(arguments.b.get()), sfb(arguments.sfb.get());
+    std::optional<TensorInfo> c;
+    if (arguments.c) c.emplace(*arguments.c);
+    return run(layout, a, sfa, b, sfb, c, out_dtype, recipe, out);
+}
+
 }  // namespace
 
 template <Layout kLayout>
-Tensor fp8_gemm(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const std::optional<Tensor>& c,
-                ScalarType out_dtype, const std::optional<std::vector<int64_t>>& recipe) {
-    return *run(kLayout, a, sfa, b, sfb, c, out_dtype, recipe, nullptr);
+void fp8_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    const Arguments arguments = take_arguments(stack);
+    const auto out_dtype = to<ScalarType>(stack[5]);
+    const auto recipe = to<Recipe>(stack[6]);
+    stack[0] = torch::stable::detail::from(run(kLayout, arguments, out_dtype, recipe, nullptr).release());
 }
 
 template <Layout kLayout>
-void fp8_gemm_out(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
-                  const std::optional<Tensor>& c, const std::optional<std::vector<int64_t>>& recipe,
-                  const Tensor& out) {
-    run(kLayout, a, sfa, b, sfb, c, ScalarType::BFloat16, recipe, &out);
+void fp8_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
+    const Arguments arguments = take_arguments(stack);
+    const auto recipe = to<Recipe>(stack[5]);
+    const OwnedTensor out = take_tensor(stack[6]);
+    const TensorInfo out_info(out.get());
+    run(kLayout, arguments, ScalarType::BFloat16, recipe, &out_info);
 }
 
-#define DG_INSTANTIATE(LAYOUT)                                                                                        \
-    template Tensor fp8_gemm<LAYOUT>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,                      \
-                                     const std::optional<Tensor>&, ScalarType,                                        \
-                                     const std::optional<std::vector<int64_t>>&);                                     \
-    template void fp8_gemm_out<LAYOUT>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,                    \
-                                       const std::optional<Tensor>&, const std::optional<std::vector<int64_t>>&,      \
-                                       const Tensor&);
+#define DG_INSTANTIATE(LAYOUT)                                              \
+    template void fp8_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);      \
+    template void fp8_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t);
 DG_INSTANTIATE(Layout::kNT)
 DG_INSTANTIATE(Layout::kNN)
 DG_INSTANTIATE(Layout::kTN)

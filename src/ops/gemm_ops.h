@@ -1,26 +1,21 @@
 // The FP8 GEMM operators on CUDA tensors. Meaning, shapes and errors: deep_gemm_ops/ops.py.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/c/shim.h>
 
-#include <optional>
-#include <vector>
+#include <cstdint>
 
 namespace deep_gemm::ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Operand orders, first letter A, second B: n is [MN, K] for A and [K, N] for B, t the transpose of that.
 enum class Layout { kNT, kNN, kTN, kTT };
 
+// Boxed: arguments and result are on the stack, in the order of the schema. TORCH_BOX would wrap each tensor in a
+// torch::stable::Tensor, an allocation each, and a small GEMM is over in few microseconds.
 template <Layout kLayout>
-Tensor fp8_gemm(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const std::optional<Tensor>& c,
-                ScalarType out_dtype, const std::optional<std::vector<int64_t>>& recipe);
+void fp8_gemm(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 template <Layout kLayout>
-void fp8_gemm_out(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
-                  const std::optional<Tensor>& c, const std::optional<std::vector<int64_t>>& recipe,
-                  const Tensor& out);
+void fp8_gemm_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 }  // namespace deep_gemm::ops

@@ -15,14 +15,14 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", TORCH_BOX(&fp8_gemm<Layout::kNT>));
-    m.impl("fp8_gemm_nn", TORCH_BOX(&fp8_gemm<Layout::kNN>));
-    m.impl("fp8_gemm_tn", TORCH_BOX(&fp8_gemm<Layout::kTN>));
-    m.impl("fp8_gemm_tt", TORCH_BOX(&fp8_gemm<Layout::kTT>));
-    m.impl("fp8_gemm_nt.out", TORCH_BOX(&fp8_gemm_out<Layout::kNT>));
-    m.impl("fp8_gemm_nn.out", TORCH_BOX(&fp8_gemm_out<Layout::kNN>));
-    m.impl("fp8_gemm_tn.out", TORCH_BOX(&fp8_gemm_out<Layout::kTN>));
-    m.impl("fp8_gemm_tt.out", TORCH_BOX(&fp8_gemm_out<Layout::kTT>));
+    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
+    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
+    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
+    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
+    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
+    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
+    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
+    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));

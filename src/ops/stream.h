@@ -49,16 +49,22 @@ inline cudaStream_t current_stream(int device) {
 
 inline cudaStream_t current_stream(const Tensor& tensor) { return current_stream(tensor.get_device_index()); }
 
-// An uninitialised tensor on the device of `like`, from PyTorch's allocator.
+// An uninitialised tensor on the device of `like`, from PyTorch's allocator. The caller owns it.
+inline AtenTensorHandle new_empty_strided(std::span<const int64_t> sizes, std::span<const int64_t> strides,
+                                          torch::headeronly::ScalarType dtype, AtenTensorHandle like) {
+    int32_t device_type = 0, device_index = 0;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like, &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like, &device_index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                           strides.data(), static_cast<int32_t>(dtype), device_type,
+                                                           device_index, &handle));
+    return handle;
+}
+
 inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int64_t> strides,
                             torch::headeronly::ScalarType dtype, const Tensor& like) {
-    int32_t device_type = 0;
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    static_cast<int32_t>(dtype), device_type, like.get_device_index(),
-                                                    &handle));
-    return Tensor(handle);
+    return Tensor(new_empty_strided(sizes, strides, dtype, like.get()));
 }
 
 // Major and minor compute capability of a device, as 90 for sm_90.
