@@ -129,6 +129,8 @@ private:
         State state;
         WorkTile work;
         while (scheduler.next(work)) {
+            // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
+#pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
                 const int k = (work.k_block + i) * kBlockK;
                 const int k_group = (work.k_block + i) * kKGroups;
@@ -170,6 +172,7 @@ private:
         while (scheduler.next(work)) {
             const int block = (kRow.swap_ab ? work.row : work.col) / 128;
             const int last = work.k_block + work.num_k_blocks - 1;
+#pragma unroll 1
             for (int k_block = work.k_block; k_block <= last; k_block += kScaleChunk, state.advance()) {
                 const int chunk = state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_empty[chunk], state.phase ^ 1);
