@@ -187,10 +187,17 @@ def _cast(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if x.requires_grad and torch.is_grad_enabled():
         _refuse_grad(op, x=x)
+    keywords: dict[str, Any] = {}  # as in _gemm
+    if gran_k != 128:
+        keywords["gran_k"] = gran_k
+    if use_ue8m0 is not False:
+        keywords["use_ue8m0"] = use_ue8m0
+    if use_packed_ue8m0 is not False:
+        keywords["use_packed_ue8m0"] = use_packed_ue8m0
     if out is None:
-        return overloads.default(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+        return overloads.default(x, **keywords)
     values, scales = out
-    overloads.out(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0, out=values, out_sf=scales)
+    overloads.out(x, out=values, out_sf=scales, **keywords)
     return values, scales
 
 
