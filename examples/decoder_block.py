@@ -25,13 +25,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-import deep_gemm_ops  # noqa: F401  (importing it registers torch.ops.deep_gemm)
 import torch
 import torch.nn.functional as F
-from deep_gemm_ops.testing import compare, error_bar
 from fp8_linear import dequantise, pick_device, quantise_linears
 from terminal import Checks, Progress, print_table
 from torch import nn
+
+import deep_gemm_ops  # noqa: F401  (importing it registers torch.ops.deep_gemm)
+from deep_gemm_ops.testing import compare, error_bar
 
 #: Largest relative difference between an FP8 layer and its BF16 original. E4M3 has three mantissa bits: rounding adds
 #: about 2.6 % of noise to each operand, 3.7 % to their product.

@@ -6,9 +6,10 @@ elements of K. Both operators have fakes, so the module compiles with ``fullgrap
 
 from __future__ import annotations
 
-import deep_gemm_ops  # noqa: F401  (importing it registers torch.ops.deep_gemm)
 import torch
 from torch import nn
+
+import deep_gemm_ops  # noqa: F401  (importing it registers torch.ops.deep_gemm)
 
 
 class Fp8Linear(nn.Module):

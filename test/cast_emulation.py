@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import ptx_emulator
 import pytest
 import torch
+
+import ptx_emulator
 from ptx_emulator.build import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent

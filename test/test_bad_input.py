@@ -7,12 +7,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import deep_gemm_ops
 import pytest
 import torch
-from common import FP8, LAYOUTS, cuda_condition
 from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import deep_gemm_ops
+
+from common import FP8, LAYOUTS, cuda_condition
 
 Arguments = dict[str, Any]
 

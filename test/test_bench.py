@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deep_gemm_ops import reference
 from deep_gemm_ops.bench import cli, plot, report, suites
 from deep_gemm_ops.testing import bench as timing

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import math
 
-import deep_gemm_ops
 import numpy as np
 import pytest
 import torch
+
+import deep_gemm_ops
+
 from common import FP8, ceil_div, fp8_bytes, generator, like, same_bits
 
 KINDS = ("per_token", "per_channel", "per_block")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import cast_emulation as emulation
 import pytest
 import torch
+
 from deep_gemm_ops import reference
 from deep_gemm_ops._checks import cast_scale_shape
+
+import cast_emulation as emulation
 
 pytestmark = pytest.mark.emulated
 

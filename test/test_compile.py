@@ -7,14 +7,16 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import deep_gemm_ops
 import pytest
 import torch
-from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
+
+import deep_gemm_ops
+
+from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 
 Sample = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
 

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import deep_gemm_ops
 import pytest
 import torch
+
+import deep_gemm_ops
+from deep_gemm_ops import _capi, reference
+
 from common import (
     FP8,
     LAYOUTS,
@@ -24,7 +27,6 @@ from common import (
     random_gemm_case,
     same_bits,
 )
-from deep_gemm_ops import _capi, reference
 
 FUZZ_CASES = int(os.environ.get("DG_FUZZ_CASES", "150"))
 

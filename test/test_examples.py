@@ -10,9 +10,10 @@ import re
 import subprocess
 import sys
 
-import deep_gemm_ops
 import pytest
 import torch
+
+import deep_gemm_ops
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-import deep_gemm_ops
 import pytest
 import torch
-from common import FP8, LAYOUTS, GemmCase, assert_close, error_bar, fp8_bytes, generator, random_gemm_case, same_bits
+
+import deep_gemm_ops
 from deep_gemm_ops import reference
+
+from common import FP8, LAYOUTS, GemmCase, assert_close, error_bar, fp8_bytes, generator, random_gemm_case, same_bits
 
 RECIPES = [(gran_m, gran_n, gran_k) for gran_m in (1, 128) for gran_n in (1, 128) for gran_k in (128, 32)]
 FUZZ_CASES = 60

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from deep_gemm_ops import _capi, inspect
 from deep_gemm_ops._library import library_path
 

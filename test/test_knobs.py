@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import deep_gemm_ops
 import pytest
 import torch
-from deep_gemm_ops import knobs
 from expecttest import assert_expected_inline
+
+import deep_gemm_ops
+from deep_gemm_ops import knobs
 
 
 @pytest.fixture(autouse=True)

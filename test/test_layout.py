@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import deep_gemm_ops
 import pytest
 import torch
-from common import FP8, ceil_div, encode_scales, fp8_bytes, generator, like, same_bits
+
+import deep_gemm_ops
 from deep_gemm_ops import layout, reference
+
+from common import FP8, ceil_div, encode_scales, fp8_bytes, generator, like, same_bits
 
 SHAPES = [(1, 1), (4, 4), (5, 3), (7, 9), (128, 1), (130, 57), (33, 5), (0, 3), (3, 0), (0, 0)]
 

@@ -60,8 +60,9 @@ def instances() -> list[dict[str, Any]]:
     """The rows of the table of compiled kernels, in its order.
 
     Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel`` (a part of the mangled kernel name),
-    ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``cluster``, ``cluster_size``, ``split_k``, ``scaling`` ("1d2d" or
-    "1d1d"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
+    ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``,
+    ``scaling`` ("1d2d" or "1d1d"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
+    library.
     """
     return [dict(row) for row in _instances()]
 
@@ -96,7 +97,7 @@ def force_instance(index: int) -> Iterator[None]:
 
 
 def get_knob(name: str) -> int:
-    """Value of ``num_sms``, ``tc_util``, ``pdl``, ``mk_alignment``, ``block_m_multiple_of`` or ``block_n_multiple_of``."""
+    """Value of ``num_sms``, ``tc_util``, ``pdl``, ``mk_alignment``, ``block_m_multiple_of``, ``block_n_multiple_of``."""
     return int(getattr(_require(), f"dg_get_{name}")())
 
 

@@ -159,7 +159,9 @@ def _outcome(run: Callable[[str], None], ptx: str) -> str:
 def survey_row(row: int) -> list[tuple[Mutant, str]]:
     """`survey` of a row of the library's table: ragged tiles, several for each CTA, more K blocks than stages."""
     import torch
+
     from deep_gemm_ops import _capi
+
     from gemm_emulation import library_ptx, run_row
 
     info = _capi.instances()[row]

@@ -107,7 +107,9 @@ def print_profile(roles: Sequence[Role], tile_macs_per_block: int, file=None) ->
 def profile_row(row: int) -> tuple[list[Role], dict]:
     """The profile of a row of the library's table, and the row."""
     import torch
+
     from deep_gemm_ops import _capi
+
     from gemm_emulation import run_row
 
     info = _capi.instances()[row]
