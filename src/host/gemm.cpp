@@ -56,10 +56,12 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 // Scales per row, as a matrix [K groups, MN].
 CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
                            int box_mn, int box_groups) {
-    if ((scales.stride_mn != 1 && mn > 1) || (scales.stride_k % 4 != 0 && k_groups > 1) || !aligned(scales.data, 16)) {
+    // The stride of a single row of groups is never used, but the tensor map wants a multiple of 16 bytes.
+    const int64_t stride = k_groups > 1 ? scales.stride_k : (mn + 3) / 4 * 4;
+    if ((scales.stride_mn != 1 && mn > 1) || stride % 4 != 0 || !aligned(scales.data, 16)) {
         throw std::runtime_error("fp8_gemm: scales per row must be MN-major with a 16-byte aligned stride");
     }
-    const MatrixView view{scales.data, k_groups, mn, scales.stride_k, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+    const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
     return make_tensor_map(encode, view, box_groups, box_mn, false);
 }
 

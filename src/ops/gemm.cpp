@@ -117,7 +117,8 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, i
     const Operand scales = view(sf, k_major);
     const bool is_float = sf.scalar_type() == ScalarType::Float;
     const bool repeat = per_row && gran_mn == 128;
-    const bool tma_readable = (scales.stride_mn == 1 || mn == 1) && scales.stride_k % 4 == 0 &&
+    const bool stride_k_fits = k_groups == 1 || (scales.stride_k % 4 == 0 && scales.stride_k >= mn);
+    const bool tma_readable = (scales.stride_mn == 1 || mn == 1) && stride_k_fits &&
                               reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
     if (is_float && !repeat && (!per_row || tma_readable)) {
         return {static_cast<const float*>(sf.data_ptr()), scales.stride_mn, scales.stride_k, static_cast<int>(gran_mn)};
