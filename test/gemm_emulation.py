@@ -1,31 +1,86 @@
-"""Runs a row of the GEMM table under the PTX emulator, through the library's own host code.
+"""Runs rows of the GEMM table under the PTX emulator, through the library's own host code.
 
-The library selects nothing here: it fills the kernel's parameters for a forced row, encodes the tensor maps with the
-emulator's encoder instead of the driver's, and hands the launch to a callback, which runs the kernel's PTX as it was
-compiled into the library.
+`run_row` has the library fill the kernel's parameters for a row, with the emulator's encoder of tensor maps in place of
+the driver's, and hands the launch to a callback that runs the kernel's PTX as it was compiled into the library.
+`RowCase` is a problem for a row, in one line of text that repeats a failure:
+
+    python test/gemm_emulation.py "RowCase('sm90_fp8_1d2d_m128n128', 130, 257, 400, d='direct', c='alias', seed=3)"
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import ptx_emulator
 import torch
 
 from deep_gemm_ops import _capi
-from deep_gemm_ops._library import library_path
+from deep_gemm_ops.inspect import find_tool
+
+import ptx_emulator
+from common import FP8, arrange_scales, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
+from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
+# Warp instructions before a run is declared endless; the largest case needs a hundredth.
+BUDGET = 500_000_000
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library's PTX
+
+
+@functools.cache
+def _units() -> list[tuple[str, ptx_emulator.Module]]:
+    """The PTX for sm_90a in the library, a module for each translation unit that holds GEMM kernels.
+
+    $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
+    """
+    if override := os.environ.get("DG_TEST_PTX"):
+        text = Path(override).read_text()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [find_tool("cuobjdump"), "-arch", "sm_90a", "-xptx", "all", _capi.library()._name]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
+    # A file may hold several units.
+    units = [".version" + unit for unit in text.split(".version")[1:]]
+    return [(unit, ptx_emulator.Module(unit)) for unit in units if "fp8_gemm" in unit]
+
+
+def entries() -> list[str]:
+    """Mangled names of all GEMM kernels in the library."""
+    return [entry for _, module in _units() for entry in module.entries]
+
+
+@functools.cache
+def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
+    found = [(text, module, entry) for text, module in _units() for entry in module.entries if kernel in entry]
+    if len(found) != 1:
+        raise KeyError(f"the library has {len(found)} kernels with {kernel!r} in their names")
+    return found[0]
+
+
+def row_ptx(row: int) -> tuple[str, str]:
+    """A module with a row's kernel alone, and the kernel's name."""
+    text, _, entry = _find(_capi.instances()[row]["kernel"])
+    return mutate.extract(text, entry), entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A launch through src/host
 
 
 class _Scales(ctypes.Structure):
+    """ScaleTensor of src/host/gemm_problem.h."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("stride_mn", ctypes.c_int64),
@@ -68,53 +123,10 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
-def library_ptx() -> str:
-    """All PTX for sm_90a that the library holds."""
-    override = os.environ.get("DG_TEST_PTX")
-    if override:
-        return Path(override).read_text()
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [find_cuobjdump(), "-arch", "sm_90a", "-xptx", "all", str(library_path())],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
-        return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
-
-
-def find_cuobjdump() -> str:
-    """On PATH, or from the wheel nvidia-cuda-cuobjdump."""
-    on_path = shutil.which("cuobjdump")
-    if on_path:
-        return on_path
-    for folder in sys.path:
-        candidate = Path(folder) / "nvidia" / "cu13" / "bin" / "cuobjdump"
-        if candidate.exists():
-            return str(candidate)
-    raise FileNotFoundError("cuobjdump is missing: pip install nvidia-cuda-cuobjdump")
-
-
-@functools.cache
-def _modules() -> dict[str, tuple[ptx_emulator.Module, str]]:
-    """Kernel name fragment -> (module, entry). Each translation unit's PTX is a module of its own."""
-    text = library_ptx()
-    units = [".version" + part for part in text.split(".version")[1:]]
-    modules = [ptx_emulator.Module(unit) for unit in units if "sm90_fp8_gemm" in unit]
-    found = {}
-    for row in _capi.instances():
-        for module in modules:
-            entries = [entry for entry in module.entries if row["kernel"] in entry]
-            if entries:
-                found[row["kernel"]] = (module, entries[0])
-    return found
-
-
-def span(x: torch.Tensor | None) -> list[tuple[int, int]]:
-    if x is None or x.numel() == 0:
-        return []
+def _region(x: torch.Tensor, name: str, read_only: bool) -> tuple[int, int, str, bool]:
+    """The bytes that a tensor's elements span, and no more."""
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
-    return [(x.data_ptr(), extent * x.element_size())]
+    return x.data_ptr(), extent * x.element_size(), name, read_only
 
 
 def run_row(
@@ -128,9 +140,14 @@ def run_row(
     gran: tuple[int, int, int],
     c: torch.Tensor | None = None,
     num_sms: int = 132,
+    module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> ptx_emulator.Stats:
-    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]`` of any strides."""
+    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``.
+
+    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
+    the kernel; ``options`` are those of ``Module.launch``.
+    """
     problem = _Problem(
         m=a.shape[0],
         n=b.shape[0],
@@ -148,14 +165,17 @@ def run_row(
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
     )
-    buffers = [(*region, name) for name, x in dict(a=a, sfa=sfa, b=b, sfb=sfb, d=d, c=c).items() for region in span(x)]
+    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
+    if c is not None and c.data_ptr() != d.data_ptr():
+        inputs["c"] = c
+    buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []
 
     def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
-            module, entry = _modules()[kernel.decode()]
-            stats = module.launch(
+            _, compiled, entry = _find(kernel.decode())
+            stats = (module or compiled).launch(
                 entry,
                 grid=grid,
                 block=block,
@@ -172,9 +192,8 @@ def run_row(
             failure.append(error)
             return 1
 
-    lib = _capi.library()
     error = ctypes.create_string_buffer(4096)
-    status = lib.dg_run_fp8_gemm(
+    status = _capi.library().dg_run_fp8_gemm(
         ctypes.byref(problem),
         row,
         num_sms,
@@ -188,3 +207,147 @@ def run_row(
     if status != 0:
         raise RuntimeError(error.value.decode())
     return result[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
+
+
+def cluster_tile(row: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of D that a cluster computes at once."""
+    along_rows, along_cols = row["row_ctas"], row["col_ctas"]
+    if row["swap_ab"]:
+        along_rows, along_cols = along_cols, along_rows
+    return row["block_m"] * along_rows, row["block_n"] * along_cols
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCase:
+    """A problem for a row of the table, everything outside of its tensors poisoned with NaN.
+
+    ``d`` is ``tma`` (BF16 that TMA can store), ``direct`` (BF16 that it cannot: the first element and the rows lie
+    anywhere) or ``float32``; ``c`` is empty, ``full``, ``bias`` or ``alias`` (it is D). ``data`` is ``normal``,
+    ``integer`` (results are exact) or ``special`` (integers, with NaN and Inf among values and scales).
+    """
+
+    row: str
+    m: int
+    n: int
+    k: int
+    d: str = "tma"
+    c: str = ""
+    data: str = "normal"
+    num_sms: int = 8
+    seed: int = 0  # of the schedule; the data depends on the rest
+
+    def __str__(self) -> str:
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        shown = [f"{name}={value!r}" for name, value in values.items() if value != default[name]]
+        return f"RowCase({', '.join(shown)})"
+
+    @property
+    def repro(self) -> str:
+        return f'python test/gemm_emulation.py "{self}"'
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return next(row for row in _capi.instances() if row["name"] == self.row)
+
+    @property
+    def gran(self) -> tuple[int, int, int]:
+        return (1, 128 if self.info["scaling"] == "1d2d" else 1, self.info["gran_k"])
+
+    def _operand(self, mn: int, gran_mn: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 values and float32 scales, both dense."""
+        groups = ceil_div(self.k, self.gran[2])
+        scales = 2.0 ** torch.randint(-2, 3, (ceil_div(mn, gran_mn), groups), generator=random)
+        if self.data == "normal":
+            values = (torch.randn(mn, self.k, generator=random) * 60).clamp(-448, 448)
+            scales = scales * (1 + torch.rand(scales.shape, generator=random))
+        else:
+            values = torch.randint(-3, 4, (mn, self.k), generator=random).float()
+        if self.data == "special":
+            at = torch.randint(mn * self.k, (3,), generator=random)
+            values.view(-1)[at] = math.nan
+            at = torch.randint(scales.numel(), (3,), generator=random)
+            if gran_mn == 1:  # a scale per block would leave little that is finite
+                scales.view(-1)[at] = torch.tensor([math.nan, math.inf, -math.inf])
+        return values.to(FP8), scales.float()
+
+    def build(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """[a, sfa, b, sfb], the buffer that holds D, D, C, and what D has to be in float64."""
+        random = generator(hash((self.m, self.n, self.k)) % 2**32)
+        gran_m, gran_n, gran_k = self.gran
+        a, sfa = self._operand(self.m, gran_m, random)
+        b, sfb = self._operand(self.n, gran_n, random)
+
+        expected = torch.zeros(self.m, self.n, dtype=torch.float64)
+        rows = torch.arange(self.n) // gran_n
+        for group in range(sfa.shape[1]):
+            block = slice(group * gran_k, (group + 1) * gran_k)
+            product = a[:, block].double() @ b[:, block].double().t()
+            expected += product * (sfa[:, group, None].double() * sfb[rows, group].double())
+
+        dtype = torch.float32 if self.d == "float32" else torch.bfloat16
+        # TMA stores to addresses and strides that are multiples of 16 bytes.
+        offset, step = (8, 8) if self.d == "tma" else (3, 1)
+        stride = ceil_div(offset + self.n + 5, step) * step
+        buffer = torch.full((self.m + 2, stride), math.nan, dtype=dtype)
+        d = buffer[1 : self.m + 1, offset : offset + self.n]
+        c = None
+        if self.c:
+            c = torch.randint(-99, 100, (self.n,) if self.c == "bias" else (self.m, self.n), generator=random).to(dtype)
+            expected += c.double()
+            if self.c == "full":
+                c = strided(c, self.n + 3, "cpu")
+            if self.c == "alias":
+                c = d.copy_(c)
+
+        a, b = (strided(x, ceil_div(self.k, 16) * 16 + 16, "cpu") for x in (a, b))
+        # Scales per row lie as TMA reads them, those per block anywhere.
+        sfa, sfb = (
+            strided(sf.t(), ceil_div(len(sf), 4) * 4 + 4, "cpu").t()
+            if granularity == 1
+            else arrange_scales(sf, "scattered", "cpu")
+            for sf, granularity in ((sfa, gran_m), (sfb, gran_n))
+        )
+        return [a, sfa, b, sfb], buffer, d, c, expected
+
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
+        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+        operands, buffer, d, c, expected = self.build()
+        outside = torch.ones_like(buffer, dtype=torch.bool)
+        outside[1 : self.m + 1, d.storage_offset() % buffer.shape[1] :][:, : self.n] = False
+        before = buffer[outside]
+        options = {"budget": BUDGET, "seed": self.seed, **options}
+        try:
+            run_row(
+                self.info["index"],
+                *operands,
+                d,
+                gran=self.gran,
+                c=c,
+                num_sms=self.num_sms,
+                module=module,
+                **options,
+            )
+        except ptx_emulator.PtxError as error:
+            raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
+        assert same_bits(buffer[outside], before), f"wrote outside of D\nreproduce with: {self.repro}"
+        if self.data == "normal":
+            # The emulator's tensor core is exact, so FP32 sums are all that rounds.
+            assert_close(d, expected, tol=2e-6 if self.d == "float32" else error_bar(d.dtype), repro=self.repro)
+        else:
+            assert_equal(d, expected.to(d.dtype), repro=self.repro)
+        return d
+
+
+def main() -> None:
+    case = eval(sys.argv[1], {"RowCase": RowCase})
+    case.run()
+    print(f"passed: {case}")
+
+
+if __name__ == "__main__":
+    main()

@@ -120,15 +120,15 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
         # Two tiles of columns, so that both kinds of CTA pairs have work; each CTA of a split tile has its share of K.
         m, n, k = tiles // 2 * info["block_m"], 2 * info["block_n"], blocks * split * info["block_k"]
         a, b = (torch.ones(rows, k).to(torch.float8_e4m3fn) for rows in (m, n))
-        sfa, sfb = torch.ones(-(-k // gran_k), m).T, torch.ones(-(-n // gran_n), -(-k // gran_k))
+        sfa, sfb = (torch.ones(-(-k // gran_k), -(-mn // gran)).T for mn, gran in ((m, 1), (n, gran_n)))
         d = torch.empty(m, n, dtype=torch.bfloat16)
         stats = run_row(row, a, sfa, b, sfb, d, gran=(1, gran_n, gran_k), num_sms=info["cluster_size"], counters=True)
         assert (d == torch.tensor(k).to(d.dtype)).all(), "wrong result"
         return stats.counters
 
-    # CTAs of a cluster either share each tile or take one each.
-    share = 1 if split > 1 else info["cluster_size"]
-    roles = profile(lambda tiles, blocks: run(tiles * share, blocks), (4, 8), (12, 24))
+    # `split` CTAs of a cluster share each tile.
+    at_once = info["cluster_size"] // split
+    roles = profile(lambda tiles, blocks: run(tiles * at_once, blocks), (4, 8), (12, 24))
     return roles, info
 
 

@@ -1,0 +1,219 @@
+"""Every row of the GEMM table on the PTX emulator: values, memory around them, and the same bits for every schedule.
+
+DG_EMULATED_SEEDS=50 runs each case with 50 schedules, and 50 random problems for each row, instead of 2.
+DG_EMULATED_MUTANTS=all mutates every row instead of a few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deep_gemm_ops import _capi
+
+from common import ceil_div, generator, same_bits
+from gemm_emulation import RowCase, cluster_tile, row_ptx
+from ptx_emulator import mutate
+
+SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
+ROWS = _capi.instances()
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
+]
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that threads which wait for one another cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def k_blocks(row: Row, count: int) -> int:
+    """K of ``count`` blocks for each CTA that shares a tile, the last one not full."""
+    return count * row["split_k"] * row["block_k"] - 91
+
+
+def check(case: RowCase) -> None:
+    results = [dataclasses.replace(case, seed=seed).run() for seed in range(SEEDS)]
+    for seed, result in enumerate(results):
+        assert same_bits(result, results[0]), (
+            f"seeds 0 and {seed} give other bits\nreproduce with: {dataclasses.replace(case, seed=seed).repro}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@every_row
+@pytest.mark.parametrize("c", ["", "full", "bias", "alias"])
+@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+def test_outputs(row: Row, d: str, c: str) -> None:
+    """Each way to store D with each kind of C, on more than one tile, the last ones ragged. K does not split evenly."""
+    m, n = cluster_tile(row)
+    k = k_blocks(row, 1) + row["block_k"]
+    check(RowCase(row["name"], m + 5, n + 9, k, d, c, "integer", 2 * row["cluster_size"]))
+
+
+def several_waves(row: Row) -> RowCase:
+    """Nine tiles for two clusters, more K blocks than stages."""
+    m, n = cluster_tile(row)
+    k = k_blocks(row, row["num_stages"] + 2)
+    return RowCase(row["name"], 2 * m + 3, 2 * n + 17, k, num_sms=2 * row["cluster_size"])
+
+
+def one_cluster(row: Row) -> RowCase:
+    """All tiles in one cluster, whose ring of stages goes on from tile to tile."""
+    m, n = cluster_tile(row)
+    return RowCase(row["name"], m + 1, 2 * n + 1, k_blocks(row, 2), "float32", num_sms=row["cluster_size"])
+
+
+def one_k_block(row: Row) -> RowCase:
+    """Less than a K block: where CTAs share a tile, most have nothing to add."""
+    m, n = cluster_tile(row)
+    return RowCase(row["name"], m - 1, 2 * n - 7, 37, "direct", "bias")
+
+
+def fewer_k_blocks_than_parts(row: Row) -> RowCase:
+    m, n = cluster_tile(row)
+    k = max(1, row["split_k"] - 1) * row["block_k"]
+    return RowCase(row["name"], 2 * m, n, k, "float32", "alias", num_sms=row["cluster_size"])
+
+
+def long_k(row: Row) -> RowCase:
+    """Three chunks of scales per tile, for two tiles of a cluster."""
+    m, n = cluster_tile(row)
+    return RowCase(row["name"], min(m, 200), n + 8, k_blocks(row, 66), num_sms=row["cluster_size"])
+
+
+def one_element(row: Row) -> RowCase:
+    return RowCase(row["name"], 1, 1, 1)
+
+
+def one_row(row: Row) -> RowCase:
+    return RowCase(row["name"], 1, 2 * row["block_n"] + 31, 300, "direct")
+
+
+def one_column(row: Row) -> RowCase:
+    return RowCase(row["name"], 2 * row["block_m"] + 31, 1, 300, "float32", "bias")
+
+
+def whole_tiles(row: Row) -> RowCase:
+    m, n = cluster_tile(row)
+    return RowCase(row["name"], m, 2 * n, 2 * row["split_k"] * row["block_k"], data="integer")
+
+
+def nan_and_inf(row: Row) -> RowCase:
+    """They reach the elements that they belong to, and no other."""
+    m, n = cluster_tile(row)
+    return RowCase(row["name"], m + 7, n + 11, k_blocks(row, 2), data="special")
+
+
+SHAPES = [
+    several_waves,
+    one_cluster,
+    one_k_block,
+    fewer_k_blocks_than_parts,
+    long_k,
+    one_element,
+    one_row,
+    one_column,
+    whole_tiles,
+    nan_and_inf,
+]
+
+
+@every_row
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_shapes(row: Row, shape: Callable[[Row], RowCase]) -> None:
+    check(shape(row))
+
+
+def random_case(row: Row, seed: int) -> RowCase:
+    random = generator(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=random))]
+
+    def size(step: int, most: int) -> int:
+        """Up to ``most`` steps, often next to a multiple of one."""
+        any_size = int(torch.randint(1, most * step + 1, (1,), generator=random))
+        return pick(any_size, max(1, ceil_div(any_size, step) * step + pick(-1, 0, 1)))
+
+    m, n = cluster_tile(row)
+    return RowCase(
+        row["name"],
+        size(m, 3),
+        size(n, 3),
+        size(row["split_k"] * row["block_k"], pick(1, 4, row["num_stages"] + 3)),
+        d=pick("tma", "direct", "float32"),
+        c=pick("", "full", "bias", "alias"),
+        data=pick("normal", "integer", "special"),
+        num_sms=row["cluster_size"] * pick(1, 2, 3, 20),
+        seed=seed,
+    )
+
+
+@every_row
+def test_random_problems(row: Row) -> None:
+    for seed in range(SEEDS):
+        random_case(row, seed).run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synchronisation
+
+
+def mutated_rows() -> list[Row]:
+    """The smallest tile of each kind of kernel: scaling, multicast, reduction, swapped operands, 256 rows."""
+    if os.environ.get("DG_EMULATED_MUTANTS") == "all":
+        return ROWS
+    kinds: dict[tuple, Row] = {}
+    for row in sorted(ROWS, key=lambda row: row["block_m"] * row["block_n"]):
+        multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
+        kind = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
+        kinds.setdefault(kind, row)
+    return list(kinds.values())
+
+
+def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
+    """Why a kernel works without this statement, empty where it would not."""
+    lines = ptx.splitlines()
+    before, after = lines[: mutant.line - 1], lines[mutant.line :]
+    if mutant.kind == "mbarrier init fence":
+        following = next(line for line in after if "barrier" in line)
+        if "barrier.cluster.arrive.release" in following:
+            return "the release of the cluster barrier that follows publishes the mbarriers, too"
+    if mutant.kind == "warp barrier":
+        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
+        if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):
+            return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    return ""
+
+
+@pytest.mark.parametrize("row", mutated_rows(), ids=lambda row: row["name"])
+def test_missing_synchronisation_is_reported(row: Row) -> None:
+    """Each wait, arrive, fence and barrier of a kernel, left out or wrong."""
+    ptx, _ = row_ptx(row["index"])
+    silent = [
+        f"{found}: {mutant}"
+        for mutant, found in mutate.survey_row(row["index"])
+        if found == "not reached" or (found == "unnoticed" and not reason_harmless(ptx, mutant))
+    ]
+    assert not silent, "\n".join(
+        [*silent, f"repeat with: cd test && python -m ptx_emulator.mutate --row {row['index']}"]
+    )

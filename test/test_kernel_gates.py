@@ -1,0 +1,205 @@
+"""What the compiled kernels are made of: gates on SASS, and on the counters of the PTX emulator.
+
+The figures stand in for a profiler where there is no GPU. A gate that a change of the kernel passes with room to spare
+is to be lowered to the new figure. Where one comes from is shown by `python -m deep_gemm_ops.inspect row 3 --sass` and
+`cd test && python -m ptx_emulator.profile --row 3`.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deep_gemm_ops import _capi, inspect
+
+from gemm_emulation import entries
+from ptx_emulator.profile import Role, profile_row
+
+ROWS = _capi.instances()
+REGISTER_FILE = 65536
+
+pytestmark = pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library")
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that threads which wait for one another cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# The tile as the tensor core's instruction sees it.
+
+
+def block_rows(row: Row) -> int:
+    return row["block_n"] if row["swap_ab"] else row["block_m"]
+
+
+def block_cols(row: Row) -> int:
+    return row["block_m"] if row["swap_ab"] else row["block_n"]
+
+
+def consumer_warpgroups(row: Row) -> int:
+    return row["num_threads"] // 128 - 1
+
+
+def row_parts(row: Row) -> int:
+    """Parts of 64 rows that a consumer warpgroup has."""
+    return block_rows(row) // 64 // consumer_warpgroups(row)
+
+
+def block_scales(row: Row) -> int:
+    """Scales per block of 128 that a tile has along its columns, 0 where each column has its own."""
+    if row["scaling"] == "1d1d" or row["swap_ab"]:
+        return 0
+    return math.ceil((128 - math.gcd(block_cols(row), 128) + block_cols(row)) / 128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SASS
+
+
+@functools.cache
+def library() -> Path:
+    return Path(_capi.library()._name)
+
+
+@functools.cache
+def sass(kernel: str) -> tuple[dict[str, Any], list[str], collections.Counter[str]]:
+    """Resources, instructions, and how often each full mnemonic occurs."""
+    resources = inspect.kernel_resources(library(), kernel)
+    lines = inspect.kernel_sass(library(), resources["function"])
+    return resources, lines, collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines)
+
+
+def count(mnemonics: collections.Counter[str], prefix: str) -> int:
+    return sum(times for mnemonic, times in mnemonics.items() if mnemonic.startswith(prefix))
+
+
+def test_a_kernel_for_each_row() -> None:
+    indices = [int(re.search(r"sm90_fp8_gemmILi(\d+)E", entry).group(1)) for entry in entries()]
+    assert sorted(indices) == [row["index"] for row in ROWS]
+    assert len({row["name"] for row in ROWS}) == len(ROWS)
+
+
+@every_row
+def test_tensor_core_instructions(row: Row) -> None:
+    """One shape, and one wait for each group of them: ptxas puts more where it has to serialise them."""
+    _, _, mnemonics = sass(row["kernel"])
+    shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
+    assert {name for name in mnemonics if "GMMA" in name} == {shape}
+    groups = mnemonics["WARPGROUP.ARRIVE"]
+    assert groups > 0 and groups % row_parts(row) == 0
+    assert mnemonics[shape] == groups * row["gran_k"] // 32
+    assert count(mnemonics, "WARPGROUP.DEPBAR") == groups
+
+
+@every_row
+def test_no_local_memory(row: Row) -> None:
+    resources, _, mnemonics = sass(row["kernel"])
+    assert (resources["stack"], resources["local"]) == (0, 0)
+    assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
+
+
+@every_row
+def test_registers(row: Row) -> None:
+    """At launch as many as the threads can have; what setmaxnreg then asks for fits, or it would wait for ever."""
+    resources, lines, _ = sass(row["kernel"])
+    changes = [int(number, 16) for number in re.findall(r"USETMAXREG\S* .*?(0x[0-9a-f]+)", "\n".join(lines))]
+    if changes:
+        assert resources["reg"] == REGISTER_FILE // row["num_threads"] // 8 * 8
+        producer, consumer = sorted(changes)
+        assert 128 * (producer + consumer * consumer_warpgroups(row)) <= resources["reg"] * row["num_threads"]
+    else:
+        assert resources["reg"] * row["num_threads"] <= REGISTER_FILE
+
+
+@every_row
+def test_bulk_copies(row: Row) -> None:
+    """Multicast exactly where CTAs share a panel. Results leave through TMA."""
+    _, _, mnemonics = sass(row["kernel"])
+    assert (count(mnemonics, "UTMALDG.2D.MULTICAST") > 0) == (row["row_ctas"] * row["col_ctas"] > 1)
+    assert count(mnemonics, "UTMALDG.2D") > 0 and count(mnemonics, "UTMASTG.2D") > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counters
+
+
+@functools.cache
+def roles(index: int) -> dict[str, Role]:
+    return {role.name: role for role in profile_row(index)[0]}
+
+
+@every_row
+@pytest.mark.emulated
+def test_no_bank_conflicts(row: Row) -> None:
+    """Neither in the epilogue's stores, nor in loads of scales, nor in the reduction of split K."""
+    for role in roles(row["index"]).values():
+        for table in (role.per_block, role.per_tile, role.fixed):
+            assert not any(value for counter, value in table.items() if counter.endswith("_conflicts")), role
+
+
+@every_row
+@pytest.mark.emulated
+def test_bytes_of_bulk_copies(row: Row) -> None:
+    """Each byte of an operand is fetched once by a cluster that shares it; D is written once."""
+    groups = row["block_k"] // row["gran_k"]
+    scales = 4 * groups * block_rows(row) * (row["scaling"] == "1d1d" or not row["swap_ab"])
+    scales += 4 * groups * block_cols(row) * (row["scaling"] == "1d1d" or row["swap_ab"])
+    producer, consumer = roles(row["index"])["copy producer"], roles(row["index"])["consumer"]
+    fetched = row["block_k"] * (block_rows(row) // row["col_ctas"] + block_cols(row) // row["row_ctas"])
+    delivered = row["block_k"] * (block_rows(row) + block_cols(row))
+    assert producer.per_block["bulk_load_bytes"] * len(producer.warps) == fetched + scales
+    assert producer.per_block["bulk_delivered_bytes"] * len(producer.warps) == delivered + scales
+    # The CTAs that share a tile store a slice each. The mean over the CTAs does not depend on how many do.
+    stored = consumer.per_tile["bulk_store_bytes"] * len(consumer.warps)
+    assert stored == 2 * row["block_m"] * row["block_n"] / row["split_k"]
+
+
+# PTX instructions of a consumer warp for a K block that are not FP32: waits, addresses, descriptors, loads of scales.
+# By scaling, parts of 64 rows, and groups of K with scales of their own. The aim is 34 in the first line: 100 with the
+# 66 FP32 instructions of 128 columns.
+OVERHEAD = {
+    ("1d2d", 1, 1): 67,
+    ("1d2d", 2, 1): 92,
+    ("1d1d", 1, 1): 90,
+    ("1d1d", 2, 1): 130,
+    ("1d1d", 1, 4): 149,
+}
+
+
+@every_row
+@pytest.mark.emulated
+def test_instructions_of_a_k_block(row: Row) -> None:
+    consumer = roles(row["index"])["consumer"]
+    cols, parts, groups = block_cols(row), row_parts(row), row["block_k"] // row["gran_k"]
+    if block_scales(row):
+        # A multiply-add for each element, two products of scales for each block.
+        fp32 = parts * (cols // 2 + 2 * block_scales(row))
+    else:
+        # Also a product of scales for each element, or for every second one where both rows of a thread have the same.
+        fp32 = parts * groups * cols // 2 * (2 if row["scaling"] == "1d1d" else 1.5)
+    # A kind that is not listed gets the largest figure until it has its own.
+    overhead = OVERHEAD.get((row["scaling"], parts, groups), max(OVERHEAD.values()))
+    if block_scales(row) > 1:
+        # Which of two blocks' scales it is, for each granule of columns and both rows of a thread.
+        overhead += 2 + 2 * parts * cols // math.gcd(cols, 128)
+    if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
+        overhead += 3  # which CTAs of the cluster share the panel
+    repro = f"cd test && python -m ptx_emulator.profile --row {row['index']}"
+    assert consumer.per_block["fp32"] <= fp32, repro
+    assert consumer.instructions() - consumer.per_block["fp32"] <= overhead, repro

@@ -1,0 +1,172 @@
+"""A row added to the table is compiled, dispatched, listed, selected and tested with no other edit.
+
+Shown on a copy of the sources, its table cut down to one row and the new one so that it builds in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from expecttest import assert_expected_inline
+
+from deep_gemm_ops import _capi
+
+from common import ROOT
+
+pytestmark = pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library")
+
+TABLE = "src/sm90/gemm_instances.h"
+FIRST_ROW = "{64, 64, 1, 1, 1, false, kScaling1D2D, 128}"
+# Multicast and split K at once, which no row of the table has.
+NEW_ROW = "{64, 64, 2, 1, 2, false, kScaling1D2D, 128}"
+NEW_NAME = "sm90_fp8_1d2d_m64n64_rows2_splitk2"
+
+
+def run(command: Sequence[str | Path], folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder / "python"), "OMP_NUM_THREADS": "1", **environ},
+    )
+
+
+def set_table(folder: Path, *rows: str) -> None:
+    """Makes these the rows of the table."""
+    path = folder / TABLE
+    head, tail = re.fullmatch(r"(.*kGemmRows\[\] = \{\n).*?(\};.*)", path.read_text(), re.DOTALL).groups()
+    path.write_text(head + "".join(f"    {row},\n" for row in rows) + tail)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources, and a library built from them with NEW_ROW added to the table."""
+    folder = tmp_path_factory.mktemp("deep_gemm_ops")
+    for name in ("cmake", "python", "src", "test", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+    for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    set_table(folder, FIRST_ROW, NEW_ROW)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    result = run(build, folder, DG_CUDA_ARCHS="90a", DG_NUM_SHARDS="2", DG_BUILD_DIR=str(folder / "build"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_a_new_row_is_listed_and_selected(copy: Path) -> None:
+    code = """
+import json
+from deep_gemm_ops import _capi
+selection = _capi.select(100, 100, 1000)
+print(json.dumps([_capi.instances(), selection["candidates"]]))
+"""
+    result = run([sys.executable, "-c", code], copy)
+    assert result.returncode == 0, result.stderr
+    rows, candidates = json.loads(result.stdout)
+    assert [row["name"] for row in rows] == ["sm90_fp8_1d2d_m64n64", NEW_NAME]
+    assert (rows[1]["row_ctas"], rows[1]["split_k"], rows[1]["cluster_size"]) == (2, 2, 4)
+    assert [candidate["name"] for candidate in candidates] == [row["name"] for row in rows]
+    assert candidates[1]["cost_us"] > 0
+
+
+def test_a_new_row_is_inspected(copy: Path) -> None:
+    result = run([sys.executable, "-m", "deep_gemm_ops.inspect", "row", "1"], copy)
+    assert result.returncode == 0, result.stderr
+    assert NEW_NAME in result.stdout and "QGMMA" in result.stdout and "no spills" in result.stdout
+
+
+def test_a_new_row_is_tested(copy: Path) -> None:
+    """The tests over the table find it, dispatch it through the host code, and it is right."""
+    files = ["test/test_gemm_emulated.py", "test/test_kernel_gates.py"]
+    # The mutants of one row take longer than all of this.
+    result = run([sys.executable, "-m", "pytest", "-q", *files, "-k", f"{NEW_NAME} and not synchronisation"], copy)
+    assert result.returncode == 0, result.stdout + result.stderr
+    passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
+    assert passed > 25, result.stdout
+
+
+def compile_host(copy: Path) -> str:
+    """Errors of the host code that holds the table, compiled by the build that `copy` configured."""
+    build = copy / "build"
+    commands = json.loads((build / "compile_commands.json").read_text())
+    command = next(entry["command"] for entry in commands if entry["file"].endswith("src/host/gemm.cpp"))
+    result = subprocess.run(f"{command} -fsyntax-only", shell=True, capture_output=True, text=True, cwd=build)
+    return result.stderr if result.returncode else ""
+
+
+def test_an_invalid_row_fails_the_build(copy: Path) -> None:
+    before = (copy / TABLE).read_text()
+    assert compile_host(copy) == ""
+    try:
+        set_table(copy, FIRST_ROW, NEW_ROW, "{64, 72, 1, 1, 5, false, kScaling1D2D, 128}")
+        errors = compile_host(copy)
+    finally:
+        (copy / TABLE).write_text(before)
+    (message,) = re.findall(r"static assertion failed: (.*)", errors)
+    assert_expected_inline(
+        message,
+        """\
+src/sm90/gemm_instances.h has a row that cannot be compiled: see invalid_reason() in gemm_traits.h""",
+    )
+    assert "(2 == -1)" in errors, f"does not say which row it is\n{errors}"
+
+
+INVALID = [
+    "{96, 64, 1, 1, 1, false, kScaling1D2D, 128}",
+    "{320, 64, 1, 1, 1, false, kScaling1D2D, 128}",
+    "{256, 192, 1, 1, 1, false, kScaling1D2D, 128}",
+    "{64, 20, 1, 1, 1, false, kScaling1D2D, 128}",
+    "{64, 64, 1, 1, 1, false, kScaling1D2D, 64}",
+    "{64, 64, 1, 1, 1, false, kScaling1D2D, 32}",
+    "{64, 64, 2, 2, 1, false, kScaling1D2D, 128}",
+    "{64, 64, 2, 1, 8, false, kScaling1D2D, 128}",
+    "{64, 24, 2, 1, 1, true, kScaling1D2D, 128}",
+    "{64, 64, 1, 1, 3, false, kScaling1D2D, 128}",
+    "{256, 64, 1, 1, 2, false, kScaling1D2D, 128}",
+    "{64, 24, 1, 1, 1, false, kScaling1D2D, 128}",
+]
+
+
+def test_reasons_against_rows(tmp_path: Path) -> None:
+    rows = "".join(f"    print({row});\n" for row in INVALID)
+    (tmp_path / "reasons.cpp").write_text(f"""
+#include <cstdio>
+#include "sm90/gemm_traits.h"
+using namespace deep_gemm;
+static void print(GemmRow row) {{
+    const char* reason = sm90::invalid_reason(row);
+    std::puts(reason == nullptr ? "valid" : reason);
+}}
+int main() {{
+{rows}}}
+""")
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++20", f"-I{ROOT / 'src'}", "reasons.cpp", "-o", "reasons"]
+    result = run(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    reasons = run([tmp_path / "reasons"], tmp_path).stdout.splitlines()
+    assert_expected_inline(
+        "\n".join(f"{row}: {reason}" for row, reason in zip(INVALID, reasons)),
+        """\
+{96, 64, 1, 1, 1, false, kScaling1D2D, 128}: block_rows must be 64, 128, 192 or 256
+{320, 64, 1, 1, 1, false, kScaling1D2D, 128}: block_rows must be 64, 128, 192 or 256
+{256, 192, 1, 1, 1, false, kScaling1D2D, 128}: too few registers
+{64, 20, 1, 1, 1, false, kScaling1D2D, 128}: block_cols must be a multiple of 8 from 8 to 192
+{64, 64, 1, 1, 1, false, kScaling1D2D, 64}: gran_k must be 128 or 32
+{64, 64, 1, 1, 1, false, kScaling1D2D, 32}: gran_k 32 needs 1D1D scaling
+{64, 64, 2, 2, 1, false, kScaling1D2D, 128}: a cluster shares one operand, not both
+{64, 64, 2, 1, 8, false, kScaling1D2D, 128}: a cluster has 8 CTAs at most
+{64, 24, 2, 1, 1, true, kScaling1D2D, 128}: a shared column panel is loaded in parts of 8 columns or more
+{64, 64, 1, 1, 3, false, kScaling1D2D, 128}: split K must divide the columns evenly, 8 at a time
+{256, 64, 1, 1, 2, false, kScaling1D2D, 128}: split K takes one part of 64 rows per warpgroup
+{64, 24, 1, 1, 1, false, kScaling1D2D, 128}: stores need 16 columns at a time""",
+    )
