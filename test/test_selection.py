@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from deep_gemm_ops import _capi
 from expecttest import assert_expected_inline
+
+from deep_gemm_ops import _capi
 
 pytestmark = pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library")
 
@@ -23,48 +24,48 @@ def test_activations_by_weights() -> None:
     assert_expected_inline(
         table((1, 128, 128), 132),
         """\
-1 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
-16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
-64 2112 7168: sm90_fp8_1d2d_m16n64_swap
-128 2112 7168: sm90_fp8_1d2d_m64n128_swap_splitk2
-1024 2112 7168: sm90_fp8_1d2d_m128n144
-4096 2112 7168: sm90_fp8_1d2d_m128n176_rowpair
-1 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk4
-16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk4
-64 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
-128 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
-1024 576 7168: sm90_fp8_1d2d_m128n128_swap_splitk2
-4096 576 7168: sm90_fp8_1d2d_m128n144
-1 24576 1536: sm90_fp8_1d2d_m16n64_swap
+1 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2
+16 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2
+64 2112 7168: sm90_fp8_1d2d_m64n32_splitk2
+128 2112 7168: sm90_fp8_1d2d_m64n64_splitk2
+1024 2112 7168: sm90_fp8_1d2d_m128n160
+4096 2112 7168: sm90_fp8_1d2d_m128n192
+1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8
+16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
+64 576 7168: sm90_fp8_1d2d_m16n128_swap_splitk4
+128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
+1024 576 7168: sm90_fp8_1d2d_m64n96
+4096 576 7168: sm90_fp8_1d2d_m128n160
+1 24576 1536: sm90_fp8_1d2d_m8n64_swap
 16 24576 1536: sm90_fp8_1d2d_m16n64_swap
-64 24576 1536: sm90_fp8_1d2d_m64n128_swap
-128 24576 1536: sm90_fp8_1d2d_m128n96
-1024 24576 1536: sm90_fp8_1d2d_m128n192_rowpair
-4096 24576 1536: sm90_fp8_1d2d_m128n176_rowpair
-1 32768 512: sm90_fp8_1d2d_m64n128_swap
-16 32768 512: sm90_fp8_1d2d_m64n128_swap
-64 32768 512: sm90_fp8_1d2d_m64n128_swap
+64 24576 1536: sm90_fp8_1d2d_m64n96
+128 24576 1536: sm90_fp8_1d2d_m128n192
+1024 24576 1536: sm90_fp8_1d2d_m256n128
+4096 24576 1536: sm90_fp8_1d2d_m256n128
+1 32768 512: sm90_fp8_1d2d_m8n128_swap
+16 32768 512: sm90_fp8_1d2d_m16n128_swap
+64 32768 512: sm90_fp8_1d2d_m64n128
 128 32768 512: sm90_fp8_1d2d_m128n128
-1024 32768 512: sm90_fp8_1d2d_m128n144
-4096 32768 512: sm90_fp8_1d2d_m128n192_rowpair
-1 7168 16384: sm90_fp8_1d2d_m16n64_swap
+1024 32768 512: sm90_fp8_1d2d_m256n128
+4096 32768 512: sm90_fp8_1d2d_m256n128
+1 7168 16384: sm90_fp8_1d2d_m8n64_swap
 16 7168 16384: sm90_fp8_1d2d_m16n64_swap
-64 7168 16384: sm90_fp8_1d2d_m64n128_swap_splitk2
-128 7168 16384: sm90_fp8_1d2d_m128n128_swap_splitk2
-1024 7168 16384: sm90_fp8_1d2d_m128n128_swap_splitk2
-4096 7168 16384: sm90_fp8_1d2d_m128n176_rowpair
-1 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
+64 7168 16384: sm90_fp8_1d2d_m64n128_splitk2
+128 7168 16384: sm90_fp8_1d2d_m128n64
+1024 7168 16384: sm90_fp8_1d2d_m128n160
+4096 7168 16384: sm90_fp8_1d2d_m256n128
+1 4096 7168: sm90_fp8_1d2d_m8n64_swap_splitk2
 16 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
-64 4096 7168: sm90_fp8_1d2d_m64n64_swap_splitk4
-128 4096 7168: sm90_fp8_1d2d_m64n128_swap_splitk2
-1024 4096 7168: sm90_fp8_1d2d_m128n128
-4096 4096 7168: sm90_fp8_1d2d_m128n128
-1 7168 2048: sm90_fp8_1d2d_m16n64_swap
+64 4096 7168: sm90_fp8_1d2d_m64n32
+128 4096 7168: sm90_fp8_1d2d_m128n64_splitk2
+1024 4096 7168: sm90_fp8_1d2d_m256n128
+4096 4096 7168: sm90_fp8_1d2d_m256n128
+1 7168 2048: sm90_fp8_1d2d_m8n64_swap
 16 7168 2048: sm90_fp8_1d2d_m16n64_swap
-64 7168 2048: sm90_fp8_1d2d_m64n128_swap_splitk2
-128 7168 2048: sm90_fp8_1d2d_m128n128_swap_splitk2
-1024 7168 2048: sm90_fp8_1d2d_m128n160_rowpair
-4096 7168 2048: sm90_fp8_1d2d_m128n176_rowpair""",
+64 7168 2048: sm90_fp8_1d2d_m64n64
+128 7168 2048: sm90_fp8_1d2d_m128n64
+1024 7168 2048: sm90_fp8_1d2d_m128n160
+4096 7168 2048: sm90_fp8_1d2d_m256n128""",
     )
 
 
@@ -77,14 +78,14 @@ def test_weight_gradients() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-2112 7168 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+2112 7168 4096 (1, 1, 128): sm90_fp8_1d1d_m256n128_cols2
 2112 7168 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
-7168 2048 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+7168 2048 4096 (1, 1, 128): sm90_fp8_1d1d_m128n128
 7168 2048 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
-4096 7168 100 (1, 1, 128): sm90_fp8_1d1d_m128n128_rowpair
+4096 7168 100 (1, 1, 128): sm90_fp8_1d1d_m256n128_cols2
 4096 7168 100 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
-64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m16n64_swap_splitk2
-64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32""",
+64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m16n64_swap_splitk4
+64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m16n64_gran32_swap_splitk4""",
     )
 
 
@@ -99,6 +100,18 @@ def test_the_choice_is_the_cheapest_row_that_fits() -> None:
                 assert all(row["reason"] for row in declined)
                 assert choice["row"] == min(fitting, key=lambda index: (fitting[index], index)), (m, n, k, recipe)
                 assert choice["name"] == _capi.instances()[choice["row"]]["name"]
+
+
+def test_costs_stay_sane_far_from_what_was_measured() -> None:
+    for recipe in [(1, 128, 128), (1, 1, 128), (1, 1, 32)]:
+        for m, n, k in [(1, 1, 16), (1, 129280, 7168), (100_000, 24576, 28672), (7, 40, 200_000), (100_000, 8, 128)]:
+            for num_sms in (2, 7, 66, 132):
+                choice = _capi.select(m, n, k, recipe=recipe, num_sms=num_sms)
+                costs = [row["cost_us"] for row in choice["candidates"] if row["cost_us"] is not None]
+                assert costs and all(0 < cost < 1e9 for cost in costs), (m, n, k, recipe, num_sms)
+                chosen = next(row["cost_us"] for row in choice["candidates"] if row["index"] == choice["row"])
+                peak_us = 2 * m * n * k / (num_sms * 1.98e3 * 8192)  # all tensor cores, always
+                assert chosen >= peak_us, (m, n, k, recipe, num_sms)
 
 
 def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:

@@ -7,14 +7,41 @@ namespace deep_gemm {
 
 namespace {
 
-constexpr double kClockGHz = 1.7;
+constexpr double kClockGHz = 1.98;    // of an SM that is not short of power; all clocks below are of this rate
+constexpr double kColumnClocks = 2;   // tensor core: a K block of 64 rows, per column
+constexpr double kLeastColumns = 32;  // an instruction of fewer columns takes as long
+constexpr double kFillBytes = 64;     // per clock, from L2 into an SM
+constexpr int kGpcs = 8;              // parts of the chip, of 16 SMs or a few more; a cluster lies in one
+constexpr int kGpcSms = 16;
+
+// What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far
+// choices made with them are from the fastest row.
+struct CostModel {
+    double launch = 4780;           // clocks before the first K block and after the last store
+    double cluster_launch = 1570;   // more of them with clusters, whose CTAs start and end together
+    double block_latency = 78;      // clocks of a K block to wait for a barrier and to read scales
+    double result_latency = 79;     // clocks from a warpgroup's last instruction for the tensor core to its result
+    double promotion = 0.78;        // clocks per column to scale 64 rows of a K block and add them to the totals
+    double promotion_load = 2.0;    // more of them with swapped operands, whose few columns wait for their scales
+    double promotion_change = 9.4;  // clocks per 16 columns where the block scale may change behind each of them
+    double contention = 0.55;       // part of the other warpgroups' multiplying and promotion that delays a warpgroup
+    double outside_rows = 9.4;      // rows outside a matrix that all SMs together receive per clock
+    double epilogue = 1450;         // clocks of a tile's end: drained pipeline, staging, start of the next one
+    double epilogue_column = 1.8;   // more of them per column of 64 BF16 rows
+    double reduce = 690;            // split K: clocks to meet the other CTAs of a tile
+    double reduce_column = 15.6;    // more of them per column of the tile
+    double memory_bytes = 2000;     // bytes per clock from and to device memory
+    double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
+};
+constexpr CostModel kModel;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (row.gran_k != problem.gran_k) return "another gran_k";
-    if (row.scaling == kScaling1D2D && (problem.sfa.gran_mn != 1 || problem.sfb.gran_mn != 128)) {
-        return "needs scales of A per row and of B per 128 x 128 block";
+    if (row.scaling != scaling_of(problem)) {
+        return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
+                                           : "scales of B per block have kernels of their own";
     }
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
     if (row.block_m() % limits.block_m_multiple_of != 0) return "block_m is not the multiple asked for";
@@ -22,38 +49,84 @@ const char* reason_against(const GemmRow& row, const GemmProblem& problem, const
     return nullptr;
 }
 
-double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
+// Duration of two things at a time: the longer one, and more where they are alike and get in each other's way.
+double together(double a, double b) {
+    const double a2 = a * a, b2 = b * b;
+    return std::sqrt(std::sqrt(a2 * a2 + b2 * b2));
+}
+
+// Clocks of a K block in a CTA whose operands are all inside their matrices: one warpgroup's chain of dependent steps,
+// while the tensor core (`tensor` clocks) works for all warpgroups and the next K blocks arrive.
+double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
+    const double warpgroups = row.block_rows == 256 ? 2 : row.block_rows / 64;
+    const double parts = row.block_rows / 64 / warpgroups;  // of 64 rows, one after the other
+    const double multiply = tensor / (row.block_rows / 64);
+    const double promotions = 128 / row.gran_k;
+    double column = model.promotion;
+    if (row.scaling == kScaling1D1D) {
+        column *= 2;
+    } else if (!row.swap_ab && row.block_cols > 16 && row.block_cols % 32 != 0) {
+        column += model.promotion_change / 16;
+    }
+    if (row.swap_ab) column += model.promotion_load;
+    const double work = multiply + promotions * column * row.block_cols;
+    const double part = promotions * model.result_latency + work * (1 + model.contention * (warpgroups - 1));
+    const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
+    return std::max({model.block_latency + parts * part, tensor, bytes / kFillBytes});
+}
+
+double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
     const int64_t rows = row.swap_ab ? problem.n : problem.m;
     const int64_t cols = row.swap_ab ? problem.m : problem.n;
-    const int64_t tiles = ceil_div(rows, row.block_rows * row.row_ctas) *
-                          ceil_div(cols, row.block_cols * row.col_ctas);
-    const int64_t clusters = std::min<int64_t>(tiles, resident_clusters(row.cluster_size(), limits.num_sms));
-    const int64_t waves = ceil_div(tiles, clusters);
-    const double k_blocks = std::ceil(ceil_div(problem.k, 128) / static_cast<double>(row.split_k));
+    const int64_t tile_rows = row.block_rows * row.row_ctas;  // of a cluster
+    const int64_t tile_cols = row.block_cols * row.col_ctas;
+    const int64_t row_tiles = ceil_div(rows, tile_rows);
+    const int64_t col_tiles = ceil_div(cols, tile_cols);
+    const int64_t tiles = row_tiles * col_tiles;
+    const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
+    const int64_t full_waves = tiles / resident;
+    const int64_t left = tiles % resident;
 
-    // Clocks of one K block in one CTA: tensor core, promotion, and shared-memory fill from L2.
-    const double warpgroups = row.block_rows / 64;
-    const double tensor = warpgroups * 4 * std::max(row.block_cols / 2.0, 16.0);
-    const double serial = 4 * std::max(row.block_cols / 2.0, 16.0) + row.block_cols / 2.0 + 120;
-    const double bytes = 128.0 * (static_cast<double>(row.block_rows) / row.col_ctas +
-                                  static_cast<double>(row.block_cols) / row.row_ctas);
-    const double fill = bytes / 56;
-    const double block_clocks = std::max({tensor * 1.15, serial, fill});
-    const double epilogue = 700 + row.block_rows * row.block_cols * (problem.d_type == DataType::kFloat32 ? 0.12 : 0.04) +
-                            (row.split_k > 1 ? 1200 : 0);
-    const double compute = waves * (k_blocks * block_clocks + epilogue);
+    // A K block. TMA is slow where it fills in zeros, on average over the tiles:
+    const double outside = ((tile_rows - static_cast<double>(rows) / row_tiles) / row.row_ctas +
+                            (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas) *
+                           row.cluster_size() * std::min(tiles, resident);
+    const double tensor = row.block_rows / 64 * kColumnClocks * std::max<double>(row.block_cols, kLeastColumns);
+    const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
-    // Device memory: each operand once, D once. A CTA takes part in it only as far as it loads by itself.
-    const double unique = static_cast<double>(problem.m) * problem.k + static_cast<double>(problem.n) * problem.k +
-                          static_cast<double>(problem.m) * problem.n * size_of(problem.d_type);
-    const double busy = static_cast<double>(clusters * row.cluster_size());
-    const double bytes_per_clock = std::min(4.0e3 / kClockGHz * 0.9, busy * 40);
-    const double memory = unique / bytes_per_clock;
+    // A tile.
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, 128), row.split_k));
+    const double stored_cols = static_cast<double>(row.block_cols) / row.split_k * (row.block_rows == 256 ? 2 : 1) *
+                               (problem.d_type == DataType::kFloat32 ? 2 : 1);
+    double tile = k_blocks * block + model.epilogue + model.epilogue_column * stored_cols;
+    if (row.split_k > 1) tile += model.reduce + model.reduce_column * row.block_cols;
+    const double busy = tensor / block * tiles / ((full_waves + (left > 0)) * resident);
+    tile *= 1 + model.power * busy * busy * busy;
 
-    return (std::max(compute, memory) + 0.15 * std::min(compute, memory) + 3000) / (kClockGHz * 1000);
+    // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
+    // operand and D once, evenly over the tiles.
+    const double bytes = static_cast<double>(problem.m) * problem.k + static_cast<double>(problem.n) * problem.k +
+                         static_cast<double>(problem.m) * problem.n * size_of(problem.d_type);
+    const auto wave = [&](int64_t clusters) {
+        double share = 1;  // of the memory's bandwidth; less for the few that are left
+        if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
+        if (row.cluster_size() > 2) {  // few large clusters load slower, as if they filled one GPC after the other
+            share = std::min(share, static_cast<double>(ceil_div(clusters * row.cluster_size(), kGpcSms)) / kGpcs);
+        }
+        return together(tile, bytes / tiles * clusters / (share * model.memory_bytes));
+    };
+    double clocks = model.launch + (row.cluster_size() > 1 ? model.cluster_launch : 0);
+    if (full_waves > 0) clocks += full_waves * wave(resident);
+    if (left > 0) clocks += wave(left);
+    return clocks / (kClockGHz * 1000);
 }
 
 }  // namespace
+
+Scaling scaling_of(const GemmProblem& problem) {
+    const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
+    return is_1d2d ? kScaling1D2D : kScaling1D1D;
+}
 
 std::string row_name(const GemmRow& row) {
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
@@ -63,7 +136,6 @@ std::string row_name(const GemmRow& row) {
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);
     if (row.col_ctas > 1) name += "_cols" + std::to_string(row.col_ctas);
     if (row.split_k > 1) name += "_splitk" + std::to_string(row.split_k);
-    if (row.ctas_per_sm > 1) name += "_2perSM";
     return name;
 }
 
@@ -79,7 +151,7 @@ std::vector<Candidate> rate_rows(std::span<const GemmRow> rows, const GemmProble
     std::vector<Candidate> candidates;
     for (size_t i = 0; i < rows.size(); ++i) {
         const char* reason = reason_against(rows[i], problem, limits);
-        candidates.push_back({static_cast<int>(i), reason ? 0 : cost_us(rows[i], problem, limits), reason});
+        candidates.push_back({static_cast<int>(i), reason ? 0 : cost_us(rows[i], problem, limits, kModel), reason});
     }
     return candidates;
 }
@@ -89,7 +161,7 @@ int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const 
     double best_cost = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
         if (reason_against(rows[i], problem, limits) != nullptr) continue;
-        const double cost = cost_us(rows[i], problem, limits);
+        const double cost = cost_us(rows[i], problem, limits, kModel);
         if (best < 0 || cost < best_cost) {
             best = static_cast<int>(i);
             best_cost = cost;

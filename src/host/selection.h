@@ -22,7 +22,10 @@ struct Candidate {
     const char* reason;  // why the row cannot run the problem, or null
 };
 
-// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rowpair".
+// The scaling that a problem's granularities ask for.
+Scaling scaling_of(const GemmProblem& problem);
+
+// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2".
 std::string row_name(const GemmRow& row);
 
 // One entry per row, in the table's order.
