@@ -11,10 +11,13 @@ namespace {
 template <int kRowIndex>
 constexpr const void* kernel_if_mine() {
     if constexpr (kRowIndex % DG_NUM_SHARDS == DG_SHARD) {
-        return reinterpret_cast<const void*>(&sm90_fp8_gemm<kRowIndex>);
-    } else {
-        return nullptr;
+        // Here rather than in the kernel: the compiler says this, with the row's index, and nothing that follows from it.
+        constexpr bool kValid = invalid_reason(kGemmRows[kRowIndex]) == nullptr;
+        static_assert(kValid, "src/sm90/gemm_instances.h has a row that cannot be compiled: "
+                              "see invalid_reason() in gemm_traits.h");
+        if constexpr (kValid) return reinterpret_cast<const void*>(&sm90_fp8_gemm<kRowIndex>);
     }
+    return nullptr;
 }
 
 template <int... kRowIndex>
