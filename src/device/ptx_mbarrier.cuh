@@ -56,21 +56,6 @@ __device__ __forceinline__ void mbarrier_arrive_remote_release(Barrier& barrier,
         : "memory");
 }
 
-// Whether the phase is complete, without waiting.
-__device__ __forceinline__ bool mbarrier_test_wait(Barrier& barrier, uint32_t phase) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, complete;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(smem_address(&barrier)), "r"(phase)
-        : "memory");
-    return done != 0;
-}
-
 __device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t phase) {
     asm volatile(
         "{\n"

@@ -48,8 +48,7 @@ class GemmKernel {
     static constexpr int kAccumulators = kBlockCols / 2;  // registers of a thread, for 64 rows
     static constexpr int kRowParts = kLayout.row_parts();
     static constexpr int kBlockScales = kLayout.num_block_scales();
-    // Unrolled, addresses are computed during the promotion before; with 1D1D scaling registers do not suffice for it.
-    static constexpr int kUnrollKBlocks = kBlockScales > 0 ? 4 : 1;
+    static constexpr int kUnrollKBlocks = 4;  // so that addresses are computed during the promotion before
 
     using Storage = SharedStorage<Traits>;
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
@@ -243,13 +242,19 @@ private:
                                                       float (&total)[kRowParts][kAccumulators]) {
         const int col_offset = work.col % 128;
         if constexpr (kBlockScales == 0) {
-            add_k_blocks(shared, state, nullptr, work.num_k_blocks, warpgroup, thread, col_offset, total);
+            for (int i = 0; i < work.num_k_blocks; ++i) {
+                add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, total);
+            }
         } else {
             for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
                 const int chunk = scale_state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_full[chunk], scale_state.phase);
-                add_k_blocks(shared, state, shared.block_scales[chunk][0], min(left, kScaleChunk), warpgroup, thread,
-                             col_offset, total);
+                const float* blocks = shared.block_scales[chunk][0];
+                const int count = min(left, kScaleChunk);
+#pragma unroll(kUnrollKBlocks)
+                for (int i = 0; i < count; ++i) {
+                    add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, total);
+                }
                 __syncwarp();
                 if (thread % 32 == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
                 scale_state.advance();
@@ -257,92 +262,63 @@ private:
         }
     }
 
-    // The scales that a K block begins with.
-    struct FirstScales {
-        float blocks[kBlockScales + (kBlockScales == 0)];
-        float rows[kKGroups][2];  // of the thread's two rows in the first part
-    };
-
-    // `blocks`: the K block's first block scale, the others are kScaleChunk apart.
-    __device__ __forceinline__ static void read_first_scales(Storage& shared, int stage_idx, const float* blocks,
-                                                             int warpgroup, int thread, FirstScales& scales) {
-#pragma unroll
-        for (int j = 0; j < kBlockScales; ++j) scales.blocks[j] = blocks[j * kScaleChunk];
-        read_row_scales(shared, stage_idx, 0, warpgroup, thread, scales.blocks[0], scales.rows);
-    }
-
-    __device__ __forceinline__ static void read_row_scales(Storage& shared, int stage_idx, int part, int warpgroup,
-                                                           int thread, float block_scale, float (&rows)[kKGroups][2]) {
-        const int row = part_row<Traits>(part, warpgroup) + thread / 32 * 16 + thread % 32 / 4;
-        const float* scales = reinterpret_cast<const float*>(shared.row_scales[stage_idx]) + row;
-#pragma unroll
-        for (int group = 0; group < kKGroups; ++group) {
-            if constexpr (kLayout.row_scales_are_vector()) {
-                rows[group][0] = scales[group * kRow.block_rows];
-                rows[group][1] = scales[group * kRow.block_rows + 8];
-            } else {
-                rows[group][0] = rows[group][1] = block_scale;
-            }
-        }
-    }
-
-    // Adds `count` K blocks.
-    __device__ __forceinline__ static void add_k_blocks(Storage& shared, State& state, const float* blocks, int count,
-                                                        int warpgroup, int thread, int col_offset,
-                                                        float (&total)[kRowParts][kAccumulators]) {
+    // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.
+    __device__ __forceinline__ static void add_k_block(Storage& shared, State& state, const float* blocks,
+                                                       int warpgroup, int thread, int col_offset,
+                                                       float (&total)[kRowParts][kAccumulators]) {
         constexpr int kSteps = kRow.gran_k / 32;  // instructions per scale
         constexpr bool kColVector = kLayout.col_scales_are_vector();
         const int lane = thread % 32;
-        FirstScales next;
-        bool have_next = false;
-        float accumulator[kAccumulators];
-#pragma unroll(kUnrollKBlocks)
-        for (int i = 0; i < count; ++i) {
-            const int s = state.stage_idx;
-            if (!have_next) {
-                ptx::mbarrier_wait(shared.full[s], state.phase);
-                read_first_scales(shared, s, blocks + i, warpgroup, thread, next);
-            }
-            const FirstScales first = next;
-            float rows[kKGroups][2];
+        const int s = state.stage_idx;
+        ptx::mbarrier_wait(shared.full[s], state.phase);
+
+        // Scales are read before the tensor core's instructions are issued, those of a further part during the promotion
+        // before: a load behind the instructions waits until they are done, which cost 13 % of a large product.
+        float block_scales[kBlockScales + (kBlockScales == 0)];
+#pragma unroll
+        for (int j = 0; j < kBlockScales; ++j) block_scales[j] = blocks[j * kScaleChunk];
+        float rows[kRowParts][kKGroups][2];  // of the thread's two rows
+        const auto read_rows = [&](int part) {
 #pragma unroll
             for (int group = 0; group < kKGroups; ++group) {
-                rows[group][0] = first.rows[group][0];
-                rows[group][1] = first.rows[group][1];
-            }
-            State ahead = state;
-            ahead.advance();
-            if constexpr (!kColVector) {
-                have_next = i + 1 < count && ptx::mbarrier_test_wait(shared.full[ahead.stage_idx], ahead.phase);
-                if (have_next) read_first_scales(shared, ahead.stage_idx, blocks + i + 1, warpgroup, thread, next);
-            }
-#pragma unroll
-            for (int part = 0; part < kRowParts; ++part) {
-#pragma unroll
-                for (int group = 0; group < kKGroups; ++group) {
-                    multiply<kSteps>(shared, s, part_row<Traits>(part, warpgroup), group * kSteps, accumulator);
-                    pin_registers(accumulator);
-                    wgmma_wait<0>();
-                    const float upper = rows[group][0], lower = rows[group][1];
-                    const bool last_group = group == kKGroups - 1;
-                    if (last_group && part + 1 < kRowParts) {
-                        read_row_scales(shared, s, part + 1, warpgroup, thread, first.blocks[0], rows);
-                    }
-                    const bool finished = last_group && part == kRowParts - 1;
-                    if constexpr (kColVector) {
-                        const auto* cols = reinterpret_cast<const float2*>(shared.col_scales[s]) +
-                                           group * (kBlockCols / 2) + lane % 4;
-                        Promotion<Traits>::by_column(upper, lower, [&](int j) { return cols[j * 4]; }, accumulator,
-                                                     total[part]);
-                        if (finished) release(shared.empty[s], lane);
-                    } else {
-                        if (finished) release(shared.empty[s], lane);
-                        Promotion<Traits>::by_block(upper, lower, first.blocks, col_offset, accumulator, total[part]);
-                    }
+                if constexpr (kLayout.row_scales_are_vector()) {
+                    const float* scales = reinterpret_cast<const float*>(shared.row_scales[s]) +
+                                          group * kRow.block_rows + part_row<Traits>(part, warpgroup) +
+                                          thread / 32 * 16 + lane / 4;
+                    rows[part][group][0] = scales[0];
+                    rows[part][group][1] = scales[8];
+                } else {
+                    rows[part][group][0] = rows[part][group][1] = block_scales[0];
                 }
             }
-            state = ahead;
+        };
+        read_rows(0);
+
+        float accumulator[kAccumulators];
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) {
+#pragma unroll
+            for (int group = 0; group < kKGroups; ++group) {
+                multiply<kSteps>(shared, s, part_row<Traits>(part, warpgroup), group * kSteps, accumulator);
+                pin_registers(accumulator);
+                wgmma_wait<0>();
+                const bool part_done = group == kKGroups - 1;
+                const bool all_done = part_done && part == kRowParts - 1;
+                if (part_done && !all_done) read_rows(part + 1);
+                const float upper = rows[part][group][0], lower = rows[part][group][1];
+                if constexpr (kColVector) {
+                    const auto* cols = reinterpret_cast<const float2*>(shared.col_scales[s]) +
+                                       group * (kBlockCols / 2) + lane % 4;
+                    Promotion<Traits>::by_column(upper, lower, [&](int j) { return cols[j * 4]; }, accumulator,
+                                                 total[part]);
+                    if (all_done) release(shared.empty[s], lane);
+                } else {
+                    if (all_done) release(shared.empty[s], lane);
+                    Promotion<Traits>::by_block(upper, lower, block_scales, col_offset, accumulator, total[part]);
+                }
+            }
         }
+        state.advance();
     }
 
     // This warp is done with a stage: tells every CTA that fills it.
