@@ -25,14 +25,14 @@ def test_activations_by_weights() -> None:
         table((1, 128, 128), 132),
         """\
 1 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2
-16 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2
+16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2
 64 2112 7168: sm90_fp8_1d2d_m64n32_splitk2
 128 2112 7168: sm90_fp8_1d2d_m64n64_splitk2
 1024 2112 7168: sm90_fp8_1d2d_m128n160
 4096 2112 7168: sm90_fp8_1d2d_m128n192
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
-64 576 7168: sm90_fp8_1d2d_m16n128_swap_splitk4
+64 576 7168: sm90_fp8_1d2d_m64n64_splitk4
 128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
 1024 576 7168: sm90_fp8_1d2d_m64n96
 4096 576 7168: sm90_fp8_1d2d_m128n160
@@ -84,8 +84,8 @@ def test_weight_gradients() -> None:
 7168 2048 4096 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
 4096 7168 100 (1, 1, 128): sm90_fp8_1d1d_m256n128_cols2
 4096 7168 100 (1, 1, 32): sm90_fp8_1d1d_m128n128_gran32
-64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m16n64_swap_splitk4
-64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m16n64_gran32_swap_splitk4""",
+64 64 32768 (1, 1, 128): sm90_fp8_1d1d_m64n64_splitk4
+64 64 32768 (1, 1, 32): sm90_fp8_1d1d_m64n64_gran32""",
     )
 
 

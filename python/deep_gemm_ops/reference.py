@@ -223,7 +223,8 @@ def _cast(
     padding = (0, align(cols, group_cols) - cols, 0, align(rows, group_rows) - rows)  # beyond the edge are zeros
     groups = torch.nn.functional.pad(x.to(torch.float32), padding)
     groups = groups.view(ceil_div(rows, group_rows), group_rows, ceil_div(cols, group_cols), group_cols)
-    sf = groups.abs().amax(dim=(1, 3)).clamp(min=MIN_AMAX) / FP8_MAX
+    amax = groups.abs().amax(dim=(1, 3)).clamp(min=MIN_AMAX)
+    sf = amax / torch.full_like(amax, FP8_MAX)  # on a GPU PyTorch divides by a Python number with its reciprocal
     if use_ue8m0 or use_packed_ue8m0:
         sf = ceil_to_ue8m0(sf)
     values = (groups * (1.0 / sf)[:, None, :, None]).view(rows + padding[3], cols + padding[1])[:rows, :cols]

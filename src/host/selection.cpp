@@ -43,6 +43,7 @@ const char* reason_against(const GemmRow& row, const GemmProblem& problem, const
         return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
                                            : "scales of B per block have kernels of their own";
     }
+    if (row.swap_ab && problem.m > row.block_m()) return "with swapped operands one tile holds all of M";
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
     if (row.block_m() % limits.block_m_multiple_of != 0) return "block_m is not the multiple asked for";
     if (row.block_n() % limits.block_n_multiple_of != 0) return "block_n is not the multiple asked for";
