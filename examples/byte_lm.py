@@ -42,6 +42,8 @@ from torch import nn
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3"}
 #: Largest relative change of the held-out loss through FP8.
 LOSS_BAR = 0.01
+#: Fewer steps leave a model that is worse than byte frequencies.
+MIN_STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ class ByteLM(nn.Module):
 def train(
     model: ByteLM, text: torch.Tensor, seconds: float, steps: int | None, seed: int, device: torch.device
 ) -> tuple[int, float]:
-    """Train for ``seconds``, or exactly ``steps`` if given. Returns the number of steps and the last loss in bits."""
+    """Train for ``seconds`` and MIN_STEPS at least, or exactly ``steps``. Returns the steps and the last loss in bits."""
     config = model.config
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -149,7 +151,8 @@ def train(
     progress = Progress("training in BF16")
     step, bits, start = 0, math.inf, time.monotonic()
     while True:
-        done = step / steps if steps else (time.monotonic() - start) / seconds
+        # On a busy machine a minute may be a few steps, after which the model would know less than byte frequencies.
+        done = step / steps if steps else min(step / MIN_STEPS, (time.monotonic() - start) / seconds)
         if done >= 1:
             break
         # Warm up over 20 steps; over the last 60 % of the run fall to a fiftieth.
