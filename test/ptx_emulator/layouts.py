@@ -22,7 +22,7 @@ def operand_address(mn: int, k_byte: int, span: int, lbo: int, sbo: int) -> int:
     """K-major: ((8, m), (T, 2k)) : ((span, SBO), (1, T)), without swizzle ((16 bytes, SBO), (1, LBO))."""
     if span == 0:
         return mn % 8 * 16 + mn // 8 * sbo + k_byte % 16 + k_byte // 16 * lbo
-    assert k_byte < span
+    assert np.all(k_byte < span)
     return swizzled(mn % 8 * span + mn // 8 * sbo + k_byte, span)
 
 
@@ -31,6 +31,12 @@ def operand_address_mn(mn_byte: int, k: int, span: int, lbo: int, sbo: int) -> i
     if span == 0:
         return mn_byte % 16 + mn_byte // 16 * sbo + k % 8 * 16 + k // 8 * lbo
     return swizzled(mn_byte % span + mn_byte // span * lbo + k % 8 * span + k // 8 * sbo, span)
+
+
+def operand_address_mn_32(mn_byte: int, k: int, lbo: int, sbo: int) -> int:
+    """MN-major 32-bit types of tcgen05, "128B swizzling with 32B atomicity": atoms of 128 bytes by 4 rows of K."""
+    address = mn_byte % 128 + mn_byte // 128 * lbo + k % 4 * 128 + k // 4 * sbo
+    return address ^ (address >> 7 & 3) << 5
 
 
 def operand_image(x: np.ndarray, span: int, mn_major: bool, lbo: int, sbo: int, size: int) -> np.ndarray:
@@ -77,8 +83,8 @@ def wgmma_fragment_a(k: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tcgen05_instruction(m: int, n: int, a: str, b: str, *, mn_a=0, mn_b=0, negate_a=0, negate_b=0) -> int:
-    """ "Instruction descriptor" of tcgen05.mma, kinds f16 and f8f6f4, FP32 accumulator."""
-    formats = {"f16": 0, "bf16": 1, "e4m3": 0, "e5m2": 1, "e2m3": 3, "e3m2": 4, "e2m1": 5}
+    """ "Instruction descriptor" of tcgen05.mma, kinds f16, tf32 and f8f6f4, FP32 accumulator."""
+    formats = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 0, "e5m2": 1, "e2m3": 3, "e3m2": 4, "e2m1": 5}
     fields = {4: 1, 7: formats[a], 10: formats[b], 13: negate_a, 14: negate_b, 15: mn_a, 16: mn_b, 17: n >> 3}
     return sum(value << bit for bit, value in fields.items()) | m >> 4 << 24
 
@@ -97,3 +103,54 @@ def tcgen05_accumulator(m: int, n: int, ctas: int) -> tuple[np.ndarray, np.ndarr
     if ctas == 1:
         return cta, row // 16 * 32 + row % 16, col
     return cta, row + 64 * (col >= n // 2), col % (n // 2)
+
+
+def tcgen05_scaled_instruction(
+    m: int, n: int, a: str, b: str, sfa_id: int, sfb_id: int, *, packed: bool = False, ue8m0: int = 1, mn_a=0, mn_b=0
+) -> int:
+    """ "Instruction descriptor", kinds mxf8f6f4 and (packed) mxf4 and mxf4nvf4: always an FP32 accumulator."""
+    formats = {"e2m1": 1} if packed else {"e4m3": 0, "e5m2": 1, "e2m3": 3, "e3m2": 4, "e2m1": 5}
+    fields = {4: sfb_id, 7: formats[a], 10: formats[b], 15: mn_a, 16: mn_b, 17: n >> 3, 23: ue8m0, 29: sfa_id}
+    return sum(value << bit for bit, value in fields.items()) | m >> 7 << 27
+
+
+def tcgen05_scale_words(scales: np.ndarray, sf_id: int, filler: np.ndarray) -> np.ndarray:
+    """ "Scale factor layout in tensor memory": words of [32 lanes, column], from codes of [row, block of K].
+
+    The scale factors of row r lie in lane r % 32 and column r / 32, those of successive blocks of K in successive bytes
+    from byte sf_id; other bytes are filler's. The same 32 lanes are needed in each quarter of tensor memory.
+    """
+    words = filler.astype(np.uint8).reshape(32, -1, 4).copy()
+    row, block = np.indices(scales.shape)
+    words[row % 32, row // 32, sf_id + block] = scales
+    return words.view(np.uint32)[:, :, 0]
+
+
+FORMATS = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15), "e2m3": (2, 3, 1), "e3m2": (3, 2, 3), "e2m1": (2, 1, 1)}
+
+
+def minifloat(code: np.ndarray, dtype: str) -> np.ndarray:
+    """ "Alternate floating point data formats": values of finite codes."""
+    exponent_bits, fraction_bits, bias = FORMATS[dtype]
+    code = code.astype(np.int64)
+    fraction = (code & (1 << fraction_bits) - 1) / 2.0**fraction_bits
+    exponent = code >> fraction_bits & (1 << exponent_bits) - 1
+    magnitude = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - bias), fraction * 2.0 ** (1 - bias))
+    return np.where(code >> exponent_bits + fraction_bits & 1, -magnitude, magnitude)
+
+
+def packed_codes(codes: np.ndarray, dtype: str, *, packed: bool = False) -> np.ndarray:
+    """ "Packing formats" in shared memory: bytes of the last dimension of codes.
+
+    8-bit types take a byte. Of kinds f8f6f4 and mxf8f6f4, 16 elements of 4 or 6 bits lie densely at the start of 16
+    bytes, the rest is padding (here ones); of kinds mxf4 and mxf4nvf4 (packed) 32 elements of 4 bits fill 16 bytes.
+    """
+    bits = sum(FORMATS[dtype][:2]) + 1
+    if bits == 8:
+        return codes.astype(np.uint8)
+    group = 32 if packed else 16
+    stream = codes.reshape(*codes.shape[:-1], -1, group, 1) >> np.arange(bits) & 1
+    stream = stream.reshape(*stream.shape[:-2], group * bits)
+    out = np.ones((*stream.shape[:-1], 128), np.uint8)
+    out[..., : group * bits] = stream
+    return np.packbits(out, axis=-1, bitorder="little").reshape(*codes.shape[:-1], -1)

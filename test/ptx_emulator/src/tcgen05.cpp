@@ -403,13 +403,23 @@ void mmaRun(Machine& M, const MmaOp& o) {
         }
         std::vector<double> B = o.b;
         if (o.blockScale) {
-            // Scale of row r sits in lane r % 32 of column r / 32, one byte per block.
+            // Scale of row r sits in lane r % 32 of column r / 32, one byte per block, and again in the other three
+            // quarters of the lanes: hardware reads the copy next to the data path that needs it.
             auto scale = [&](u32 base, u32 id, u32 r, u32 blk) {
-                u32 lane = r % 32, col = (base & 0xffff) + r / 32;
-                if (!t.init[lane * kTmemCols + col] && M.opt.checkUninitSmem)
-                    M.faultAt(c, "uninit_tmem",
-                              strf("tcgen05.mma scale factor: lane %u column %u was never written", lane, col));
-                u8 v = u8(t.at(lane, col) >> (8 * ((id + blk) & 3)));
+                u32 col = (base & 0xffff) + r / 32;
+                u8 v = 0;
+                for (u32 lane = r % 32; lane < kTmemLanes; lane += 32) {
+                    if (!t.init[lane * kTmemCols + col] && M.opt.checkUninitSmem)
+                        M.faultAt(c, "uninit_tmem",
+                                  strf("tcgen05.mma scale factor: lane %u column %u was never written", lane, col));
+                    u8 copy = u8(t.at(lane, col) >> (8 * (id + blk)));
+                    if (lane >= 32 && copy != v)
+                        M.faultAt(c, "tmem_scale",
+                                  strf("tcgen05.mma scale factor: byte %u of column %u is %#x in lane %u but %#x in "
+                                       "lane %u; every quarter of the lanes needs the same",
+                                       id + blk, col, v, lane % 32, copy, lane));
+                    v = copy;
+                }
                 return double(o.ue8m0 ? ue8m0ToFloat(v) : ue4m3ToFloat(v));
             };
             u32 blocks = o.k / o.block;
@@ -519,15 +529,20 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
             o->ue8m0 = bits(23, 1);
             o->block = x.p[4] ? u32(x.p[4]) : kind == MXF4NVF4 ? 16 : 32;
             o->sfa = w.lane32(x.s2[0], l), o->sfb = w.lane32(x.s2[1], l);
+            // "Valid combinations of scale_vectorsize with types and MMA-Kind", "Scale Factor A ID", "... B ID".
+            u32 perRow = o->k / o->block;
+            if (!o->ue8m0 && perRow != 4) bad("scale factors of this vector size must be UE8M0");
+            if (kind == MXF4 && perRow != 2) bad("scale vector size");
+            if (o->sfaId % perRow || o->sfbId % perRow) bad("scale factor ID");
+            if (bits(24, 3) || bits(31, 1)) bad("reserved bit, or K = 96, which is not modelled");
         } else {
             o->dFormat = int(bits(4, 2));
             o->saturate = bits(3, 1);
             if (o->dFormat > 2 || (o->dFormat == 2) != (kind == I8)) bad("D format");
         }
         bool okM = two ? (o->m == 128 || o->m == 256) : (o->m == 64 || o->m == 128);
-        u32 stepN = o->m == 256 || (two && o->m == 128) ? 16 : o->m == 64 ? 8 : 16;
-        if (kind == F16 && o->m == 128 && !two) stepN = 16;
-        if (!okM || o->n < 8 || o->n > 256 || (o->n % (o->m == 64 ? 8 : 16) && !(o->n % 8 == 0 && o->blockScale)))
+        u32 stepN = o->m == 64 || (o->blockScale && !two) ? 8 : 16;
+        if (!okM || o->n < 8 || o->n > 256 || o->n % stepN)
             bad(strf("shape M=%u N=%u (multiple of %u) is not valid for .cta_group::%d", o->m, o->n, stepN,
                      two ? 2 : 1));
         u32 d = w.lane32(in.a, l);
@@ -542,6 +557,18 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
 
         u32 dCols = o->rows == 64 && two ? o->n / 2 : o->n;
         bool aMn = bits(15, 1), bMn = bits(16, 1);
+        // "Valid Combinations of Type-Size, Major-ness and Swizzling", also of N for a transposed 8-bit B.
+        auto transposed = [&](Elem e, u64 desc) {
+            if (packed4 || e == Elem::E2M1 || e == Elem::E2M3 || e == Elem::E3M2)
+                bad("transposed operand of this type");
+            if ((ummaDesc(desc).swizzle == SmemDesc::S128Base32) != (e == Elem::TF32))
+                bad("swizzle of a transposed operand of this type");
+        };
+        if (aMn && !x.p[2]) transposed(o->ea, w.lane64(in.b, l));
+        if (bMn) {
+            transposed(eb, w.lane64(in.c, l));
+            if (elemBytes(eb) == 1 && o->n % (two ? 32 : 16)) bad("N of a transposed 8-bit B");
+        }
         o->b.resize(o->n * o->k);
         std::vector<double> tmp;
         u32 nPer = o->n / u32(o->ctas.size());
