@@ -43,7 +43,10 @@ const char* blockName(Block b) {
 std::string Machine::deadlockReport() {
     std::string out;
     int shown = 0;
-    for (auto& cl : clusters)
+    const Launch* named = nullptr;
+    for (auto& cl : clusters) {
+        if (cl->launch != named) out += strf("\n  kernel %.120s", cl->launch->kernel->name.c_str());
+        named = cl->launch;
         for (auto& c : cl->ctas)
             for (auto& w : c->warps)
                 for (int g = 0; g < w->ng && shown < 60; g++) {
@@ -67,6 +70,7 @@ std::string Machine::deadlockReport() {
                     out += strf(", PTX line %u `%.60s`", k.code[pc].line, k.text[pc].c_str());
                     shown++;
                 }
+    }
     return out;
 }
 
@@ -278,7 +282,14 @@ void Machine::wakeGroups(Cta* c, Block kind) {
         if (any) wake(w.get());
     }
 }
-void Machine::schedule(u64 delay, std::function<void()> f) { events.push({time + delay, eventOrder++, std::move(f)}); }
+void Machine::schedule(u64 delay, std::function<void()> f) {
+    Issuer from = issuer;  // of work that leads to more work
+    if (running) {
+        const Cta& c = *running->cta;
+        from = {c.cluster->launch->kernel, running->pc, {c.id[0], c.id[1], c.id[2]}, c.rank, running->id};
+    }
+    events.push({time + delay, eventOrder++, std::move(f), from});
+}
 
 // Mostly short delays, sometimes very long ones: both ends of the legal range
 // expose ordering mistakes.
@@ -468,8 +479,19 @@ void Machine::run() {
     while (true) {
         while (!events.empty() && events.top().due <= time) {
             auto f = std::move(const_cast<Event&>(events.top()).run);
+            issuer = events.top().issuer;
             events.pop();
-            f();
+            try {
+                f();
+            } catch (EmuError& e) {
+                const Issuer& i = issuer;
+                if (!i.kernel) throw;
+                throw EmuError(e.kind, std::string(e.what()) +
+                                           strf("\n  issued at PTX line %u `%s`, kernel %.120s, CTA (%u,%u,%u) rank %u, "
+                                                "warp %u",
+                                                i.kernel->code[i.pc].line, i.kernel->text[i.pc].c_str(),
+                                                i.kernel->name.c_str(), i.cta[0], i.cta[1], i.cta[2], i.rank, i.warp));
+            }
         }
         if (runq.empty()) {
             if (!events.empty()) {
@@ -492,10 +514,12 @@ void Machine::run() {
             time = runq.size() == 1 ? std::max(time, events.top().due) : time + len;
             continue;
         }
+        running = w;
         if (opt.counters)
             slice<true>(*w, len);
         else
             slice<false>(*w, len);
+        running = nullptr;
         bool runnable = false;
         for (int g = 0; g < w->ng; g++) runnable |= w->groups[g].block == Block::None;
         if (!w->live || !runnable) {

@@ -280,9 +280,15 @@ struct Options {
     u32 maxSlice = 400;
 };
 
+// The instruction that asynchronous work comes from, for reports.
+struct Issuer {
+    const Kernel* kernel = nullptr;
+    u32 pc = 0, cta[3] = {}, rank = 0, warp = 0;
+};
 struct Event {
     u64 due, order;
     std::function<void()> run;
+    Issuer issuer;
     bool operator>(const Event& o) const { return due != o.due ? due > o.due : order > o.order; }
 };
 
@@ -305,6 +311,8 @@ struct Machine {
     Stats stats;
     std::map<std::string, u64> warnings;  // text -> count
     Region* lastRegion = nullptr;
+    const Warp* running = nullptr;  // the warp that executes; none during an event
+    Issuer issuer;                  // of the event that runs
     std::string printfOutput;
     struct CtaCounts {
         u32 launch;

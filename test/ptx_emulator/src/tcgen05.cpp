@@ -59,9 +59,11 @@ Status allocExec(Warp& w, const Inst& in, u32 m) {
         return Status::Block;
     }
     u16 id = t.nextId++;
-    for (u32 k = base; k < base + n; k++) {
-        t.owner[k] = id;
-        for (u32 l = 0; l < kTmemLanes; l++) t.init[l * kTmemCols + k] = 0;
+    const Kernel& k = *w.cta->cluster->launch->kernel;
+    t.allocators.push_back(strf("warp %u at PTX line %u `%s`", w.id, k.code[w.pc].line, k.text[w.pc].c_str()));
+    for (u32 col = base; col < base + n; col++) {
+        t.owner[col] = id;
+        for (u32 l = 0; l < kTmemLanes; l++) t.init[l * kTmemCols + col] = 0;
     }
     u64 addr = (in.sa == 8 ? w.lane64(in.a, 0) : w.lane32(in.a, 0)) + u64(in.imm);
     std::memcpy(resolve(w, 0, Space(in.space), addr, 4, true), &base, 4);
@@ -743,7 +745,10 @@ void tmemAtCtaExit(Machine& m, Cta* c) {
     if (!c->tmem) return;
     Tmem& t = *c->tmem;
     for (u32 k = 0; k < kTmemCols; k++)
-        if (t.owner[k]) m.faultAt(c, "tmem_leak", strf("CTA exits with tensor memory column %u still allocated", k));
+        if (t.owner[k])
+            m.faultAt(c, "tmem_leak",
+                      strf("CTA exits with tensor memory column %u still allocated, by %s", k,
+                           t.allocators[t.owner[k] - 1u].c_str()));
     if (t.pipe.empty() && !c->pendingCommits) return;
     // Shipped kernels leave the last commits to "empty" barriers unobserved.
     const char* msg = "CTA exits while tcgen05 operations or commits are in flight";

@@ -12,6 +12,7 @@ struct Tmem {
     std::array<u16, kTmemCols> owner{};    // allocation id per column, 0 = free
     std::array<u16, kTmemCols> writers{};  // tcgen05.mma/cp issued but not known complete
     std::array<u16, kTmemCols> readers{};  // A operands of such tcgen05.mma
+    std::vector<std::string> allocators;   // by allocation id - 1: the warp and its instruction, for reports
     u16 nextId = 1;
     bool relinquished = false;
     // tcgen05.mma, .cp and .commit of one CTA execute in issue order.
