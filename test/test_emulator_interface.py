@@ -6,7 +6,7 @@ import io
 import numpy as np
 
 import ptx_emulator
-from ptx_emulator.profile import print_profile, profile
+from ptx_emulator.profile import bounds, print_profile, profile
 from ptx_emulator.testing import expect, kernels, module
 
 ENCODE = ctypes.CFUNCTYPE(
@@ -96,3 +96,7 @@ def test_profile_separates_blocks_tiles_and_start():
     text = io.StringIO()
     print_profile([producer, consumer], 128 * 128 * 128, file=text)
     assert "consumer (4-7)" in text.getvalue() and "512 cycles of the tensor cores" in text.getvalue()
+    info = {"block_m": 128, "block_n": 128, "block_k": 128, "swap_ab": False}
+    want = {"tensor": 512, "issue": 7, "shared": 384, "bytes per tensor clock": 0.125}
+    assert bounds([producer, consumer], info) == want
+    assert bounds([producer, consumer], info, 10)["issue"] == 75

@@ -18,6 +18,7 @@ from .counters import Counters, ranges
 # Multiply-adds per cycle of one SM's tensor cores, FP8 operands on sm_90; warp instructions issued per cycle.
 TENSOR_RATE = 4096
 ISSUE_SLOTS = 4
+SHARED_RATE = 128  # bytes per clock of an SM's shared memory
 CLASSES = "tensor fp32 integer convert move shared global bulk barrier other".split()
 
 
@@ -104,6 +105,31 @@ def print_profile(roles: Sequence[Role], tile_macs_per_block: int, file=None) ->
     )
 
 
+def bounds(roles: Sequence[Role], info: dict, k_blocks: int = 0) -> dict[str, float]:
+    """Clocks that an SM's units need by published rates, for a K block, or for a tile of several.
+
+    An m64nNk32 instruction reads both operands from shared memory, for each 64 rows anew.
+    """
+    blocks, tiles = (k_blocks, 1) if k_blocks else (1, 0)
+    rows, cols = info["block_m"], info["block_n"]
+    if info["swap_ab"]:
+        rows, cols = cols, rows
+
+    def total(name: str) -> float:
+        return sum(len(r.warps) * (blocks * r.per_block.get(name, 0) + tiles * r.per_tile.get(name, 0)) for r in roles)
+
+    consumers = [r for r in roles if r.name == "consumer"]
+    issue = sum(len(r.warps) * (blocks * r.instructions() + tiles * r.instructions("per_tile")) for r in consumers)
+    tensor = blocks * rows * cols * info["block_k"] / TENSOR_RATE
+    reads = blocks * rows // 64 * (64 + cols) * info["block_k"]
+    return {
+        "tensor": tensor,
+        "issue": issue / ISSUE_SLOTS,
+        "shared": (reads + total("bulk_delivered_bytes")) / SHARED_RATE,
+        "bytes per tensor clock": total("bulk_load_bytes") / tensor,
+    }
+
+
 def profile_row(row: int) -> tuple[list[Role], dict]:
     """The profile of a row of the library's table, and the row."""
     import torch
@@ -135,6 +161,8 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ptx_emulator.profile", description=__doc__.splitlines()[0])
     parser.add_argument("--row", type=int, action="append", help="index in the table; several allowed; default: all")
+    for size in "mnk":
+        parser.add_argument(f"--{size}", type=int, default=4096, help="of the problem; default: 4096")
     parser.add_argument("--json", action="store_true", help="one JSON object per row instead of tables")
     options = parser.parse_args(arguments)
     if options.row is None:
@@ -148,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"\n=== row {index}: {info['name']}")
             print_profile(roles, info["block_m"] * info["block_n"] * info["block_k"])
+            k_blocks = -(-options.k // (info["split_k"] * info["block_k"]))
+            tiles = -(-options.m // info["block_m"]) * -(-options.n // info["block_n"])
+            for title, count in (("K block", 0), (f"tile of {k_blocks} K blocks ({tiles} tiles)", k_blocks)):
+                values = ", ".join(f"{name} {value:,.1f}" for name, value in bounds(roles, info, count).items())
+                print(f"clocks of an SM per {title}: {values}")
 
 
 if __name__ == "__main__":
