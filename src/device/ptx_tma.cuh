@@ -10,8 +10,6 @@ namespace deep_gemm::ptx {
 // L2 eviction hints, in the encoding that createpolicy.fractional gives for a fraction of 1.
 enum class CacheHint : uint64_t {
     kEvictNormal = 0x1000000000000000ull,
-    kEvictFirst = 0x12f0000000000000ull,
-    kEvictLast = 0x14f0000000000000ull,
 };
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
