@@ -86,6 +86,7 @@ class _Scales(ctypes.Structure):
         ("stride_mn", ctypes.c_int64),
         ("stride_k", ctypes.c_int64),
         ("gran_mn", ctypes.c_int),
+        ("stride_group", ctypes.c_int64),
     ]
 
 
@@ -108,6 +109,23 @@ class _Problem(ctypes.Structure):
         ("d_type", ctypes.c_int),
         ("c", ctypes.c_void_p),
         ("c_stride", ctypes.c_int64),
+        ("operands", ctypes.c_int),
+        ("a_mn_major", ctypes.c_bool),
+        ("b_mn_major", ctypes.c_bool),
+        ("grouping", ctypes.c_int),
+        ("num_groups", ctypes.c_int64),
+        ("a_group_stride", ctypes.c_int64),
+        ("b_group_stride", ctypes.c_int64),
+        ("d_group_stride", ctypes.c_int64),
+        ("c_group_stride", ctypes.c_int64),
+        ("layout", ctypes.c_int),
+        ("group_layout", ctypes.c_void_p),
+        ("group_alignment", ctypes.c_int),
+        ("expected_m", ctypes.c_int64),
+        ("zero_padding", ctypes.c_bool),
+        ("head_left", ctypes.c_int),
+        ("head_mid", ctypes.c_int),
+        ("head_right", ctypes.c_int),
     ]
 
 

@@ -1,7 +1,9 @@
-// A GEMM as the kernels see it: D[m, n] = sum_k A[m, k] * B[n, k] (+ C), both operands K-major.
+// A GEMM, or a group of them, as the kernels see it: D[m, n] = sum_k A[m, k] * B[n, k] (+ C).
 #pragma once
 
 #include <cstdint>
+
+#include "gemm_row.h"
 
 namespace deep_gemm {
 
@@ -9,21 +11,34 @@ enum class DataType : int { kBFloat16 = 0, kFloat32 = 1 };
 
 inline int size_of(DataType type) { return type == DataType::kBFloat16 ? 2 : 4; }
 
-// FP32 scale factors: the scale of row i and K group g is data[(i / gran_mn) * stride_mn + g * stride_k]. Scales per row
-// must be as TMA reads them: stride_mn 1, stride_k a multiple of 4, data on a multiple of 16 bytes. Scales per block of 128
-// may have any strides in the recipe 1, 128, 128, and are otherwise repeated per row by the caller.
+// What `group_layout`, int32 on the device, says of the groups. The host cannot check it: kernels clamp what they read, so
+// that a wrong one costs wrong values, never memory outside the tensors.
+enum class GroupLayout : int {
+    kNone = 0,     // dense, batched
+    kIndices = 1,  // [M]: the group of each row, or none where it is outside [0, G). M-grouped
+    kPsum = 2,     // [G]: where each group ends; the next starts there, rounded up to group_alignment. M-grouped, k-grouped
+    kOffsets = 3,  // [G]: where each group ends and the next one starts. M-grouped, k-grouped
+    kMasked = 4,   // [G]: rows of each group that count, of A [G, M, K] and D [G, M, N]. M-grouped
+    kSizes = 5,    // [G]: K of each group. K-grouped
+};
+
+// FP32 scale factors: the scale of row i and K group g is data[(i / gran_mn) * stride_mn + g * stride_k], further groups'
+// are stride_group apart. Scales per row must be as TMA reads them: stride_mn 1, stride_k (and stride_group) a multiple of
+// 4, data on a multiple of 16 bytes. Scales per block of 128 may have any strides in the recipe 1, 128, 128, and are
+// otherwise repeated per row by the caller.
 struct ScaleTensor {
     const float* data = nullptr;
-    int64_t stride_mn = 0;  // elements
-    int64_t stride_k = 0;   // elements
-    int gran_mn = 1;        // 1 or 128
+    int64_t stride_mn = 0;     // elements
+    int64_t stride_k = 0;      // elements
+    int gran_mn = 1;           // 1 or 128
+    int64_t stride_group = 0;  // elements; where each group has its own
 };
 
 struct GemmProblem {
-    int64_t m = 0, n = 0, k = 0;
-    const void* a = nullptr;  // FP8 E4M3 [m, k]
-    const void* b = nullptr;  // FP8 E4M3 [n, k]
-    int64_t a_stride = 0;     // elements between rows
+    int64_t m = 0, n = 0, k = 0;  // k-grouped: k is the sum over the groups. Masked, batched: m is that of one group
+    const void* a = nullptr;  // [m, k], or [k, m] where a_mn_major
+    const void* b = nullptr;  // [n, k], or [k, n] where b_mn_major
+    int64_t a_stride = 0;     // elements between rows, as stored
     int64_t b_stride = 0;
     ScaleTensor sfa, sfb;
     int gran_k = 128;         // 128 or 32
@@ -32,6 +47,26 @@ struct GemmProblem {
     DataType d_type = DataType::kBFloat16;
     const void* c = nullptr;  // [m, n] with c_stride, or [n] with c_stride 0; of type d_type; may be d
     int64_t c_stride = 0;
+
+    OperandType operands = OperandType::kFP8;
+    bool a_mn_major = false;  // BF16 only: FP8 operands are K-major
+    bool b_mn_major = false;
+
+    Grouping grouping = Grouping::kDense;
+    int64_t num_groups = 1;
+    int64_t a_group_stride = 0;  // elements between groups, where each has its own A: masked, batched
+    int64_t b_group_stride = 0;  // ... its own B: m-grouped, batched
+    int64_t d_group_stride = 0;  // ... its own D (and C): masked, batched, k-grouped
+    int64_t c_group_stride = 0;
+    GroupLayout layout = GroupLayout::kNone;
+    const int32_t* group_layout = nullptr;
+    int group_alignment = 1;     // rows, of kIndices and kPsum
+    int64_t expected_m = 0;      // rows of a group that the caller expects, for selection; 0: m / num_groups
+    bool zero_padding = false;   // m-grouped: rows of D that belong to no group are set to zero, otherwise left alone
+
+    // Columns of D: 0 none; otherwise each head's `head_left + head_right` columns of the product are written around
+    // `head_mid` columns that are left alone.
+    int head_left = 0, head_mid = 0, head_right = 0;
 };
 
 }  // namespace deep_gemm

@@ -6,6 +6,17 @@ namespace deep_gemm {
 enum Scaling : int {
     kScaling1D2D,  // A: one scale per row and 128 of K; B: one per 128 x 128 block
     kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
+    kNoScaling,    // BF16
+};
+
+enum class OperandType : int { kFP8 = 0, kBF16 = 1 };
+
+// How a kernel finds the products that share its launch; one tile scheduler each (src/device/tile_scheduler.cuh).
+enum class Grouping : int {
+    kDense = 0,
+    kMGrouped = 1,  // groups own rows of A and D, each has its own B
+    kKGrouped = 2,  // groups own parts of K, each has its own D
+    kBatched = 3,   // each group has its own A, B and D
 };
 
 // Rows and columns are those of the tensor-core instruction (see WorkTile): with swapped operands, rows are B's (the
@@ -19,6 +30,10 @@ struct GemmRow {
     bool swap_ab;
     Scaling scaling;
     int gran_k;       // 128, or 32 (1D1D only)
+    OperandType operands = OperandType::kFP8;
+    Grouping grouping = Grouping::kDense;
+    bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies
+    bool b_mn_major = false;
 
     constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
