@@ -281,3 +281,9 @@ def test_casts_feed_every_layout(device: str) -> None:
 @pytest.mark.parametrize("seed", range(FUZZ_CASES))
 def test_fuzz(device: str, seed: int) -> None:
     random_gemm_case(seed, device).run()
+
+
+def test_autocast_does_not_reach_inside(device: str) -> None:
+    """The operator is opaque: the reference multiplies in FP32 whatever the caller's autocast says."""
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        GemmCase(65, 130, 272, out_dtype="float32", device=device).run()

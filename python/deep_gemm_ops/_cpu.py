@@ -17,8 +17,9 @@ def _cpu(name: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         # What is registered outlives this module, so a second import finds it in place.
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deep_gemm::{name}", "CPU"):
-            # As on CUDA, autograd sees one opaque operator and not the PyTorch operators inside.
-            torch.library.impl(f"deep_gemm::{name}", "CPU", torch.no_grad()(function))
+            # As on CUDA, autograd and autocast see one opaque operator and not the PyTorch operators inside.
+            opaque = torch.no_grad()(torch.autocast("cpu", enabled=False)(function))
+            torch.library.impl(f"deep_gemm::{name}", "CPU", opaque)
         return function
 
     return register

@@ -1,0 +1,11 @@
+"""FP8 training layers on the ``deep_gemm`` operators: drop-in modules, their functions, and a converter."""
+
+import torch
+
+from .functional import fp8_linear
+from .modules import FP8Linear, convert
+
+if torch.distributed.is_available():
+    from . import _sharding  # noqa: F401  (importing it registers the rules)
+
+__all__ = ["FP8Linear", "convert", "fp8_linear"]

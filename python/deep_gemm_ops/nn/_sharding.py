@@ -1,0 +1,55 @@
+"""How DTensor may shard the training operators, as PyTorch's tensor parallelism and FSDP2 need it.
+
+A linear layer splits along tokens, along N (column-parallel) or along K (row-parallel). The rules name, for each split,
+how every argument lies and what comes out; DTensor picks the one that moves least. ``Partial`` results are sums that
+DTensor reduces where somebody reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+__all__: list[str] = []
+
+_ops = torch.ops.deep_gemm
+Rule = tuple[list[Placement | None], list[Placement | None]]
+
+
+def _given(placement: Placement, argument: Any) -> Placement | None:
+    return None if argument is None else placement
+
+
+@register_sharding(_ops.fp8_linear.default)
+def _linear(x: Any, weight: Any, bias: Any, out_dtype: Any = None, main_grad: Any = None) -> list[Rule]:
+    last = len(x.shape) - 1
+
+    def rule(y: Placement, of_x: Placement, of_weight: Placement, of_bias: Placement) -> Rule:
+        return [y], [of_x, of_weight, _given(of_bias, bias), None, _given(of_weight, main_grad)]
+
+    rules = [
+        rule(Replicate(), Replicate(), Replicate(), Replicate()),
+        rule(Shard(last), Replicate(), Shard(0), Shard(0)),
+        rule(Partial(), Shard(last), Shard(1), Partial()),
+    ]
+    return rules + [rule(Shard(dim), Shard(dim), Replicate(), Replicate()) for dim in range(last)]
+
+
+@register_sharding(_ops.fp8_linear_backward.default)
+def _linear_backward(grad: Any, x: Any, weight: Any, x_dtype: Any, weight_dtype: Any) -> list[Rule]:
+    last = len(grad.shape) - 1
+
+    def rule(dy: Placement, of_x: Placement, of_weight: Placement, dx: Placement, dw: Placement) -> Rule:
+        # A gradient that is not wanted is an empty tensor, the same everywhere.
+        results = [Replicate() if weight is None else dx, Replicate() if x is None else dw]
+        return results, [dy, _given(of_x, x), _given(of_weight, weight), None, None]
+
+    rules = [
+        rule(Replicate(), Replicate(), Replicate(), Replicate(), Replicate()),
+        rule(Shard(last), Replicate(), Shard(0), Partial(), Shard(0)),
+        rule(Replicate(), Shard(last), Shard(1), Shard(last), Shard(1)),
+    ]
+    return rules + [rule(Shard(dim), Shard(dim), Replicate(), Shard(dim), Partial()) for dim in range(last)]
