@@ -2,10 +2,17 @@
 
 import torch
 
-from .functional import fp8_linear
-from .modules import FP8Linear, convert
+from .functional import fp8_grouped_linear, fp8_linear, fp8_swiglu_grouped_linear
+from .modules import FP8Linear, GroupedExperts, convert
 
 if torch.distributed.is_available():
     from . import _sharding  # noqa: F401  (importing it registers the rules)
 
-__all__ = ["FP8Linear", "convert", "fp8_linear"]
+__all__ = [
+    "FP8Linear",
+    "GroupedExperts",
+    "convert",
+    "fp8_grouped_linear",
+    "fp8_linear",
+    "fp8_swiglu_grouped_linear",
+]

@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks
+from ..layout import to_tma_aligned
 from . import _library
 
 __all__: list[str] = []
@@ -26,8 +26,6 @@ Tensor = torch.Tensor
 
 #: Results of layers: what the kernels write, and FP16, which is rounded from FP32.
 LAYER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: FP8 rows that TMA reads start at multiples of 16 bytes.
-FP8_ROW_MULTIPLE = 16
 
 _ops = torch.ops.deep_gemm
 
@@ -44,10 +42,10 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def pad_columns(x: Tensor) -> Tensor:
-    """Columns of zeros up to the next multiple of 16; they change neither scales nor sums."""
-    missing = -x.shape[-1] % FP8_ROW_MULTIPLE
-    return F.pad(x, (0, missing)) if missing else x
+def cast_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[R, C]`` with a scale per row and 128 columns, as a K-major operand."""
+    values, scales = _ops.per_token_cast_to_fp8(x)
+    return to_tma_aligned(values), scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,18 +94,11 @@ def _linear(
 ) -> Tensor:
     dtype = out_dtype or x.dtype
     check_linear("fp8_linear", x, weight, bias, dtype, main_grad)
-    a, sfa = _ops.per_token_cast_to_fp8(pad_columns(rows_of(x)))
-    b, sfb = _ops.per_block_cast_to_fp8(pad_columns(rows_of(weight)))
     result = kernel_dtype(dtype)
-    y = _ops.fp8_gemm_nt(
-        a,
-        sfa,
-        b,
-        sfb,
-        c=None if bias is None else bias.to(result),
-        out_dtype=result,
-        recipe=[1, 128, 128],
-    )
+    a, sfa = cast_rows(rows_of(x))
+    b, sfb = _ops.per_block_cast_to_fp8(rows_of(weight))
+    c = None if bias is None else bias.to(result)
+    y = _ops.fp8_gemm_nt(a, sfa, to_tma_aligned(b), sfb, c=c, out_dtype=result, recipe=[1, 128, 128])
     return y.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -140,36 +131,51 @@ def check_linear_backward(op: str, grad: Tensor, x: Tensor | None, weight: Tenso
         _checks.check_shape(op, "weight", weight, "[N, K]", [shape[-1], *_checks.shape_of(weight)[-1:]])
 
 
-def input_gradient(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[T, N] @ [N, K]``."""
-    a, sfa = _ops.per_token_cast_to_fp8(pad_columns(rows))
-    # Blocks of 128 x 128 are the same blocks of the transposed matrix.
-    b, sfb = _ops.per_block_cast_to_fp8(rows_of(weight))
-    if a.shape[1] != b.shape[0]:
-        b = F.pad(b.view(torch.uint8), (0, 0, 0, a.shape[1] - b.shape[0])).view(b.dtype)
-    return _ops.fp8_gemm_nn(a, sfa, b, sfb, out_dtype=kernel_dtype(dtype), recipe=[1, 128, 128]).to(dtype)
+def input_gradient(dy: tuple[Tensor, Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[T, N] @ [N, K]``. Blocks of 128 x 128 are the same blocks of the transposed weight."""
+    _, _, b, sfb = _ops.per_block_cast_to_fp8_with_transpose(rows_of(weight))
+    return _ops.fp8_gemm_nt(*dy, b, sfb, out_dtype=kernel_dtype(dtype), recipe=[1, 128, 128]).to(dtype)
 
 
-def weight_gradient(rows: Tensor, x: Tensor, dtype: torch.dtype, main_grad: Tensor | None = None) -> Tensor | None:
-    """``[T, N]^T @ [T, K]``, added to ``main_grad`` where there is one."""
-    a, sfa = _ops.per_channel_cast_to_fp8(rows)
-    b, sfb = _ops.per_channel_cast_to_fp8(rows_of(x))
+def weight_gradient(
+    dy: tuple[Tensor, Tensor], x: Tensor, dtype: torch.dtype, main_grad: Tensor | None = None
+) -> Tensor | None:
+    """``[N, T] @ [T, K]``, added to ``main_grad`` where there is one."""
+    _, _, b, sfb = _ops.per_token_cast_to_fp8_with_transpose(rows_of(x))
     if main_grad is not None:
-        _ops.fp8_gemm_tn.out(a, sfa, b, sfb, c=main_grad, recipe=[1, 1, 128], out=main_grad)
+        _ops.fp8_gemm_nt.out(*dy, b, sfb, c=main_grad, recipe=[1, 1, 128], out=main_grad)
         return None
-    return _ops.fp8_gemm_tn(a, sfa, b, sfb, out_dtype=kernel_dtype(dtype), recipe=[1, 1, 128]).to(dtype)
+    return _ops.fp8_gemm_nt(*dy, b, sfb, out_dtype=kernel_dtype(dtype), recipe=[1, 1, 128]).to(dtype)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    main_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input, where the weight is given, and of the weight, where the input is."""
+    rows = rows_of(grad)
+    grad_x = grad_weight = None
+    if x is None:
+        by_row = cast_rows(rows)
+    else:
+        # One read of the gradient serves both products.
+        values, scales, *by_channel = _ops.per_token_cast_to_fp8_with_transpose(rows)
+        by_row = to_tma_aligned(values), scales
+        grad_weight = weight_gradient((by_channel[0], by_channel[1]), x, weight_dtype, main_grad)
+    if weight is not None:
+        grad_x = input_gradient(by_row, weight, x_dtype).view(*grad.shape[:-1], weight.shape[1])
+    return grad_x, grad_weight
 
 
 def _linear_backward(
     grad: Tensor, x: Tensor | None, weight: Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     check_linear_backward("fp8_linear_backward", grad, x, weight)
-    rows = rows_of(grad)
-    grad_x = grad_weight = None
-    if weight is not None:
-        grad_x = input_gradient(rows, weight, x_dtype).view(*grad.shape[:-1], weight.shape[1])
-    if x is not None:
-        grad_weight = weight_gradient(rows, x, weight_dtype)
+    grad_x, grad_weight = _gradients(grad, x, weight, x_dtype, weight_dtype, None)
     return (
         grad.new_empty(0, dtype=x_dtype) if grad_x is None else grad_x,
         grad.new_empty(0, dtype=weight_dtype) if grad_weight is None else grad_weight,
@@ -189,11 +195,8 @@ def _linear_backward_accumulate(
     grad: Tensor, x: Tensor, weight: Tensor | None, main_grad: Tensor, x_dtype: torch.dtype
 ) -> Tensor:
     check_linear_backward("fp8_linear_backward_accumulate", grad, x, weight)
-    rows = rows_of(grad)
-    weight_gradient(rows, x, torch.float32, main_grad)
-    if weight is None:
-        return grad.new_empty(0, dtype=x_dtype)
-    return input_gradient(rows, weight, x_dtype).view(*grad.shape[:-1], weight.shape[1])
+    grad_x, _ = _gradients(grad, x, weight, x_dtype, torch.float32, main_grad)
+    return grad.new_empty(0, dtype=x_dtype) if grad_x is None else grad_x
 
 
 def _linear_backward_accumulate_fake(

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from .functional import fp8_linear
+from .functional import autocast_dtype, fp8_grouped_linear, fp8_linear, fp8_swiglu_grouped_linear
 
-__all__ = ["FP8Linear", "convert"]
+__all__ = ["FP8Linear", "GroupedExperts", "convert"]
+
+
+def _main_grad(weight: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that the weight's gradient is to be added to, if there is one."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        weight.grad_added_to_main_grad = True
+    return main_grad
 
 
 class FP8Linear(nn.Linear):
@@ -26,10 +35,106 @@ class FP8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of the dtype of ``x``, or autocast's."""
-        main_grad = getattr(self.weight, "main_grad", None)
-        if main_grad is not None:
-            self.weight.grad_added_to_main_grad = True
-        return fp8_linear(x, self.weight, self.bias, main_grad=main_grad)
+        return fp8_linear(x, self.weight, self.bias, main_grad=_main_grad(self.weight))
+
+
+class _Gather(torch.autograd.Function):
+    """``x[order // copies]``: each row of ``x`` goes to ``copies`` places. Its gradient is a gather, too, and a sum in
+    a fixed order, where PyTorch's own would add with atomics in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x.index_select(0, order // copies)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        grads = grad.index_select(0, inverse)
+        return grads.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class GroupedExperts(nn.Module):
+    """The experts of a mixture-of-experts layer, ``down(silu(gate(x)) * up(x))``, in FP8 forward and backward.
+
+    Tokens are sorted by expert on the device, without padding and without the host knowing how many there are; each
+    product is one launch for all experts. The routing weights are applied between the two layers, where they cost
+    nothing. Results and gradients are deterministic.
+
+    Args:
+        dim: features of a token.
+        hidden_dim: features between the two layers.
+        num_experts: how many there are.
+        device, dtype: of the parameters ``gate_up [G, 2 * hidden_dim, dim]``, gates first, and ``down [G, dim,
+            hidden_dim]``. They start as ``nn.Linear``'s do and may carry a ``main_grad``, see :class:`FP8Linear`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
+        options = {"device": device, "dtype": dtype}
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, **options))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform between +-1/sqrt(inputs), as ``nn.Linear``."""
+        for weight in (self.gate_up, self.down):
+            bound = weight.shape[2] ** -0.5 if weight.shape[2] else 0.0
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: ``[..., dim]``.
+            expert_ids: integers ``[..., k]``, the experts that each token goes to. ``num_experts`` or more stands for
+                none: such an assignment contributes nothing.
+            expert_weights: ``[..., k]``, what each expert's output is multiplied with.
+
+        Returns:
+            ``[..., dim]`` of the dtype of ``x``, or autocast's.
+        """
+        copies = expert_ids.shape[-1]
+        tokens = x.reshape(-1, self.dim)
+        order = expert_ids.reshape(-1).argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+        sorted_ids = expert_ids.reshape(-1).index_select(0, order)
+        experts = torch.arange(self.num_experts, device=x.device, dtype=sorted_ids.dtype)
+        offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+        row_weights = _Gather.apply(expert_weights.reshape(-1, 1).float(), order, inverse, 1).squeeze(1)
+        y = self.experts(_Gather.apply(tokens, order, inverse, copies), offsets, row_weights)
+        y = _Gather.apply(y, inverse, order, 1)
+        return y.unflatten(0, (-1, copies)).sum(1).view(*x.shape[:-1], self.dim)
+
+    def experts(
+        self, rows: torch.Tensor, offsets: torch.Tensor, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The experts alone, for tokens that are sorted already (by expert-parallel communication, say).
+
+        Args:
+            rows: ``[M, dim]``, expert after expert.
+            offsets: int32 ``[num_experts]``, the row behind each expert's last.
+            row_weights: float32 ``[M]``, what each row of the result is multiplied with.
+        """
+        hidden = fp8_grouped_linear(
+            rows, self.gate_up, offsets, out_dtype=torch.bfloat16, main_grad=_main_grad(self.gate_up)
+        )
+        return fp8_swiglu_grouped_linear(
+            hidden, self.down, offsets, row_weights, out_dtype=autocast_dtype(rows), main_grad=_main_grad(self.down)
+        )
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_experts={self.num_experts}"
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
