@@ -106,17 +106,20 @@ class Block(nn.Module):
 
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(batch, length, dim))
-        return x + self.down(F.relu(self.up(self.mlp_norm(x))).square())
+        return x + self.mlp(self.mlp_norm(x))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)).square())
 
 
 class ByteLM(nn.Module):
     """Bytes ``[B, T]`` to logits ``[B, T, 256]`` of the byte that follows each."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, block: type[Block] = Block) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(256, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, 256, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
@@ -135,9 +138,19 @@ class ByteLM(nn.Module):
 
 
 def train(
-    model: ByteLM, text: torch.Tensor, seconds: float, steps: int | None, seed: int, device: torch.device
+    model: ByteLM,
+    text: torch.Tensor,
+    seconds: float,
+    steps: int | None,
+    seed: int,
+    device: torch.device,
+    label: str = "training in BF16",
+    losses: list[torch.Tensor] | None = None,
 ) -> tuple[int, float]:
-    """Train for ``seconds`` and MIN_STEPS at least, or exactly ``steps``. Returns the steps and the last loss in bits."""
+    """Train for ``seconds`` and MIN_STEPS at least, or exactly ``steps``. Returns the steps and the last loss in bits.
+
+    Every step's loss, in nats and still on the device, is appended to ``losses``.
+    """
     config = model.config
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -148,7 +161,7 @@ def train(
     schedules = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(config.context + 1)
-    progress = Progress("training in BF16")
+    progress = Progress(label)
     step, bits, start = 0, math.inf, time.monotonic()
     while True:
         # On a busy machine a minute may be a few steps, after which the model would know less than byte frequencies.
@@ -164,6 +177,8 @@ def train(
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(batch[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        if losses is not None:
+            losses.append(loss.detach())
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -40,7 +40,7 @@ def offer(*names: str, needs: str | tuple[str, ...] = ()) -> Callable[[Callable]
 def works(op: str) -> bool:
     """Whether ``torch.ops.deep_gemm.<op>`` has a kernel for this machine's devices.
 
-    With a GPU that is a CUDA kernel, of its architecture where PyTorch has initialised CUDA already and can tell (asking
+    With a GPU that is a CUDA kernel, of its architecture where PyTorch has initialised CUDA and can tell (asking
     would initialise it). Without one the CPU reference counts.
     """
     key = "CUDA" if torch.cuda.device_count() else "CPU"
