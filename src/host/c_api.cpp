@@ -12,6 +12,8 @@ namespace {
 
 using namespace deep_gemm;
 
+constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched"};
+
 std::string json_row(int index, const GemmRow& row) {
     const RowResources resources = row_resources(row);
     std::ostringstream json;
@@ -22,6 +24,7 @@ std::string json_row(int index, const GemmRow& row) {
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
          << row.split_k << ", \"scaling\": \""
          << (row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
+         << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
     return json.str();
