@@ -30,6 +30,8 @@ from common import FP8, arrange_scales, assert_close, assert_equal, ceil_div, er
 from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
+GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched")
+LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -52,7 +54,7 @@ def _units() -> list[tuple[str, ptx_emulator.Module]]:
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
     units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [(unit, ptx_emulator.Module(unit)) for unit in units if "fp8_gemm" in unit]
+    return [(unit, ptx_emulator.Module(unit)) for unit in units if "sm90_gemm" in unit]
 
 
 def entries() -> list[str]:
@@ -182,15 +184,35 @@ def run_row(
         d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
+        num_groups=1,
     )
     inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
     if c is not None and c.data_ptr() != d.data_ptr():
         inputs["c"] = c
+    problem.grouping = GROUPINGS.index(_capi.instances()[row]["grouping"])
+    if problem.grouping == GROUPINGS.index("m_grouped"):
+        # One group of all rows.
+        inputs["group_layout"] = torch.tensor([a.shape[0]], dtype=torch.int32)
+        problem.layout, problem.group_layout = LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+    return launch(row, problem, d, inputs, num_sms=num_sms, module=module, **options)
+
+
+def launch(
+    row: int,
+    problem: _Problem,
+    d: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    *,
+    num_sms: int = 132,
+    module: ptx_emulator.Module | None = None,
+    **options: int,
+) -> ptx_emulator.Stats:
+    """Any problem on one row of the table; ``inputs`` are the tensors that it reads."""
     buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []
 
-    def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
+    def run(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
             _, compiled, entry = _find(kernel.decode())
             stats = (module or compiled).launch(
@@ -211,12 +233,12 @@ def run_row(
             return 1
 
     error = ctypes.create_string_buffer(4096)
-    status = _capi.library().dg_run_fp8_gemm(
+    status = _capi.library().dg_run_gemm(
         ctypes.byref(problem),
         row,
         num_sms,
         ctypes.c_void_p(ptx_emulator.encode_tiled_function()),
-        _LAUNCH(launch),
+        _LAUNCH(run),
         error,
         ctypes.c_size_t(len(error)),
     )

@@ -657,7 +657,7 @@ def small_cases(device: str) -> list[Case]:
             cases.append(EinsumCase(expr, (6, 32, 3, 48) if "h" in expr else (3, 48, 6, 32), c="full", **common))
         if type_ == "bf16":
             for layout in ("nt", "nn", "tn", "tt"):
-                cases.append(BF16Case(36, 40, 72, layout, c="bias" if out else "", **common))
+                cases.append(BF16Case(48, 40, 72, layout, c="bias" if out else "", **common))
         else:
             cases.append(HeadsCase(6, 2, (16, 8, 24), 272, **common))
     return cases

@@ -33,6 +33,8 @@ __all__ = [
 Tensor = torch.Tensor
 
 M_LAYOUTS = ("indices", "psum", "offsets")
+#: Of layouts that have a number for each group, which the kernels keep in shared memory.
+MAX_GROUPS = 1024
 K_LAYOUTS = ("sizes", "psum", "offsets")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Args:
         a: float8_e4m3fn ``[M, K]``, the rows of all groups one after the other; inner stride 1, row stride and base
-            address multiples of 16 bytes (``deep_gemm_ops.to_tma_aligned`` makes them so). M, N, K and G may be 0.
+            address multiples of 16 bytes (``deep_gemm_ops.to_tma_aligned`` makes them so). M, N, K and G may be 0, and
+            G at most 1024, except with ``"indices"``.
         sfa: scales of ``a``, ``[ceil(M / gran_m), ceil(K / gran_k)]``, of the types that :func:`fp8_gemm_nt` takes, any
             strides.
         b: float8_e4m3fn ``[G, N, K]``; inner stride 1, other strides and base address multiples of 16 bytes.
@@ -371,6 +374,8 @@ def check_m_grouped(
     _checks.check_operand_layout(op, "a", a, True, real)
     _checks.check_operand_layout(op, "b", b, b_k_major or sfa is None, real)
     per_row = not masked and layout == "indices"
+    if not per_row and not num_groups <= MAX_GROUPS:
+        fail(op, "b", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, groups_arg, groups, "[M]" if per_row else "[G]", m if per_row else num_groups)
     grans = (1, 1, 1)
     if sfa is not None:
@@ -440,6 +445,8 @@ def check_k_grouped(
         else:
             _checks.check_operand_layout(op, arg, operand, sfa is None, real)
     num_groups = shape_of(ks)[0]
+    if not num_groups <= MAX_GROUPS:
+        fail(op, "ks", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, "ks", ks, "[G]", num_groups)
     if sfa is not None:
         assert sfb is not None
