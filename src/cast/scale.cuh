@@ -87,17 +87,17 @@ struct E2M1 {
     static constexpr float kMax = 6;
     static __device__ __forceinline__ int64_t bytes(int64_t values) { return values / 2; }
 
-    // Low four bits: the code of x * inverse. The sum below ends in whole steps of the format at that magnitude: 0.5
-    // below 2, 1 below 4, 2 above. Steps and exponent together are the code. Adding 6 makes the exponent's part vanish
-    // modulo 16.
-    static __device__ __forceinline__ uint32_t code(float x, float inverse) {
-        // Only a group with NaN or Inf has others than -6 to 6: fminf turns NaN into 6.
-        const float value = fmaxf(fminf(x * inverse, 6.0f), -6.0f);
+    // The code of a value between -6 and 6. The sum below ends in whole steps of the format at that magnitude: 0.5 below
+    // 2, 1 below 4, 2 above. Steps and exponent together are the code; what 6 adds makes the exponent's offset vanish
+    // modulo 16. Rounding may leave a value a little above 6, which does no harm.
+    static __device__ __forceinline__ uint32_t code(float value) {
         const uint32_t bits = __float_as_uint(value);
         const uint32_t power = max(bits & 0x7f800000, 0x3f800000);
         const uint32_t sum = __float_as_uint(__fadd_rn(fabsf(value), __uint_as_float(power + 0x0b000006)));
         return ((sum + (sum >> 22)) & 7) | (bits >> 28 & 8);
     }
+    // Only a group with NaN or Inf, whose inverse is NaN or 0, has other values: NaN, which fminf turns into 6, and zeros.
+    static __device__ __forceinline__ float limited(float value) { return fmaxf(fminf(value, 6.0f), -6.0f); }
 
     template <int kValues>
     struct alignas(kValues / 2) Packed {
@@ -106,16 +106,23 @@ struct E2M1 {
     template <int kValues>
     static __device__ __forceinline__ Packed<kValues> pack(const float (&x)[kValues], float inverse) {
         Packed<kValues> packed;
+        float value[kValues];
+#pragma unroll
+        for (int e = 0; e < kValues; ++e) value[e] = x[e] * inverse;
+        if (!(inverse > 0)) {
+#pragma unroll
+            for (int e = 0; e < kValues; ++e) value[e] = limited(value[e]);
+        }
 #pragma unroll
         for (int e = 0; e < kValues; e += 4)
-            packed.quads[e / 4] = static_cast<uint16_t>(code(x[e], inverse) | code(x[e + 1], inverse) << 4 |
-                                                        code(x[e + 2], inverse) << 8 | code(x[e + 3], inverse) << 12);
+            packed.quads[e / 4] = static_cast<uint16_t>(code(value[e]) | code(value[e + 1]) << 4 |
+                                                        code(value[e + 2]) << 8 | code(value[e + 3]) << 12);
         return packed;
     }
     // Columns are even in number and neighbouring lanes have neighbouring ones: the even one writes both.
     static __device__ __forceinline__ void store_one(uint8_t* row, int col, float x, float inverse,
                                                      bool inside) {
-        const uint32_t own = code(x, inverse), next = __shfl_down_sync(0xffffffff, own, 1);
+        const uint32_t own = code(limited(x * inverse)), next = __shfl_down_sync(0xffffffff, own, 1);
         if (inside && col % 2 == 0) row[col / 2] = static_cast<uint8_t>(own | next << 4);
     }
 };
