@@ -73,6 +73,8 @@ def samples(device: str) -> list[Sample]:
         fused: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
             (ops.swiglu_cast_to_fp8, (x,), {"topk_weights": weights, "clamp": 2.0}),
             (ops.swiglu_cast_to_fp8, (x,), {"gran_k": 32, "use_packed_ue8m0": True}),
+            (ops.per_token_cast_to_fp4, (x,), {}),
+            (ops.per_token_cast_to_fp4, (x,), {"gran_k": 128, "use_packed_ue8m0": True}),
             (ops.k_grouped_per_channel_cast_to_fp8, (x, ks), {}),
             (ops.k_grouped_per_channel_cast_to_fp8_k_major, (x, ks), {"layout": "offsets", "use_ue8m0": True}),
         ]
@@ -197,6 +199,8 @@ deep_gemm::per_block_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=Fals
 deep_gemm::per_block_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::per_channel_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_channel_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_token_cast_to_fp4(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::per_token_cast_to_fp4.out(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_token_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)

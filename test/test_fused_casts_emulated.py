@@ -75,6 +75,61 @@ def spoil(x: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FP4
+
+
+def fp4(
+    x: torch.Tensor,
+    gran_k: int,
+    sf_format: str,
+    out_stride: int | None = None,
+    out_offset: int = 0,
+    **options: object,
+) -> emulation.Run:
+    rows, cols = x.shape
+    shape, strides = cast_scale_shape("per_token", rows, cols, gran_k, sf_format == "packed")
+    out = matrix((rows, cols // 2), (out_stride or cols // 2, 1), torch.uint8, out_offset)
+    sf = matrix(shape, strides, torch.int32 if sf_format == "packed" else torch.float32)
+    problem = problem_of(x, out, sf, strides[1], gran_k, sf_format)
+    result = emulation.run("per_token_cast_fp4", problem, [x], [out, sf], **options)
+    expected = fused_casts.reference_per_token_cast_to_fp4(x, gran_k=gran_k, **options_of(sf_format))
+    assert_results([out, sf], expected)
+    return result
+
+
+@pytest.mark.parametrize("sf_format", FORMATS)
+@pytest.mark.parametrize("gran_k", [128, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp4(dtype: torch.dtype, gran_k: int, sf_format: str) -> None:
+    for seed, shape in enumerate([(1, 8), (33, 520), (5, 2), (31, 258), (64, 1110)]):
+        result = fp4(cast_input(shape, dtype, seed), gran_k, sf_format, seed=seed)
+        assert ("Lb1E" in result.kernel) == (shape[1] % 8 == 0)
+    fp4(spoil(cast_input((40, 264), dtype, 7)), gran_k, sf_format)
+    fp4(spoil(cast_input((40, 262), dtype, 8)), gran_k, sf_format)
+
+
+def test_fp4_strides_and_alignment() -> None:
+    assert "Lb1E" in fp4(cast_input((40, 200), torch.bfloat16, 1, stride=240), 32, "float32", out_stride=104).kernel
+    for change in ({"stride": 201}, {"offset": 1}, {"out_stride": 103}, {"out_offset": 1}):
+        out = {k: v for k, v in change.items() if k.startswith("out")}
+        into = {k: v for k, v in change.items() if not k.startswith("out")}
+        result = fp4(cast_input((40, 200), torch.bfloat16, 2, **into), 32, "ue8m0", **out)
+        assert "Lb0E" in result.kernel, f"{change}: wide accesses of unaligned memory"
+
+
+def test_fp4_rounds_to_nearest_even() -> None:
+    """Every E2M1 number, every midpoint between two of them, and their neighbours in float32."""
+    values = torch.tensor(fused_casts.FP4_VALUES)
+    points = torch.cat([values, (values[1:] + values[:-1]) / 2])
+    points = torch.cat([points, *(torch.nextafter(points, torch.tensor(limit)) for limit in (1e9, -1e9))])
+    points = torch.cat([points.clamp(-6, 6), -points.clamp(-6, 6)])
+    rows = torch.nn.functional.pad(points, (0, -points.numel() % 31)).view(-1, 31)
+    x = torch.cat([rows, torch.full((rows.shape[0], 1), 6.0)], 1)  # so that the scale is 1
+    fp4(x, 32, "float32")
+    fp4(matrix(x.shape, (33, 1), torch.float32).copy_(x), 32, "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SwiGLU
 
 
@@ -322,6 +377,9 @@ def test_on_blackwell() -> None:
         swiglu(x, 128, "float32", some_weights(rows, 0), 3.0, arch="100a")
         swiglu(x, 32, "packed", arch="100a")
         for dtype in DTYPES:
+            even = cast_input((rows, cols // 2 * 2), dtype, 0)
+            fp4(even, 32, "float32", arch="100a")
+            fp4(even, 128, "packed", arch="100a")
             for kind in KINDS:
                 with_transpose(kind, cast_input((rows, cols), dtype, 1), "packed", arch="100a")
         for k_major in (False, True):
@@ -336,6 +394,7 @@ def test_programmatic_dependent_launch_is_asked_for() -> None:
             k_grouped(x, [8], pdl=pdl),
             k_grouped(x, [8], k_major=True, pdl=pdl),
         ]
+        runs.append(fp4(x, 32, "float32", pdl=pdl))
         runs += [with_transpose(kind, x, "float32", pdl=pdl) for kind in KINDS]
         assert all(run.pdl == pdl for run in runs)
 
@@ -349,6 +408,8 @@ def test_whole_sectors() -> None:
     for dtype in DTYPES:
         x = cast_input((rows, cols), dtype, 0)
         read = x.numel() * x.element_size()
+        written = x.numel() // 2 + x.numel() // 32 * 4
+        assert_memory_bound(fp4(x, 32, "float32", counters=True), read, written)
         assert_memory_bound(
             with_transpose("per_token", x, "float32", counters=True), read, 2 * x.numel() + 2 * x.numel() // 128 * 4
         )

@@ -1,5 +1,5 @@
-"""Casts that do more than one thing in their one read of the input. Importing this module registers their CPU and fake
-forms.
+"""FP4, and casts that do more than one thing in their one read of the input. Importing this module registers their CPU
+and fake forms.
 
 SwiGLU and quantisation; rows and the transposed copy that a backward pass reads; groups along K whose sizes stay on the
 device.
@@ -23,6 +23,7 @@ __all__ = [
     "k_grouped_per_channel_cast_to_fp8",
     "k_grouped_per_channel_cast_to_fp8_k_major",
     "per_block_cast_to_fp8_with_transpose",
+    "per_token_cast_to_fp4",
     "per_token_cast_to_fp8_with_transpose",
     "swiglu_cast_to_fp8",
 ]
@@ -31,6 +32,11 @@ Tensor = torch.Tensor
 
 K_LAYOUTS = ("sizes", "psum", "offsets")
 TRANSPOSED_KINDS = ("per_token", "per_block")
+
+FP4_MAX = 6.0  # the largest float4_e2m1fn
+FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+#: The numbers of codes 0 to 7; codes 8 to 15 are their negatives.
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Public functions
@@ -45,6 +51,42 @@ def _call(op: str, x: Tensor, more: Sequence[Tensor], keywords: dict[str, Any], 
         return overloads.default(x, *more, **keywords)
     overloads.out(x, *more, **keywords, **dict(zip(names, out, strict=True)))
     return out
+
+
+def per_token_cast_to_fp4(
+    x: Tensor,
+    *,
+    gran_k: int = 32,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise ``[M, K]`` to FP4 (E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives) with one scale per row and
+    ``gran_k`` columns.
+
+    Args:
+        x: bfloat16, float16 or float32 ``[M, K]``, K even, inner stride 1, any row stride.
+        gran_k: 32 or 128, columns per scale.
+        use_ue8m0: round scales up to powers of two (they stay float32).
+        use_packed_ue8m0: that, and return them as int32, four UE8M0 exponents a word, the first lowest.
+        out: ``(values, scales)`` to write, of the shapes and scale strides described below; values may be uint8, int8
+            or float4_e2m1fn_x2.
+
+    Returns:
+        ``(values, scales)``: uint8 ``[M, K / 2]`` contiguous, the even column's number in the low half of its byte
+        (``values.view(torch.float4_e2m1fn_x2)`` is the same under PyTorch's name for it, which few of its operators
+        know); scales as :func:`per_token_cast_to_fp8` gives them.
+
+    Raises:
+        RuntimeError: wrong dtype, rank, inner stride, ``gran_k``, an odd K, or ``x`` requires grad.
+
+    ``scale = max(amax |x|, 1e-4) / 6`` and ``value = x * (1 / scale)``, rounded to nearest, ties to the even code. E2M1
+    has no NaN and no Inf: NaN in a group makes its scale NaN and its values 6; Inf makes its scale Inf, its own value 6
+    and the others 0. Specification: ``deep_gemm_ops.fused_casts.reference_per_token_cast_to_fp4``; back to float32:
+    ``reference_dequantize_fp4``.
+    """
+    keywords = {"gran_k": gran_k, "use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
+    return _call("per_token_cast_to_fp4", x, (), keywords, out, ("out", "out_sf"))
 
 
 def swiglu_cast_to_fp8(
@@ -78,7 +120,7 @@ def swiglu_cast_to_fp8(
     Raises:
         RuntimeError: wrong dtype, rank, shape, inner stride, device, ``clamp`` or ``gran_k``, or ``x`` requires grad.
 
-    All arithmetic is float32, each operation rounded once; ``exp`` is a polynomial with a relative error of 3e-6. y is
+    All arithmetic is float32, each operation rounded once; ``exp`` is a polynomial with a relative error of 1e-5. y is
     not rounded to bfloat16 in between. NaN and Inf show in scales and values as in :func:`per_token_cast_to_fp8`.
     Specification, to the bit: ``deep_gemm_ops.fused_casts.reference_swiglu_cast_to_fp8``.
     """
@@ -210,9 +252,17 @@ def k_grouped_layouts(k: int, mn: int, groups: int, k_major: bool) -> list[tuple
     return [values, ((rows, mn), (align(mn, 4), 1))]
 
 
-def _check_values_out(op: str, arg: str, out: Tensor, x: Tensor, like: str, shape: Sequence[int]) -> None:
+def _check_values_out(
+    op: str,
+    arg: str,
+    out: Tensor,
+    x: Tensor,
+    like: str,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype] = (torch.float8_e4m3fn,),
+) -> None:
     check_device(op, arg, out, x.device, "x")
-    check_dtype(op, arg, out, (torch.float8_e4m3fn,))
+    check_dtype(op, arg, out, dtypes)
     _checks.check_shape(op, arg, out, like, shape)
     _checks.check_inner_stride(op, arg, out, None)
     _checks.check_rows_apart(op, arg, out)
@@ -232,6 +282,23 @@ def _check_input(op: str, x: Tensor, dtypes: Sequence[torch.dtype], names: Seque
     check_rank(op, "x", x, (2,))
     _checks.check_sizes(op, "x", x, names)
     _checks.check_inner_stride(op, "x", x, "to_tma_aligned")
+
+
+def check_fp4_cast(
+    x: Tensor, *, gran_k: int, use_packed_ue8m0: bool, out: Tensor | None = None, out_sf: Tensor | None = None
+) -> None:
+    op = "per_token_cast_to_fp4"
+    _check_input(op, x, _checks.CAST_DTYPES, ("M", "K"))
+    rows, cols = shape_of(x)
+    if not cols % 2 == 0:
+        fail(op, "x", "K", cols, "an even number")
+    if gran_k not in _checks.GRANULARITIES_K:
+        fail(op, "gran_k", "value", gran_k, "128 or 32")
+    if out is None or out_sf is None:
+        return
+    _check_values_out(op, "out", out, x, "[M, K / 2]", [rows, cols // 2], FP4_DTYPES)
+    layout = cast_scale_shape("per_token", rows, cols, gran_k, use_packed_ue8m0)
+    _check_scales_out(op, "out_sf", out_sf, x, use_packed_ue8m0, layout)
 
 
 def check_swiglu_cast(
@@ -305,6 +372,53 @@ def check_k_grouped_cast(
 # Reference
 
 
+def fp4_codes(x: Tensor) -> Tensor:
+    """float32 to E2M1 codes (uint8): nearest, ties to the even code, saturating; NaN is 6."""
+    values = torch.tensor(FP4_VALUES, device=x.device)
+    middles = (values[1:] + values[:-1]) / 2
+    magnitude = x.abs()
+    code = torch.bucketize(magnitude, middles)  # how many of them are smaller
+    tie = magnitude == middles[code.clamp(max=6)]
+    code = torch.where(tie & (code % 2 == 1), code + 1, code)
+    code = torch.where(x.isnan(), 7, code + 8 * torch.signbit(x))
+    return code.to(torch.uint8)
+
+
+def reference_per_token_cast_to_fp4(
+    x: Tensor, *, gran_k: int = 32, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``[M, K]`` to pairs of E2M1 codes ``[M, K / 2]`` with scales ``[M, ceil(K / gran_k)]``."""
+    rows, cols = x.shape
+    groups = torch.nn.functional.pad(x.float(), (0, align(cols, gran_k) - cols)).unflatten(1, (-1, gran_k))
+    amax = groups.abs().amax(2).clamp(min=reference.MIN_AMAX)
+    sf = amax / torch.full_like(amax, FP4_MAX)
+    if use_ue8m0 or use_packed_ue8m0:
+        sf = reference.ceil_to_ue8m0(sf)
+    codes = fp4_codes(groups * (1.0 / sf)[:, :, None]).flatten(1)[:, :cols]
+    if use_packed_ue8m0:
+        sf = reference.pack_ue8m0(reference.ue8m0_bytes(sf))
+    layout = cast_scale_shape("per_token", rows, cols, gran_k, use_packed_ue8m0)
+    scales = torch.empty_strided(*layout, dtype=sf.dtype, device=x.device).copy_(sf)
+    return codes[:, ::2] | codes[:, 1::2] << 4, scales
+
+
+def reference_unpack_fp4(values: Tensor) -> Tensor:
+    """Pairs of E2M1 codes ``[.., K / 2]`` (uint8, int8 or float4_e2m1fn_x2) to float32 ``[.., K]``."""
+    pairs = values.view(torch.uint8)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).int()
+    magnitudes = torch.tensor(FP4_VALUES, device=values.device)[codes & 7]
+    return torch.where(codes < 8, magnitudes, -magnitudes)
+
+
+def reference_dequantize_fp4(
+    values: Tensor, sf: Tensor, gran_k: int = 32, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``value[m, k] * sf[m, k // gran_k]`` in ``dtype``, scales of any type that products accept."""
+    x = reference_unpack_fp4(values).to(dtype)
+    sf = reference.scales_to_float32(sf, -(-x.shape[1] // gran_k)).to(dtype)
+    return x * sf.repeat_interleave(gran_k, 1)[:, : x.shape[1]]
+
+
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """``a * b + c`` of finite float32 numbers with a single rounding.
 
@@ -323,20 +437,24 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x / (1 + exp(-x))`` of float32, in the operations of the kernels: exp by a polynomial of degree four.
+    """``x / (1 + exp(-x))`` of float32 in the operations of the kernels, each rounded once: exp by a polynomial of degree
+    four.
 
-    The exponent is limited to what float32 holds; beyond 86 the result is x, below -86 a number of 1e-37 * x.
+    -x * log2(e) is limited to -125 .. 125: beyond 86 the result is x, below -86 a number of about 1e-38 * x.
     """
-    log2e, round_to_integer = float.fromhex("0x1.715476p+0"), float.fromhex("0x1.8p+23")
-    limited = x.clamp(-86.0, 86.0)
-    limited = limited.where(~limited.isnan(), 0.0)  # x itself keeps the NaN
-    rounded = _fma(limited, -log2e, round_to_integer)
+    log2e, span = float.fromhex("0x1.715476p+0"), 250.0
+    round_to_integer = float.fromhex("0x1.8p+23") - span / 2
+    slope = float(torch.tensor(-log2e, dtype=torch.float32) / span)
+    finite = x.where(x.isfinite(), 0.0)
+    position = _fma(finite, slope, 0.5).clamp(0.0, 1.0)
+    position = position.where(x != -torch.inf, 1.0).where(x != torch.inf, 0.0).where(~x.isnan(), 0.0)
+    rounded = _fma(position, span, round_to_integer)
     integer = rounded - round_to_integer
-    fraction = _fma(limited, -log2e, -integer)
+    fraction = _fma(position, span, -integer)
     power = torch.full_like(fraction, float.fromhex("0x1.3a02c4p-7"))
     for coefficient in ("0x1.c9fc46p-5", "0x1.ec0378p-3", "0x1.62e12cp-1", "0x1p0"):
         power = _fma(power, fraction.double(), float.fromhex(coefficient))
-    exponential = (power.view(torch.int32) + (integer.to(torch.int32) << 23)).view(torch.float32)
+    exponential = (power.view(torch.int32) + (rounded.view(torch.int32) << 23)).view(torch.float32)
     return x * (1.0 / (exponential + 1.0))
 
 
@@ -438,6 +556,52 @@ def _empty(x: Tensor, layout: tuple[Sequence[int], Sequence[int]], dtype: torch.
 def _copy(results: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     for result, out in zip(results, outs, strict=True):
         out.copy_(result)
+
+
+@_fake("per_token_cast_to_fp4")
+def _fp4_fake(
+    x: Tensor, *, gran_k: int = 32, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0)
+    layout = cast_scale_shape("per_token", x.shape[0], x.shape[1], gran_k, use_packed_ue8m0)
+    values = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8)
+    return values, _empty(x, layout, torch.int32 if use_packed_ue8m0 else torch.float32)
+
+
+@_fake("per_token_cast_to_fp4.out")
+def _fp4_out_fake(
+    x: Tensor,
+    *,
+    gran_k: int = 32,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: Tensor,
+    out_sf: Tensor,
+) -> None:
+    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0, out=out, out_sf=out_sf)
+
+
+@_cpu("per_token_cast_to_fp4")
+def _fp4(
+    x: Tensor, *, gran_k: int = 32, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0)
+    return reference_per_token_cast_to_fp4(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+
+
+@_cpu("per_token_cast_to_fp4.out")
+def _fp4_out(
+    x: Tensor,
+    *,
+    gran_k: int = 32,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: Tensor,
+    out_sf: Tensor,
+) -> None:
+    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0, out=out, out_sf=out_sf)
+    options: dict[str, Any] = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
+    _copy(reference_per_token_cast_to_fp4(x, gran_k=gran_k, **options), (out.view(torch.uint8), out_sf))
 
 
 @_fake("swiglu_cast_to_fp8")

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> run(CastKind kind, const Tensor& x, int64_t gran_k, b
     if (rows == 0 || cols == 0) return {std::move(out), std::move(sf)};
 
     const cast::CastProblem problem =
-        cast_problem(x, cols, &out, &sf, kind == CastKind::kPerChannel ? scales.strides[0] : scales.strides[1], gran_k,
+        cast_problem(x, cols, out, sf, kind == CastKind::kPerChannel ? scales.strides[0] : scales.strides[1], gran_k,
                      scale_format(use_ue8m0, use_packed_ue8m0));
     const auto launch = kind == CastKind::kPerToken     ? cast::launch_per_token_cast
                         : kind == CastKind::kPerChannel ? cast::launch_per_channel_cast

@@ -126,8 +126,8 @@ inline Tensor empty_matrix(const MatrixLayout& layout, ScalarType dtype, const T
     return empty_strided(layout.shape, layout.strides, dtype, like);
 }
 
-// x and its values, whose rows are `cols` elements; scales are along K of `gran_k`.
-inline cast::CastProblem cast_problem(const Tensor& x, int64_t cols, const Tensor* out, const Tensor* sf,
+// A cast of x to rows of `cols` values.
+inline cast::CastProblem cast_problem(const Tensor& x, int64_t cols, const Tensor& out, const Tensor& sf,
                                       int64_t sf_stride, int64_t gran_k, cast::ScaleFormat format) {
     cast::CastProblem problem;
     problem.x = x.data_ptr();
@@ -135,11 +135,9 @@ inline cast::CastProblem cast_problem(const Tensor& x, int64_t cols, const Tenso
     problem.rows = x.size(0);
     problem.cols = cols;
     problem.x_stride = row_stride(x);
-    if (out != nullptr) {
-        problem.out = out->data_ptr();
-        problem.out_stride = row_stride(*out);
-    }
-    if (sf != nullptr) problem.sf = sf->data_ptr();
+    problem.out = out.data_ptr();
+    problem.out_stride = row_stride(out);
+    problem.sf = sf.data_ptr();
     problem.sf_stride = sf_stride;
     problem.gran_k = static_cast<int>(gran_k);
     problem.sf_format = format;

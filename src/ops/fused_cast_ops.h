@@ -1,4 +1,4 @@
-// Casts that do several things in one read, on CUDA tensors. Meaning, shapes and errors: deep_gemm_ops/fused_casts.py.
+// FP4 and fused casts on CUDA tensors. Meaning, shapes and errors: deep_gemm_ops/fused_casts.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +10,10 @@
 namespace deep_gemm::ops {
 
 using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> per_token_cast_to_fp4(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0);
+void per_token_cast_to_fp4_out(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                               Tensor out_sf);
 
 std::tuple<Tensor, Tensor> swiglu_cast_to_fp8(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp,
                                               int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0);

@@ -27,6 +27,31 @@ void check_input(const char* op, const Tensor& x, std::initializer_list<ScalarTy
     check_inner_stride(op, "x", x, "to_tma_aligned");
 }
 
+std::tuple<Tensor, Tensor> run_fp4(const Tensor& x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0,
+                                   const Tensor* given_out, const Tensor* given_sf) {
+    const char* op = "per_token_cast_to_fp4";
+    check_input(op, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, "M", "K");
+    const int64_t rows = x.size(0), cols = x.size(1);
+    if (cols % 2 != 0) fail(op, "x", "K", cols, "an even number");
+    check_gran_k(op, gran_k);
+    const MatrixLayout values = dense_layout(rows, cols / 2);
+    const MatrixLayout scales = scale_layout(CastKind::kPerToken, rows, cols, gran_k, use_packed_ue8m0);
+    if (given_out) {
+        check_values_out(op, "out", *given_out, x, "[M, K / 2]", values,
+                         {ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+        check_scales_out(op, "out_sf", *given_sf, x, use_packed_ue8m0, scales);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Byte, x);
+    Tensor sf = given_sf ? *given_sf : empty_matrix(scales, scale_dtype(use_packed_ue8m0), x);
+    if (rows == 0 || cols == 0) return {std::move(out), std::move(sf)};
+    const cast::CastProblem problem = cast_problem(x, cols, out, sf, scales.strides[1], gran_k,
+                                                   scale_format(use_ue8m0, use_packed_ue8m0));
+    check_launch(cast::launch_per_token_cast_fp4(problem, current_stream(x), knobs().pdl), op, "x");
+    return {std::move(out), std::move(sf)};
+}
+
 std::tuple<Tensor, Tensor> run_swiglu(const Tensor& x, const std::optional<Tensor>& topk_weights,
                                       std::optional<double> clamp, int64_t gran_k, bool use_ue8m0,
                                       bool use_packed_ue8m0, const Tensor* given_out, const Tensor* given_sf) {
@@ -53,7 +78,7 @@ std::tuple<Tensor, Tensor> run_swiglu(const Tensor& x, const std::optional<Tenso
     Tensor sf = given_sf ? *given_sf : empty_matrix(scales, scale_dtype(use_packed_ue8m0), x);
     if (rows == 0 || hidden == 0) return {std::move(out), std::move(sf)};
     cast::SwigluProblem problem;
-    problem.cast = cast_problem(x, hidden, &out, &sf, scales.strides[1], gran_k,
+    problem.cast = cast_problem(x, hidden, out, sf, scales.strides[1], gran_k,
                                 scale_format(use_ue8m0, use_packed_ue8m0));
     if (topk_weights) {
         problem.topk_weights = static_cast<const float*>(topk_weights->data_ptr());
@@ -98,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_transposed(CastKind kind, const T
     if (rows > 0 && cols > 0) {
         cast::TransposedCastProblem problem;
         problem.cast =
-            cast_problem(x, cols, &out, &sf, scales.strides[1], 128, scale_format(use_ue8m0, use_packed_ue8m0));
+            cast_problem(x, cols, out, sf, scales.strides[1], 128, scale_format(use_ue8m0, use_packed_ue8m0));
         problem.out_t = out_t.data_ptr();
         problem.out_t_stride = row_stride(out_t);
         problem.sf_t = sf_t.data_ptr();
@@ -143,7 +168,7 @@ std::tuple<Tensor, Tensor> run_k_grouped(bool k_major, const Tensor& x, const Te
     Tensor sf = given_sf ? *given_sf : empty_matrix(scales, ScalarType::Float, x);
     if (mn == 0) return {std::move(out), std::move(sf)};
     cast::TransposedCastProblem problem;
-    problem.cast = cast_problem(x, mn, &out, &sf, scales.strides[0], 128, scale_format(use_ue8m0, false));
+    problem.cast = cast_problem(x, mn, out, sf, scales.strides[0], 128, scale_format(use_ue8m0, false));
     problem.out_t = problem.cast.out;
     problem.out_t_stride = problem.cast.out_stride;
     problem.sf_t = problem.cast.sf;
@@ -156,6 +181,15 @@ std::tuple<Tensor, Tensor> run_k_grouped(bool k_major, const Tensor& x, const Te
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> per_token_cast_to_fp4(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0) {
+    return run_fp4(x, gran_k, use_ue8m0, use_packed_ue8m0, nullptr, nullptr);
+}
+
+void per_token_cast_to_fp4_out(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                               Tensor out_sf) {
+    run_fp4(x, gran_k, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
+}
 
 std::tuple<Tensor, Tensor> swiglu_cast_to_fp8(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp,
                                               int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0) {

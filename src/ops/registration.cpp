@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("per_channel_cast_to_fp8.out", TORCH_BOX(&per_channel_cast_to_fp8_out));
     m.impl("per_block_cast_to_fp8", TORCH_BOX(&per_block_cast_to_fp8));
     m.impl("per_block_cast_to_fp8.out", TORCH_BOX(&per_block_cast_to_fp8_out));
+    m.impl("per_token_cast_to_fp4", TORCH_BOX(&per_token_cast_to_fp4));
+    m.impl("per_token_cast_to_fp4.out", TORCH_BOX(&per_token_cast_to_fp4_out));
     m.impl("swiglu_cast_to_fp8", TORCH_BOX(&swiglu_cast_to_fp8));
     m.impl("swiglu_cast_to_fp8.out", TORCH_BOX(&swiglu_cast_to_fp8_out));
     m.impl("per_token_cast_to_fp8_with_transpose", TORCH_BOX(&per_token_cast_to_fp8_with_transpose));

@@ -30,6 +30,7 @@ CASTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("per_channel_cast_to_fp8", {}),
     ("per_block_cast_to_fp8", {}),
     ("transpose_fp8", {}),
+    ("per_token_cast_to_fp4", {}),
     ("swiglu_cast_to_fp8", {}),
     ("swiglu_cast_to_fp8", {"clamp": 10.0}),
     ("per_token_cast_to_fp8_with_transpose", {}),
