@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deep_gemm_ops
 from deep_gemm_ops import reference
-from deep_gemm_ops.nn import FP8Linear, convert, fp8_linear
+from deep_gemm_ops.nn import FP8Linear, FrozenFP8Linear, convert, fp8_linear, freeze
 
 from common import assert_close, error_bar, generator, same_bits
 
@@ -377,6 +377,40 @@ def test_copies_devices_and_dtypes(device: str) -> None:
     empty.load_state_dict(layer.state_dict())
     assert relative(empty(normal(5, 40, seed=0, device=device)), layer(normal(5, 40, seed=0))) < 1e-3
     assert repr(layer) == "FP8Linear(in_features=40, out_features=24, bias=True)"
+
+
+@pytest.mark.parametrize(("k", "n", "bias"), [(144, 80, True), (70, 50, False)])
+def test_frozen_layers_compute_the_same(device: str, k: int, n: int, bias: bool) -> None:
+    layer = FP8Linear(k, n, bias=bias, device=device)
+    frozen = freeze(layer)
+    assert isinstance(frozen, FrozenFP8Linear)
+    x = normal(2, 9, k, seed=0, device=device)
+    with torch.no_grad():
+        assert same_bits(frozen(x), layer(x))
+        assert same_bits(frozen(x[:, :0]), layer(x[:, :0]))
+        half = x.bfloat16()
+        assert same_bits(frozen(half), layer(half))
+        moved = copy.deepcopy(frozen).to(torch.bfloat16).to(device)
+        assert moved.weight.dtype == torch.float8_e4m3fn
+        assert moved.weight_scale.dtype == torch.float32
+        assert not bias or moved.bias.dtype == torch.bfloat16
+        other = freeze(FP8Linear(k, n, bias=bias, device=device))
+        other.load_state_dict(frozen.state_dict())
+        assert same_bits(other(x), frozen(x))
+    with pytest.raises(RuntimeError, match="per_token_cast_to_fp8: x has requires_grad True"):
+        frozen(x.requires_grad_())
+
+
+def test_frozen_models_need_no_python(device: str) -> None:
+    """An exported program of a frozen model holds the library's operators and PyTorch's, none made in Python."""
+    model = freeze(convert(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Sequential(nn.Linear(96, 40))))).to(device)
+    assert [type(m) for m in model.modules()].count(FrozenFP8Linear) == 2
+    x = normal(20, 64, seed=0, device=device)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+        assert same_bits(program.module()(x[:7]), model(x[:7]))
+    ours = {str(node.target) for node in program.graph.nodes if "deep_gemm" in str(node.target)}
+    assert ours == {"deep_gemm.per_token_cast_to_fp8.default", "deep_gemm.fp8_gemm_nt.default"}
 
 
 def test_an_optimizer_learns(device: str) -> None:

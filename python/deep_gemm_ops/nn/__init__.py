@@ -3,16 +3,18 @@
 import torch
 
 from .functional import fp8_grouped_linear, fp8_linear, fp8_swiglu_grouped_linear
-from .modules import FP8Linear, GroupedExperts, convert
+from .modules import FP8Linear, FrozenFP8Linear, GroupedExperts, convert, freeze
 
 if torch.distributed.is_available():
     from . import _sharding  # noqa: F401  (importing it registers the rules)
 
 __all__ = [
     "FP8Linear",
+    "FrozenFP8Linear",
     "GroupedExperts",
     "convert",
     "fp8_grouped_linear",
     "fp8_linear",
     "fp8_swiglu_grouped_linear",
+    "freeze",
 ]

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import deep_gemm_ops
+
+from ._linear import kernel_dtype
 from .functional import autocast_dtype, fp8_grouped_linear, fp8_linear, fp8_swiglu_grouped_linear
 
-__all__ = ["FP8Linear", "GroupedExperts", "convert"]
+__all__ = ["FP8Linear", "FrozenFP8Linear", "GroupedExperts", "convert", "freeze"]
 
 
 def _main_grad(weight: torch.Tensor) -> torch.Tensor | None:
@@ -36,6 +40,59 @@ class FP8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of the dtype of ``x``, or autocast's."""
         return fp8_linear(x, self.weight, self.bias, main_grad=_main_grad(self.weight))
+
+
+class FrozenFP8Linear(nn.Module):
+    """An :class:`FP8Linear` for serving: the weight is quantised once and kept in FP8, half of BF16's memory.
+
+    Results are those of the layer it is made from, to the bit. It is made of the library's operators alone, so programs
+    of ``torch.export`` and AOTInductor packages need no Python for it. No gradients.
+
+    Args:
+        linear: what to take weight and bias from; it is not changed.
+
+    Buffers ``weight`` (float8_e4m3fn ``[N, K rounded up to 16]``), ``weight_scale`` (float32, one per 128 x 128 block)
+    and ``bias``. ``to(dtype)`` changes the bias alone.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = F.pad(linear.weight.detach(), (0, self._padding))
+        values, scales = deep_gemm_ops.per_block_cast_to_fp8(weight)
+        self.register_buffer("weight", values)
+        self.register_buffer("weight_scale", scales)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    @property
+    def _padding(self) -> int:
+        return -self.in_features % 16
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        quantised = (self.weight, self.weight_scale)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if result.dtype != tensor.dtype and any(tensor is x for x in quantised):
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_dtype, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` of the dtype of ``x``, or autocast's."""
+        dtype = autocast_dtype(x)
+        rows = x.reshape(-1, self.in_features)
+        if self._padding:
+            rows = F.pad(rows, (0, self._padding))
+        a, sfa = deep_gemm_ops.per_token_cast_to_fp8(rows)
+        result = kernel_dtype(dtype)
+        options = {"c": None if self.bias is None else self.bias.to(result), "out_dtype": result}
+        y = deep_gemm_ops.fp8_gemm_nt(a, sfa, self.weight, self.weight_scale, recipe=[1, 128, 128], **options)
+        return y.to(dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class _Gather(torch.autograd.Function):
@@ -154,4 +211,19 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
     for name, module in model.named_modules():
         if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, name)):
             module.__class__ = FP8Linear
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Replace every :class:`FP8Linear` of ``model`` by a :class:`FrozenFP8Linear`, for serving.
+
+    Returns:
+        ``model``, changed in place, or the frozen layer where ``model`` is an FP8Linear itself.
+    """
+    if isinstance(model, FP8Linear):
+        return FrozenFP8Linear(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, FP8Linear):
+                setattr(parent, name, FrozenFP8Linear(child))
     return model

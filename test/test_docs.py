@@ -1,0 +1,34 @@
+"""The documentation does what it says: the tutorial runs, and the operators' page is that of this registry."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from common import ROOT
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+
+
+def run_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs a page's blocks one after the other in one scope, as a reader would."""
+    compile_ = torch.compile
+    # The tests of the layers spend Inductor's time; here the graph has to be whole, which Dynamo alone decides.
+    monkeypatch.setattr(torch, "compile", lambda *args, **keywords: compile_(*args, **{"backend": "eager", **keywords}))
+    torch._dynamo.reset()
+    scope: dict[str, Any] = {"__name__": "tutorial"}
+    for number, block in enumerate(python_blocks(name)):
+        exec(compile(block, f"docs/{name}, block {number}", "exec"), scope)
+    torch._dynamo.reset()
+    return scope
+
+
+def test_tutorial(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = run_blocks("tutorial.md", monkeypatch)
+    assert scope["last"] < 0.7 * scope["first"]
+    assert len(python_blocks("tutorial.md")) >= 8
