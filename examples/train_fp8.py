@@ -1,10 +1,10 @@
 """A byte-level language model trained twice from the same seed, in BF16 and in FP8: the same loss, shown as a plot.
 
-Two architectures: ``dense``, the transformer of ``byte_lm.py``, and ``moe``, the same with eight experts in place of each
-MLP, of which every token visits two. In FP8 every linear layer inside the blocks, routers apart, is an ``FP8Linear``, and
-experts are ``GroupedExperts``: forward, input gradients and weight gradients run on the ``deep_gemm`` operators. In BF16
-they are PyTorch's own, under autocast. Text, batches, initial weights, optimizers and learning rates are the same. The
-text is the source code of Python's standard library, see ``byte_lm.py``.
+Two architectures: ``dense``, the transformer of ``byte_lm.py``, and ``moe``, the same with eight experts in place of
+each MLP, of which every token visits two. In FP8 every linear layer inside the blocks, routers apart, is an
+``FP8Linear``, and experts are ``GroupedExperts``: forward, input gradients and weight gradients run on the ``deep_gemm``
+operators. In BF16 they are PyTorch's own, under autocast. Text, batches, initial weights, optimizers and learning rates
+are the same. The text is the source code of Python's standard library, see ``byte_lm.py``.
 
 What is checked: the model has learnt more than how often each byte occurs, and FP8's final losses, on the last tenth of
 the training steps and on held-out text, are within 1 % of BF16's.
@@ -114,8 +114,7 @@ def plot(results: dict[str, dict], title: str) -> str:
         for line, (kind, color) in enumerate(colors.items()):
             curve = curves[kind]
             points = " ".join(
-                f"{left + (x1 - left) * i / max(1, steps - 1):.1f},"
-                f"{y1 - (y1 - y0) * (value - low) / (high - low):.1f}"
+                f"{left + (x1 - left) * i / max(1, steps - 1):.1f},{y1 - (y1 - y0) * (value - low) / (high - low):.1f}"
                 for i, value in enumerate(curve)
             )
             dash = ' stroke-dasharray="5 4"' if kind == "fp8" else ""
@@ -174,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
             fp8 = to_fp8(copy.deepcopy(bf16))
             counts = [sum(isinstance(module, kind) for module in fp8.modules()) for kind in (FP8Linear, GroupedExperts)]
             result = {"parameters": sum(p.numel() for p in fp8.parameters()), "fp8_modules": sum(counts)}
-            print(f"{name}: {result['parameters'] / 1e6:.2f} million parameters; {counts[0]} FP8Linear, {counts[1]} MoE")
+            print(
+                f"{name}: {result['parameters'] / 1e6:.2f} million parameters; {counts[0]} FP8Linear, {counts[1]} MoE"
+            )
             for kind, model in (("bf16", bf16), ("fp8", fp8)):
                 if args.compile:
                     for layer in model.blocks:

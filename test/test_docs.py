@@ -32,3 +32,7 @@ def test_tutorial(monkeypatch: pytest.MonkeyPatch) -> None:
     scope = run_blocks("tutorial.md", monkeypatch)
     assert scope["last"] < 0.7 * scope["first"]
     assert len(python_blocks("tutorial.md")) >= 8
+
+
+def test_scaled_mm_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_blocks("scaled_mm.md", monkeypatch)

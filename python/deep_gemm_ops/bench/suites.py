@@ -15,6 +15,7 @@ import torch
 import deep_gemm_ops
 
 from .. import fused_casts, reference
+from ..scaled_mm import to_scaled_mm_scales
 from ..testing import bench as timing
 from ..testing.cases import GemmCase, GemmOperands, make_gemm_operands
 from ..testing.numeric import compare, error_bar
@@ -102,15 +103,7 @@ def _scaled_mm(sets: Sequence[GemmOperands], out_dtype: torch.dtype, recipe: Seq
     kinds = functional.ScalingType
     kind_b = kinds.BlockWise128x128 if recipe[1] == 128 else kinds.BlockWise1x128
 
-    def exact(sf: torch.Tensor) -> torch.Tensor:  # [MN, K / 128] with strides (1, MN)
-        return torch.empty_strided(sf.shape, (1, sf.shape[0]), device=sf.device).copy_(sf)
-
-    def blocks(sf: torch.Tensor) -> torch.Tensor:  # [K / 128 rounded up to 4, N / 128] with stride 1 along K
-        padded = torch.zeros(sf.shape[0], -(-sf.shape[1] // 4) * 4, device=sf.device)
-        padded[:, : sf.shape[1]] = sf
-        return padded.t()
-
-    scales = [(exact(x.sfa), blocks(x.sfb) if recipe[1] == 128 else exact(x.sfb)) for x in sets]
+    scales = [(to_scaled_mm_scales(x.sfa, 1), to_scaled_mm_scales(x.sfb, recipe[1])) for x in sets]
 
     def call(i: int) -> torch.Tensor:
         x, (sfa, sfb) = sets[i], scales[i]
