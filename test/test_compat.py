@@ -296,6 +296,68 @@ def test_einsum(deep_gemm: ModuleType, device: str) -> None:
     assert same_bits(d, ops.fp8_einsum("bhr,hdr->bhd", *qa, *qb, recipe=[1, 128, 128]))
 
 
+def needs(deep_gemm: ModuleType, *names: str) -> None:
+    for name in names:
+        if not hasattr(deep_gemm, name):
+            pytest.skip(f"there is no {name} yet")
+
+
+def test_logits(deep_gemm: ModuleType, device: str) -> None:
+    """vLLM and SGLang: keys and scales as a pair, queries with or without scales."""
+    needs(deep_gemm, "fp8_mqa_logits", "fp8_fp4_mqa_logits")
+    q = normal(9, 8, 64, seed=0, device=device).to(torch.float8_e4m3fn)
+    kv = normal(70, 64, seed=1, device=device).to(torch.float8_e4m3fn)
+    kv_sf = torch.rand(70, generator=generator(2)).to(device)
+    head_weights = normal(9, 8, seed=3, device=device, dtype=torch.float32)
+    start = torch.arange(9, dtype=torch.int32, device=device)
+    end = start + 50
+    expected = ops.fp8_mqa_logits(q, kv, kv_sf, head_weights, start, end)
+    for actual in (
+        deep_gemm.fp8_mqa_logits(q, (kv, kv_sf), head_weights, start, end),
+        deep_gemm.fp8_mqa_logits(q, (kv, kv_sf), head_weights, start, end, clean_logits=True, max_seqlen_k=0),
+        deep_gemm.fp8_fp4_mqa_logits((q, None), (kv, kv_sf), head_weights, start, end, True, 0, torch.float32),
+    ):
+        assert same_bits(actual, expected)
+
+
+def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
+    names = ("fp8_paged_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata")
+    needs(deep_gemm, *names)
+    q = normal(3, 2, 8, 64, seed=0, device=device).to(torch.float8_e4m3fn)
+    values = normal(6, 64, 64, seed=1, device=device).to(torch.float8_e4m3fn)
+    scales = torch.rand(6, 64, generator=generator(2)).to(device)
+    cache = torch.cat([values.view(torch.uint8).flatten(1), scales.view(torch.uint8).flatten(1)], dim=1)
+    cache = cache.view(6, 64, 1, 68)
+    head_weights = normal(6, 8, seed=3, device=device, dtype=torch.float32)
+    lengths = torch.tensor([[99, 100], [7, 8], [0, 1]], dtype=torch.int32, device=device)
+    table = torch.tensor([[5, 0], [3, 1], [2, 4]], dtype=torch.int32, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, 4)
+    assert same_bits(schedule, ops.get_paged_mqa_logits_metadata(lengths, 64, 4))
+    rest = (cache, head_weights, lengths, table, schedule, 128)
+    expected = ops.fp8_paged_mqa_logits(q, *rest, clean_logits=True)
+    assert same_bits(deep_gemm.fp8_paged_mqa_logits(q, *rest, clean_logits=True), expected)
+    assert same_bits(deep_gemm.fp8_fp4_paged_mqa_logits((q, None), *rest, True), expected)
+
+
+def test_hyper_connections(deep_gemm: ModuleType, device: str) -> None:
+    needs(deep_gemm, "tf32_hc_prenorm_gemm")
+    a, b = normal(20, 256, seed=0, device=device), normal(24, 256, seed=1, device=device, dtype=torch.float32)
+    d, sqr_sum = torch.empty(20, 24, device=device), torch.empty(20, device=device)
+    deep_gemm.tf32_hc_prenorm_gemm(a, b, d, sqr_sum, num_splits=None)
+    expected = ops.tf32_hc_prenorm_gemm(a, b)
+    assert same_bits(d, expected[0])
+    assert same_bits(sqr_sum, expected[1])
+
+
+def test_fp4_cast(deep_gemm: ModuleType, device: str) -> None:
+    needs(deep_gemm, "per_token_cast_to_fp4")
+    x = normal(20, 256, seed=0, device=device)
+    expected = ops.per_token_cast_to_fp4(x, gran_k=128, use_ue8m0=True)
+    for cast in (deep_gemm.per_token_cast_to_fp4, deep_gemm.utils.per_token_cast_to_fp4):
+        for actual, other in zip(cast(x, True), expected):
+            assert same_bits(actual, other)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layouts, utilities, settings
 

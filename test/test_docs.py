@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -36,3 +37,13 @@ def test_tutorial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scaled_mm_page(monkeypatch: pytest.MonkeyPatch) -> None:
     run_blocks("scaled_mm.md", monkeypatch)
+
+
+def test_operators_page_is_current() -> None:
+    """The page is what its script makes: schemas, docstrings, and the results and messages of calls that are run."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import make_operator_docs
+    finally:
+        sys.path.pop(0)
+    assert (ROOT / "docs" / "operators.md").read_text() == make_operator_docs.page(), "run tools/make_operator_docs.py"

@@ -201,6 +201,22 @@ def _grouped_backward(
     x_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """Both gradients of :func:`fp8_grouped_linear`.
+
+    Args:
+        grad: bfloat16, float16 or float32 ``[M, N]``.
+        x: the input ``[M, K]``; None where the weight's gradient is not wanted.
+        weight: ``[G, N, K]``; None where the input's gradient is not wanted.
+        offsets: int32 ``[G]``, the row behind each expert's last.
+        x_dtype: dtype of the input's gradient.
+        weight_dtype: dtype of the weight's gradient, rounded once from FP32.
+
+    Returns:
+        The gradients of input and weight; one that is not wanted is an empty tensor.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device.
+    """
     check_grouped_backward("fp8_grouped_linear_backward", grad, x, weight, offsets)
     grad_x, grad_weight = _gradients(grad, x, weight, offsets, x_dtype, weight_dtype, None)
     return (
@@ -226,6 +242,11 @@ def _grouped_backward_fake(
 def _grouped_backward_accumulate(
     grad: Tensor, x: Tensor, weight: Tensor | None, offsets: Tensor, main_grad: Tensor, x_dtype: torch.dtype
 ) -> Tensor:
+    """:func:`fp8_grouped_linear_backward` with the weight's gradient added to ``main_grad``, float32 ``[G, N, K]``.
+
+    Returns:
+        The input's gradient, an empty tensor where it is not wanted (``weight`` is None).
+    """
     check_grouped_backward("fp8_grouped_linear_backward_accumulate", grad, x, weight, offsets)
     grad_x, _ = _gradients(grad, x, weight, offsets, x_dtype, torch.float32, main_grad)
     return grad.new_empty(0, dtype=x_dtype) if grad_x is None else grad_x

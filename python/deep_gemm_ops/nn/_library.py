@@ -20,6 +20,7 @@ _library: torch.library.Library = _namespace._deep_gemm_ops_nn
 
 #: Every operator defined here, as ``_library.schemas()`` of the package lists the library's.
 schemas: list[str] = []
+implementations: dict[str, Callable] = {}
 
 
 def is_registered(name: str) -> bool:
@@ -41,6 +42,7 @@ def define(
     """
     name = schema.partition("(")[0]
     schemas.append(schema)
+    implementations[name] = implementation
     if is_registered(name):
         return
     _library.define(schema)

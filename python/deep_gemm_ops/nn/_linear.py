@@ -174,6 +174,21 @@ def _gradients(
 def _linear_backward(
     grad: Tensor, x: Tensor | None, weight: Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Both gradients of :func:`fp8_linear`, from one read of the output's gradient.
+
+    Args:
+        grad: bfloat16, float16 or float32 ``[..., N]``.
+        x: the input ``[..., K]``; None where the weight's gradient is not wanted.
+        weight: ``[N, K]``; None where the input's gradient is not wanted.
+        x_dtype: dtype of the input's gradient.
+        weight_dtype: dtype of the weight's gradient, rounded once from FP32.
+
+    Returns:
+        The gradients of input and weight; one that is not wanted is an empty tensor.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device.
+    """
     check_linear_backward("fp8_linear_backward", grad, x, weight)
     grad_x, grad_weight = _gradients(grad, x, weight, x_dtype, weight_dtype, None)
     return (
@@ -185,6 +200,21 @@ def _linear_backward(
 def _linear_backward_fake(
     grad: Tensor, x: Tensor | None, weight: Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Both gradients of :func:`fp8_linear`, from one read of the output's gradient.
+
+    Args:
+        grad: bfloat16, float16 or float32 ``[..., N]``.
+        x: the input ``[..., K]``; None where the weight's gradient is not wanted.
+        weight: ``[N, K]``; None where the input's gradient is not wanted.
+        x_dtype: dtype of the input's gradient.
+        weight_dtype: dtype of the weight's gradient, rounded once from FP32.
+
+    Returns:
+        The gradients of input and weight; one that is not wanted is an empty tensor.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device.
+    """
     check_linear_backward("fp8_linear_backward", grad, x, weight)
     grad_x = 0 if weight is None else (*grad.shape[:-1], weight.shape[1])
     grad_weight = 0 if x is None else (grad.shape[-1], x.shape[-1])
@@ -194,6 +224,11 @@ def _linear_backward_fake(
 def _linear_backward_accumulate(
     grad: Tensor, x: Tensor, weight: Tensor | None, main_grad: Tensor, x_dtype: torch.dtype
 ) -> Tensor:
+    """:func:`fp8_linear_backward` with the weight's gradient added to ``main_grad``, float32 ``[N, K]``, in place.
+
+    Returns:
+        The input's gradient, an empty tensor where it is not wanted (``weight`` is None).
+    """
     check_linear_backward("fp8_linear_backward_accumulate", grad, x, weight)
     grad_x, _ = _gradients(grad, x, weight, x_dtype, torch.float32, main_grad)
     return grad.new_empty(0, dtype=x_dtype) if grad_x is None else grad_x
