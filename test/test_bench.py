@@ -298,6 +298,33 @@ def test_gemm_record_1d1d_float32(on_cpu):
     assert record["errors"]["deep_gemm_ops"] < 1.5e-3
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+def test_layer_record(on_cpu, experts):
+    record = suites.layer_record(40, 32, 64, experts, limits=LIMITS, repeats=3)
+    assert record["failed"] == {}
+    assert set(record["times"]) == {"deep_gemm_ops", "bf16"}
+    assert 0.01 < record["errors"]["deep_gemm_ops"] < 0.1
+    assert record["flops"] == 6 * 40 * 32 * 64 * (3 if experts else 1)
+    line = report.layer_line(record)
+    assert line.split()[:4] == ["40", "32", "64", str(experts or "-")]
+    assert "| BF16" in line
+    assert report.layer_line(record) in report.text({"layers": [record], "device": {}})
+    assert f"| {experts or '-'} |" in report.markdown({"layers": [record], "device": {}})
+    json.dumps(record)
+
+
+def test_layer_record_never_times_a_wrong_gradient(on_cpu):
+    from deep_gemm_ops.nn import _linear
+
+    original = _linear.weight_gradient
+    on_cpu.setattr(_linear, "weight_gradient", lambda *arguments: 1.2 * original(*arguments))
+    record = suites.layer_record(40, 32, 64, 0, limits=LIMITS, repeats=3)
+    assert "a gradient differs from BF16's by 0.2" in record["failed"]["deep_gemm_ops"]
+    assert set(record["times"]) == {"bf16"}
+    (line,) = report.failures({"layers": [record]})
+    assert line.startswith("layer 40 32 64: a gradient differs")
+
+
 def test_rows_record_times_supported_rows_and_names_broken_ones(on_cpu):
     on_cpu.setattr(suites, "_capi", lambda: fake_capi(broken=1))
     record = suites.rows_record(16, 128, 256, limits=LIMITS, repeats=3)

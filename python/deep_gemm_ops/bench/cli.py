@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "casts", "host", "rows")
+SUITES = ("gemm", "casts", "host", "rows", "layers")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -150,6 +150,10 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
         for rows, cols in cases.BENCH_CASTS[:1] if quick else cases.BENCH_CASTS:
             for record in suites.cast_records(rows, cols, limits=limits, repeats=repeats):
                 yield record, report.cast_line(record, run["device"])
+    elif suite == "layers":
+        for tokens, n, k, experts in cases.BENCH_LAYERS[:5:4] if quick else cases.BENCH_LAYERS:
+            record = suites.layer_record(tokens, n, k, experts, limits=limits, repeats=repeats, references=references)
+            yield record, report.layer_line(record)
     else:
         for record in suites.host_records(references=references):
             yield record, report.host_line(record)

@@ -6,6 +6,7 @@ and one list of records a suite:
 - ``gemm``: ``m, n, k, scaling, out_dtype, bytes``, ``times`` {contender: {median, min, max} in us}, ``kernel_us``
   {contender: us}, ``failed`` {contender: why}, ``errors`` {contender: relative error}, ``row`` (the kernel selected)
 - ``casts``: ``op, rows, cols, bytes, times, failed``
+- ``layers``: ``tokens, n, k, experts, flops, times, failed, errors``: forward and backward pass
 - ``host``: ``name`` and ``us`` or ``failed``
 - ``rows``: ``m, n, k, selected``, ``rows`` [{index, name, us, cost_us}], ``failed`` {index: why}
 
@@ -25,6 +26,7 @@ LABELS = {
     "deep_gemm": "DeepGEMM",
     "deep_gemm_pdl": "DeepGEMM+PDL",
     "copy": "copy",
+    "bf16": "BF16",
 }
 BIG_WEIGHTS_BYTES = 32 << 20
 SMALL_M = (1, 16, 64, 128)
@@ -152,6 +154,9 @@ def failures(run: Record) -> list[str]:
     for record in run.get("casts", []):
         if OURS in record.get("failed", {}):
             lines.append(f"{record['op']} {record['rows']}x{record['cols']}: {record['failed'][OURS]}")
+    for record in run.get("layers", []):
+        if OURS in record.get("failed", {}):
+            lines.append(f"layer {record['tokens']} {record['n']} {record['k']}: {record['failed'][OURS]}")
     for record in run.get("host", []):
         if "failed" in record and _is_ours(record):
             lines.append(f"host time of {record['name']}: {record['failed']}")
@@ -238,6 +243,9 @@ def text(run: Record) -> str:
     if run.get("casts"):
         lines += ["", f"{'cast':<26} {'rows':>6} {'cols':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
         lines += [cast_line(record, device) for record in run["casts"]]
+    if run.get("layers"):
+        lines += ["", f"{'forward + backward, tokens':>26} {'N':>6} {'K':>6} {'experts':>7} {'us':>9} {'TFLOPS':>7}"]
+        lines += [layer_line(record) for record in run["layers"]]
     if run.get("host"):
         lines += ["", "host time of a call", *(host_line(record) for record in run["host"])]
     if run.get("rows"):
@@ -254,6 +262,15 @@ def cast_line(record: Record, device: Record) -> str:
         text += f" {f['us']:9.2f} {f['gbps']:6.0f} {_percent(f['copy_share']):>5}"
         copy = median_us(record, "copy")
         text += f" | copy of as many bytes {copy:9.2f} us, {speedup(record, 'copy'):.2f}x" if copy else ""
+    return text + _failed(record)
+
+
+def layer_line(record: Record) -> str:
+    text = f"{record['tokens']:26d} {record['n']:6d} {record['k']:6d} {record['experts'] or '-':>7}"
+    us, other, ratio = median_us(record, OURS), median_us(record, "bf16"), speedup(record, "bf16")
+    if us:
+        text += f" {us:9.1f} {record['flops'] / us * 1e-6:7.0f}"
+    text += f" | {LABELS['bf16']} {other:9.1f} us {ratio:5.2f}x" if other and ratio else ""
     return text + _failed(record)
 
 
@@ -350,6 +367,15 @@ def markdown(run: Record) -> str:
             else:
                 cells += ["-"] * 3
             lines.append(_md_row(cells))
+        lines.append("")
+    if run.get("layers"):
+        head = ["Forward and backward, tokens", "N", "K", "experts", "µs", "TFLOPS", "over BF16"]
+        lines += [_md_row(head), _md_rule(len(head))]
+        for record in run["layers"]:
+            us, ratio = median_us(record, OURS), speedup(record, "bf16")
+            cells = [str(record[x] or "-") for x in ("tokens", "n", "k", "experts")]
+            cells += [f"{us:.1f}", f"{record['flops'] / us * 1e-6:.0f}"] if us else ["-"] * 2
+            lines.append(_md_row([*cells, f"{ratio:.2f}" if ratio else "-"]))
         lines.append("")
     if run.get("host"):
         lines += [_md_row(["Host time of a call", "µs"]), _md_rule(2, left=1)]
