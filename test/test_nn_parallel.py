@@ -71,6 +71,8 @@ def work(rank: int, folder: str) -> None:
         parallelize_module,
     )
 
+    from deep_gemm_ops.nn import GroupedExperts
+
     mesh = init_device_mesh("cpu", (2,))
     model, x = build()
     results: Results = {"one process": step(model, x)}
@@ -126,6 +128,14 @@ def work(rank: int, folder: str) -> None:
         assert isinstance(sharded.gate.weight, DTensor)
         results[name] = step(sharded, x)
 
+    torch.manual_seed(0)
+    experts = GroupedExperts(64, 48, 4)
+    ids, weights = torch.rand(20, 4).topk(2).indices, torch.rand(20, 2)
+    rows = torch.randn(20, 64)
+    results["experts"] = step(experts, rows, lambda x: experts(x, ids, weights))
+    experts.zero_grad()
+    results["experts, FSDP2"] = step(fully_shard(experts, mesh=mesh), rows, lambda x: experts(x, ids, weights))
+
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
     dist.destroy_process_group()
@@ -172,6 +182,8 @@ def test_main_gradient(results: Results) -> None:
 def test_fsdp2(results: Results) -> None:
     """Both processes hold the same batch, so the mean of their gradients is the gradient: to the bit in FP32."""
     for a, b in zip(results["FSDP2"], results["one process"]):
+        assert error(a, b) < 1e-6
+    for a, b in zip(results["experts, FSDP2"], results["experts"]):
         assert error(a, b) < 1e-6
     for a, b in zip(results["FSDP2, BF16"], results["one process"]):
         assert 0 < error(a, b) < 0.045

@@ -1,7 +1,7 @@
 """Writes docs/operators.md from the registry: schemas, docstrings, and examples that are run while the page is made.
 
-    python tools/make_operator_docs.py            # writes the page
-    python tools/make_operator_docs.py --check    # says whether it is current
+python tools/make_operator_docs.py            # writes the page
+python tools/make_operator_docs.py --check    # says whether it is current
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ HEAD = """\
 
 Made by `tools/make_operator_docs.py` from the registry, the docstrings and calls that it runs: edit those.
 
-Every operator is `torch.ops.deep_gemm.<name>`, and `deep_gemm_ops.<name>` is the same as a typed function, with an `out=`
-keyword where there is an `.out` overload. All take CPU tensors (the reference), CUDA tensors where the library has a kernel,
-and fake tensors. Errors are `RuntimeError`, raised before anything is launched. The examples share these names:
+Every operator is `torch.ops.deep_gemm.<name>`, and `deep_gemm_ops.<name>` is the same as a typed function, with an
+`out=` keyword where there is an `.out` overload. All take CPU tensors (the reference), CUDA tensors where the library
+has a kernel, and fake tensors. Errors are `RuntimeError`, raised before anything is launched. The examples share these
+names:
 
 ```python
 {setup}```
@@ -123,7 +124,8 @@ def page() -> str:
             parts.append(f"\n## {title}\n")
         for name in family:
             schemas = "\n".join(names.pop(name))
-            parts.append(f"\n### {name}\n\n```text\n{schemas}\n```\n\n{markdown(docstring(name))}\n\n{example(name, scope)}\n")
+            sections = [f"### {name}", f"```text\n{schemas}\n```", markdown(docstring(name)), example(name, scope)]
+            parts.append("\n" + "\n\n".join(sections) + "\n")
     return "".join(parts)
 
 

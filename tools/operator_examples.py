@@ -1,4 +1,4 @@
-"""A call of each operator, and a wrong one, for docs/operators.md: run by make_operator_docs.py, which prints what comes out.
+"""A call of each operator, and a wrong one, for docs/operators.md: make_operator_docs.py runs them and prints results.
 
 An operator without an entry fails the test of that page.
 """
@@ -29,7 +29,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.fp8_gemm_nn(a, sfa, b, sfb)",
     ),
     "fp8_gemm_tn": (
-        "deep_gemm_ops.fp8_gemm_tn(*deep_gemm_ops.per_channel_cast_to_fp8(x), *deep_gemm_ops.per_channel_cast_to_fp8(x))",
+        "deep_gemm_ops.fp8_gemm_tn(\n"
+        "    *deep_gemm_ops.per_channel_cast_to_fp8(x), *deep_gemm_ops.per_channel_cast_to_fp8(x)\n"
+        ")",
         "deep_gemm_ops.fp8_gemm_tn(a.t(), sfa.t(), b.t(), sfb.t())",
     ),
     "fp8_gemm_tt": (
@@ -124,12 +126,14 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "fp8_paged_mqa_logits": (
         "deep_gemm_ops.fp8_paged_mqa_logits(\n"
-        "    a[:2].view(2, 1, 8, 32), torch.zeros(3, 64, 1, 36, dtype=torch.uint8), torch.randn(2, 8), sizes[:, None],\n"
+        "    a[:2].view(2, 1, 8, 32), torch.zeros(3, 64, 1, 36, dtype=torch.uint8), torch.randn(2, 8),\n"
+        "    sizes[:, None],\n"
         "    torch.tensor([[0], [2]], dtype=torch.int32),\n"
         "    deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=64, num_sms=4), max_context_len=64,\n"
         ")",
         "deep_gemm_ops.fp8_paged_mqa_logits(\n"
-        "    a[:2].view(2, 1, 8, 32), torch.zeros(3, 64, 1, 32, dtype=torch.uint8), torch.randn(2, 8), sizes[:, None],\n"
+        "    a[:2].view(2, 1, 8, 32), torch.zeros(3, 64, 1, 32, dtype=torch.uint8), torch.randn(2, 8),\n"
+        "    sizes[:, None],\n"
         "    torch.tensor([[0], [2]], dtype=torch.int32),\n"
         "    deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=64, num_sms=4), max_context_len=64,\n"
         ")",

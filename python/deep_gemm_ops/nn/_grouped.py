@@ -80,9 +80,10 @@ def cast_weights(weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tens
     """``[G, N, K]`` with a scale per 128 x 128 block of each expert, or ``transposed``, as ``[G, K, N]``."""
     experts, n, k = weight.shape
     # One call for all experts: no block may reach from one into the next, and zeros change no scale.
-    padded = F.pad(weight, (0, 0 if transposed else align(k, 16) - k, 0, align(n, 128) - n))
-    rows, columns = padded.shape[1:]
-    matrix = rows_of(padded)
+    rows, columns = align(n, 128), k if transposed else align(k, 16)
+    if (rows, columns) != (n, k):  # F.pad copies in any case
+        weight = F.pad(weight, (0, columns - k, 0, rows - n))
+    matrix = rows_of(weight)
     if transposed:
         _, _, values, scales = _ops.per_block_cast_to_fp8_with_transpose(matrix)
         values = values.unflatten(1, (experts, rows)).transpose(0, 1)[:, :, :n]
