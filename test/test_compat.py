@@ -482,6 +482,32 @@ def test_names_follow_the_operators(deep_gemm: ModuleType) -> None:
     assert not hasattr(deep_gemm, "no_such_name")
 
 
+def test_names_on_gpus(deep_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU only CUDA kernels count, and only those of its architecture once PyTorch knows it."""
+    has_cuda_kernel = True
+    original = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, key: has_cuda_kernel if key == "CUDA" else original(name, key),
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(_names._capi, "instances", lambda: [{"arch": "sm_90a"}])
+    assert hasattr(deep_gemm, "fp8_gemm_nt")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for capability, there in (((9, 0), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        for name in ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_masked", "einsum"):
+            assert hasattr(deep_gemm, name) == there
+        assert hasattr(deep_gemm, "per_token_cast_to_fp8")
+        assert hasattr(deep_gemm, "transform_sf_into_required_layout")
+    has_cuda_kernel = False
+    assert not hasattr(deep_gemm, "fp8_gemm_nt")
+    assert not hasattr(deep_gemm, "per_token_cast_to_fp8")
+    assert hasattr(deep_gemm, "ceil_div")
+
+
 def test_every_name_is_one_of_an_operator_that_is_meant() -> None:
     """A misspelt operator would hide its names forever: what is not registered yet is listed here."""
     later = {

@@ -147,6 +147,15 @@ def test_only_what_the_backward_pass_needs_is_saved() -> None:
         assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in expected]
 
 
+def test_inference_mode(device: str) -> None:
+    layer = FP8Linear(96, 64, device=device)
+    x = normal(9, 96, seed=0, device=device)
+    with torch.inference_mode():
+        y = layer(x)
+    assert y.is_inference()
+    assert same_bits(y, layer(x).detach())
+
+
 def test_no_second_derivative() -> None:
     x, weight = normal(9, 32, seed=0).requires_grad_(), normal(8, 32, seed=1).requires_grad_()
     (first,) = torch.autograd.grad(fp8_linear(x, weight).square().sum(), x, create_graph=True)

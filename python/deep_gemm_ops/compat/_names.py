@@ -7,6 +7,7 @@ initialises CUDA.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 from .. import _capi
 
 __all__: list[str] = []
+
+
+#: Operators whose kernels are compiled for every architecture; those of all others follow the table of products.
+_FOR_EVERY_ARCHITECTURE = re.compile(r"cast_to|^get_(mn|k_grouped)|^trans|^expand")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ def works(op: str) -> bool:
     name = f"deep_gemm::{op}"
     if not (torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
         return False
-    if key == "CPU" or "gemm" not in op or not torch.cuda.is_initialized():
+    if key == "CPU" or _FOR_EVERY_ARCHITECTURE.search(op) or not torch.cuda.is_initialized():
         return True
     major, _ = torch.cuda.get_device_capability()
     return any(f"sm_{major}0" in row["arch"] for row in _capi.instances())
