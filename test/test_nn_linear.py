@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -459,6 +462,17 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     x, weight, bias, out_dtype, main_grad = {**arguments, **change}.values()
     with pytest.raises(RuntimeError, match=message):
         fp8_linear(x, weight, bias, out_dtype=out_dtype, main_grad=main_grad)
+
+
+def test_submodules_are_imported_when_used() -> None:
+    code = (
+        "import sys, deep_gemm_ops; assert not any('deep_gemm_ops.nn' in name for name in sys.modules); "
+        "print(deep_gemm_ops.nn.FP8Linear(8, 4), deep_gemm_ops.compat.fp8_gemm_nt.__name__); deep_gemm_ops.no_such_name"
+    )
+    path = str(pathlib.Path(deep_gemm_ops.__file__).parent.parent)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    assert run.stdout == "FP8Linear(in_features=8, out_features=4, bias=True) fp8_gemm_nt\n"
+    assert run.stderr.endswith("AttributeError: module 'deep_gemm_ops' has no attribute 'no_such_name'\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

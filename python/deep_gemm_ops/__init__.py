@@ -32,3 +32,12 @@ __all__ = [
     *ops.__all__,
     *skip_head.__all__,
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first used: they cost time that a server does not want to spend.
+    if name in ("compat", "nn", "scaled_mm", "testing"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
