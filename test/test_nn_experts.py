@@ -277,3 +277,34 @@ def test_no_host_synchronisation(cuda: str) -> None:
     for _ in range(3):
         for a, b in zip(gradients(layer, layer, x, ids, weights), expected):
             assert same_bits(a, b)
+
+
+def test_one_graph_for_every_routing(cuda: str) -> None:
+    """Group sizes live on the device: a graph captured with one routing computes any other."""
+    torch.manual_seed(0)
+    layer = GroupedExperts(64, 48, 5, device=cuda, dtype=torch.bfloat16)
+    x = normal(33, 64, seed=0, dtype=torch.bfloat16, device=cuda)
+    ids, weights = routing((33,), 2, 5, 0, cuda)
+    grad = normal(33, 64, seed=9, dtype=torch.bfloat16, device=cuda)
+    inputs = [x.requires_grad_(), layer.gate_up, layer.down]
+
+    def step() -> tuple[Tensor, ...]:
+        y = layer(x, ids, weights)
+        return y.detach(), *torch.autograd.grad(y, inputs, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(1, 4):
+        other_ids, other_weights = routing((33,), 2, 5, seed, cuda)
+        ids.copy_(torch.zeros_like(other_ids) if seed == 3 else other_ids)
+        weights.copy_(other_weights)
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        for a, b in zip(replayed, step()):
+            assert same_bits(a, b)
