@@ -14,7 +14,8 @@ _ops = torch.ops.deep_gemm
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a layer's result: autocast's where it is on, else that of ``x``."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Meta tensors have no autocast, and torch.amp.is_autocast_available breaks graphs in PyTorch 2.11.
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
