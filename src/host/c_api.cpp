@@ -20,7 +20,7 @@ std::string json_row(int index, const GemmRow& row) {
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n() << ", \"block_k\": 128"
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"scaling\": \""
+         << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"scaling\": \""
          << (row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";

@@ -34,11 +34,18 @@ struct GemmRow {
     Grouping grouping = Grouping::kDense;
     bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies
     bool b_mn_major = false;
+    int k_warpgroups = 1;     // consumer warpgroups that share 64 rows and take turns at the K blocks
 
     constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
 };
+
+// A row of the table with several warpgroups for the same 64 rows.
+constexpr GemmRow k_warpgroups(int count, GemmRow row) {
+    row.k_warpgroups = count;
+    return row;
+}
 
 }  // namespace deep_gemm

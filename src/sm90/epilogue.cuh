@@ -7,6 +7,7 @@
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
 #include "gemm_traits.h"
+#include "wgmma.cuh"
 
 namespace deep_gemm::sm90 {
 
@@ -182,7 +183,8 @@ private:
             } else {
                 if (row >= params.m) return;
                 Element* destination = d + row * params.d_stride + col;
-                const Pair<Element> pair{static_cast<Element>(values[i]), static_cast<Element>(values[i + 1])};
+                const Pair<Element> pair{static_cast<Element>(in_another_register(values[i], params.zero)),
+                                         static_cast<Element>(in_another_register(values[i + 1], params.zero))};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {
