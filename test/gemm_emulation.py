@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from deep_gemm_ops import _capi
+from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 from deep_gemm_ops.inspect import find_tool
 
 import ptx_emulator
@@ -30,8 +31,6 @@ from common import FP8, arrange_scales, assert_close, assert_equal, ceil_div, er
 from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
-GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched")
-LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -193,7 +192,7 @@ def run_row(
     if problem.grouping == GROUPINGS.index("m_grouped"):
         # One group of all rows.
         inputs["group_layout"] = torch.tensor([a.shape[0]], dtype=torch.int32)
-        problem.layout, problem.group_layout = LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+        problem.layout, problem.group_layout = GROUP_LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
     return launch(row, problem, d, inputs, num_sms=num_sms, module=module, **options)
 
 

@@ -166,8 +166,9 @@ def test_sass_of_a_k_block(row: Row) -> None:
 def test_bulk_copies(row: Row) -> None:
     """Multicast exactly where CTAs share a panel. Results leave through TMA."""
     _, _, mnemonics = sass(row["kernel"])
-    assert (count(mnemonics, "UTMALDG.2D.MULTICAST") > 0) == (row["row_ctas"] * row["col_ctas"] > 1)
-    assert count(mnemonics, "UTMALDG.2D") > 0 and count(mnemonics, "UTMASTG.2D") > 0
+    rank = "2D" if row["grouping"] == "dense" else "3D"
+    assert (count(mnemonics, f"UTMALDG.{rank}.MULTICAST") > 0) == (row["row_ctas"] * row["col_ctas"] > 1)
+    assert count(mnemonics, f"UTMALDG.{rank}") > 0 and count(mnemonics, f"UTMASTG.{rank}") > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

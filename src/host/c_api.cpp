@@ -95,7 +95,8 @@ DG_EXPORT const char* dg_instances() {
 // JSON object {"row", "name", "candidates": [{"index", "name", "cost_us", "reason"}]} for a problem; row is -1 where none
 // fits. Valid until the next call on the same thread.
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
-                                int num_sms) {
+                                int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
+                                int64_t expected_m) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -105,6 +106,11 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.sfb.gran_mn = gran_n;
     problem.gran_k = gran_k;
     problem.d_type = d_is_float ? DataType::kFloat32 : DataType::kBFloat16;
+    problem.grouping = static_cast<Grouping>(grouping);
+    problem.layout = static_cast<GroupLayout>(layout);
+    problem.num_groups = num_groups;
+    problem.group_alignment = group_alignment;
+    problem.expected_m = expected_m;
     const auto rows = gemm_rows();
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);
