@@ -184,6 +184,7 @@ def run_row(
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
         num_groups=1,
+        group_alignment=1,
     )
     inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
     if c is not None and c.data_ptr() != d.data_ptr():
