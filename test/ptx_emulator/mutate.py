@@ -165,7 +165,7 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
     from gemm_emulation import RowCase, cluster_tile, row_ptx
 
     info = _capi.instances()[row]
-    m, n, step = 3 * info["block_m"] - 8, 2 * info["block_n"] - 8, info["split_k"] * info["block_k"]
+    m, n, step = 3 * info["block_m"] - 7, 2 * info["block_n"] - 8, info["split_k"] * info["block_k"]
     blocks = info["num_stages"] + 3
     at_once = cluster_tile(info)
     shapes = [(m, n, blocks, "tma"), (m, n, blocks + 1, "float32"), (at_once[0], 2 * at_once[1], 195, "tma")]
