@@ -89,6 +89,39 @@ def test_weight_gradients() -> None:
     )
 
 
+def test_bf16() -> None:
+    lines = []
+    for n, k in [(2112, 7168), (24576, 1536), (4096, 7168)]:
+        for m, layout in [(1, "nt"), (16, "nn"), (64, "nt"), (128, "tn"), (1024, "nt"), (4096, "nn"), (8192, "tt")]:
+            choice = _capi.select(m, n, k, recipe=None, layout=layout, num_sms=132)["name"]
+            lines.append(f"{m} {n} {k} {layout}: {choice}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
+16 2112 7168 nn: sm90_bf16_nn_m16n64_swap
+64 2112 7168 nt: sm90_bf16_nt_m64n32
+128 2112 7168 tn: sm90_bf16_tn_m64n64
+1024 2112 7168 nt: sm90_bf16_nt_m128n160
+4096 2112 7168 nn: sm90_bf16_nn_m128n192
+8192 2112 7168 tt: sm90_bf16_tt_m128n256_rows2
+1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
+16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
+64 24576 1536 nt: sm90_bf16_nt_m64n64
+128 24576 1536 tn: sm90_bf16_tn_m128n192
+1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
+4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
+8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
+1 4096 7168 nt: sm90_bf16_nt_m8n64_swap
+16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
+64 4096 7168 nt: sm90_bf16_nt_m64n32
+128 4096 7168 tn: sm90_bf16_tn_m64n64
+1024 4096 7168 nt: sm90_bf16_nt_m128n256_rows2
+4096 4096 7168 nn: sm90_bf16_nn_m128n256_rows2
+8192 4096 7168 tt: sm90_bf16_tt_m128n256_rows2""",
+    )
+
+
 def test_the_choice_is_the_cheapest_row_that_fits() -> None:
     for recipe in [(1, 128, 128), (1, 1, 128), (1, 1, 32), (128, 128, 128), (128, 1, 32)]:
         for m, n, k in [(1, 7, 16), (128, 2112, 7168), (4096, 7168, 2048), (513, 4097, 1040)]:
@@ -121,4 +154,7 @@ def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
         for m, n, k in [(1, 256, 4096), (128, 2112, 7168), (4096, 7168, 2048)]:
             candidates = _capi.select(m, n, k, recipe=recipe)["candidates"]
             alive |= {row["index"] for row in candidates if row["cost_us"] is not None}
+    for layout in ("nt", "nn", "tn", "tt"):
+        candidates = _capi.select(1, 256, 4096, recipe=None, layout=layout)["candidates"]
+        alive |= {row["index"] for row in candidates if row["cost_us"] is not None}
     assert alive == {row["index"] for row in _capi.instances()}

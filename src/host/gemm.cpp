@@ -44,13 +44,33 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 [[noreturn]] void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem,
                                const SelectionLimits& limits) {
     std::ostringstream message;
-    message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k
-            << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
+    message << "gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
+    if (problem.operands == OperandType::kFP8) {
+        message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k
+                << "]";
+    } else {
+        message << " with BF16 operands";
+    }
     for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
         message << "\n  " << row_name(rows[candidate.row]) << ": " << candidate.reason;
     }
     if (rows.empty()) message << ": this build of deep_gemm_ops has no kernels for sm_90a";
     throw std::runtime_error(message.str());
+}
+
+// An operand as it is stored: [mn, k], or MN-major [k, mn].
+MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_t k, int64_t stride,
+                        bool mn_major) {
+    const CUtensorMapDataType type =
+        row.operands == OperandType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    return {data, mn_major ? k : mn, mn_major ? mn : k, stride, type, row.element_bytes()};
+}
+
+// A stage of `block_k` of an operand, `block_mn` along MN: in one box, or MN-major in several of one swizzle span each.
+CUtensorMap make_operand_map(EncodeTiledFunction encode, const MatrixView& operand, bool mn_major, int block_k,
+                             int block_mn) {
+    return mn_major ? make_tensor_map(encode, operand, block_k, sm90::kMnMajorSpan)
+                    : make_tensor_map(encode, operand, block_mn, block_k);
 }
 
 // Scales per row, as a matrix [K groups, MN].
@@ -59,7 +79,7 @@ CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales
     // The stride of a single row of groups is never used, but the tensor map wants a multiple of 16 bytes.
     const int64_t stride = k_groups > 1 ? scales.stride_k : (mn + 3) / 4 * 4;
     if ((scales.stride_mn != 1 && mn > 1) || stride % 4 != 0 || !aligned(scales.data, 16)) {
-        throw std::runtime_error("fp8_gemm: scales per row must be MN-major with a 16-byte aligned stride");
+        throw std::runtime_error("gemm: scales per row must be MN-major with a 16-byte aligned stride");
     }
     const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
     return make_tensor_map(encode, view, box_groups, box_mn, false);
@@ -114,22 +134,25 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     if (row_idx < 0) row_idx = select_row(table, problem, limits);
     if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
     const GemmRow& row = table[row_idx];
-    if (row.gran_k != problem.gran_k || row.scaling != scaling_of(problem)) {
-        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these scales");
+    if (const char* reason = operand_mismatch(row, problem)) {
+        throw std::runtime_error("gemm: row " + row_name(row) + " was forced, but it is for " + reason);
     }
     const sm90::GemmLayout layout{row};
+    const int block_k = row.block_k();
 
-    const MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    const MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    const MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
+    const MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
     const MatrixView d{problem.d, problem.m, problem.n, problem.d_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
-    const MatrixView& rows = row.swap_ab ? b : a;
-    const MatrixView& cols = row.swap_ab ? a : b;
+    const int64_t num_rows = row.swap_ab ? problem.n : problem.m;
+    const int64_t num_cols = row.swap_ab ? problem.m : problem.n;
     const EncodeTiledFunction encode = backend.encode_tiled();
 
     GemmParams params = {};
     // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_tensor_map(encode, rows, row.block_rows / row.col_ctas, sm90::kBlockK);
-    params.cols_map = make_tensor_map(encode, cols, row.block_cols / row.row_ctas, sm90::kBlockK);
+    params.rows_map = make_operand_map(encode, row.swap_ab ? b : a, layout.rows_mn_major(), block_k,
+                                       row.block_rows / row.col_ctas);
+    params.cols_map = make_operand_map(encode, row.swap_ab ? a : b, layout.cols_mn_major(), block_k,
+                                       row.block_cols / row.row_ctas);
 
     const int element_bytes = size_of(problem.d_type);
     params.d_is_float = problem.d_type == DataType::kFloat32;
@@ -139,16 +162,16 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
     if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols());
 
-    const int64_t k_groups = (problem.k + problem.gran_k - 1) / problem.gran_k;
+    const int64_t k_groups = layout.has_scales() ? (problem.k + problem.gran_k - 1) / problem.gran_k : 0;
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
         params.row_scales_map =
-            make_scale_map(encode, row_scales, rows.rows, k_groups, row.block_rows, layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, k_groups, row.block_rows, layout.k_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =
-            make_scale_map(encode, col_scales, cols.rows, k_groups, row.block_cols, layout.k_groups());
+            make_scale_map(encode, col_scales, num_cols, k_groups, row.block_cols, layout.k_groups());
     }
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
@@ -156,16 +179,16 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     }
 
     const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
-    const int row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
-    const int col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
+    const int row_tiles = tiles(num_rows, row.block_rows * row.row_ctas);
+    const int col_tiles = tiles(num_cols, row.block_cols * row.col_ctas);
     const int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
-    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("fp8_gemm: more than 2^30 output tiles");
+    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("gemm: more than 2^30 output tiles");
     const int clusters =
         static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
     const int row_group = choose_row_group(row, row_tiles, col_tiles, clusters);
     params.schedule.num_tiles = static_cast<int>(num_tiles);
     params.schedule.num_row_tiles = row_tiles;
-    params.schedule.num_k_blocks = tiles(problem.k, sm90::kBlockK);
+    params.schedule.num_k_blocks = tiles(problem.k, block_k);
     params.schedule.row_group = make_divisor(row_group);
     params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
     params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);

@@ -38,11 +38,7 @@ constexpr CostModel kModel;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
-    if (row.gran_k != problem.gran_k) return "another gran_k";
-    if (row.scaling != scaling_of(problem)) {
-        return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
-                                           : "scales of B per block have kernels of their own";
-    }
+    if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (row.swap_ab && problem.m > row.block_m()) return "with swapped operands one tile holds all of M";
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
     if (row.block_m() % limits.block_m_multiple_of != 0) return "block_m is not the multiple asked for";
@@ -59,6 +55,9 @@ double together(double a, double b) {
 // Clocks of a K block in a CTA whose operands are all inside their matrices: one warpgroup's chain of dependent steps,
 // while the tensor core (`tensor` clocks) works for all warpgroups and the next K blocks arrive.
 double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
+    const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
+    // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
+    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
     const double warpgroups = row.block_rows == 256 ? 2 : row.block_rows / 64;
     const double parts = row.block_rows / 64 / warpgroups;  // of 64 rows, one after the other
     const double multiply = tensor / (row.block_rows / 64);
@@ -72,7 +71,6 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     if (row.swap_ab) column += model.promotion_load;
     const double work = multiply + promotions * column * row.block_cols;
     const double part = promotions * model.result_latency + work * (1 + model.contention * (warpgroups - 1));
-    const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     return std::max({model.block_latency + parts * part, tensor, bytes / kFillBytes});
 }
 
@@ -96,7 +94,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
     // A tile.
-    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, 128), row.split_k));
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, row.block_k()), row.split_k));
     const double stored_cols = static_cast<double>(row.block_cols) / row.split_k * (row.block_rows == 256 ? 2 : 1) *
                                (problem.d_type == DataType::kFloat32 ? 2 : 1);
     double tile = k_blocks * block + model.epilogue + model.epilogue_column * stored_cols;
@@ -106,7 +104,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = static_cast<double>(problem.m) * problem.k + static_cast<double>(problem.n) * problem.k +
+    const double bytes = (static_cast<double>(problem.m) + problem.n) * problem.k * row.element_bytes() +
                          static_cast<double>(problem.m) * problem.n * size_of(problem.d_type);
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
@@ -124,15 +122,35 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
 }  // namespace
 
+const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
+    if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
+    if (row.grouping != problem.grouping) return "another kind of groups";
+    if (row.operands == OperandType::kBF16) {
+        if (row.a_mn_major != problem.a_mn_major) return row.a_mn_major ? "MN-major A" : "K-major A";
+        if (row.b_mn_major != problem.b_mn_major) return row.b_mn_major ? "MN-major B" : "K-major B";
+        return nullptr;
+    }
+    if (row.gran_k != problem.gran_k) return "another gran_k";
+    if (row.scaling != scaling_of(problem)) {
+        return row.scaling == kScaling1D2D ? "scales of A per row and of B per 128 x 128 block"
+                                           : "scales per row of both operands";
+    }
+    return nullptr;
+}
+
 Scaling scaling_of(const GemmProblem& problem) {
+    if (problem.operands == OperandType::kBF16) return kNoScaling;
     const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
 
 std::string row_name(const GemmRow& row) {
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
+    if (row.operands == OperandType::kBF16) {
+        name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
+    }
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
-    if (row.gran_k != 128) name += "_gran" + std::to_string(row.gran_k);
+    if (row.gran_k == 32) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);
     if (row.col_ctas > 1) name += "_cols" + std::to_string(row.col_ctas);

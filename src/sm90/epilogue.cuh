@@ -22,10 +22,12 @@ public:
     static constexpr int kBoxCols = kLayout.box_cols();
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
+    static constexpr int kStagedBoxes = kLayout.staged_boxes();  // of each part
+    using Staging = uint8_t[kRowParts][kStagedBoxes][kBoxBytes];
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes],
-                                                 int barrier_id, const int (&rows)[kRowParts], int col, int thread,
+    __device__ __forceinline__ static void store(const GemmParams& params, Staging& staging, int barrier_id,
+                                                 const int (&rows)[kRowParts], int col, int thread,
                                                  float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
@@ -55,49 +57,54 @@ public:
     }
 
 private:
-    __device__ __forceinline__ static void store_tma(const GemmParams& params,
-                                                     uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, Staging& staging, int barrier_id,
                                                      const int (&rows)[kRowParts], int col, int thread,
                                                      const float (&values)[kRowParts][kColGroups * 4]) {
-        // The staging memory is free once the previous tile's stores have read it.
-        if (thread == 0) ptx::tma_store_wait_read<0>();
-        ptx::named_barrier_sync(barrier_id, 128);
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) {
-            if constexpr (kSwapAB) {
-                stage_transposed(staging[part][0], thread, values[part]);
-            } else {
-                stage(staging[part][0], thread, values[part]);
-            }
-        }
-        ptx::fence_async_shared();
-        ptx::named_barrier_sync(barrier_id, 128);
-        if (thread == 0) {
+        for (int first_box = 0; first_box < kBoxes; first_box += kStagedBoxes) {
+            // The staging memory is free once the stores before, often the previous tile's, have read it.
+            if (thread == 0) ptx::tma_store_wait_read<0>();
+            ptx::named_barrier_sync(barrier_id, 128);
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if constexpr (kSwapAB) {
-                    ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    stage_transposed(staging[part][0], thread, values[part]);
                 } else {
-#pragma unroll
-                    for (int box = 0; box < kBoxes; ++box) {
-                        ptx::tma_store_2d(params.d_map, staging[part][box], col + box * kBoxCols, rows[part]);
-                    }
+                    stage(staging[part][0], first_box, thread, values[part]);
                 }
             }
-            ptx::tma_store_commit();
+            ptx::fence_async_shared();
+            ptx::named_barrier_sync(barrier_id, 128);
+            if (thread == 0) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    if constexpr (kSwapAB) {
+                        ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    } else {
+#pragma unroll
+                        for (int box = 0; box < kStagedBoxes; ++box) {
+                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kBoxCols,
+                                              rows[part]);
+                        }
+                    }
+                }
+                ptx::tma_store_commit();
+            }
         }
     }
 
     // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
-    __device__ __forceinline__ static void stage(uint8_t* boxes, int thread, const float (&values)[kColGroups * 4]) {
+    __device__ __forceinline__ static void stage(uint8_t* boxes, int first_box, int thread,
+                                                 const float (&values)[kColGroups * 4]) {
         constexpr int kRowBytes = kBoxCols * 2;
         const int lane = thread % 32;
         const int d_row = thread / 32 * 16 + lane % 16;
         const int swizzle = d_row / (128 / kRowBytes) % (kRowBytes / 16);
         const uint32_t row_address = ptx::smem_address(boxes) + d_row * kRowBytes;
 #pragma unroll
-        for (int j = 0; j < kColGroups; j += 2) {
-            const int box = j * 8 / kBoxCols;
+        for (int i = 0; i < kStagedBoxes * kBoxCols / 8; i += 2) {
+            const int j = first_box * (kBoxCols / 8) + i;
+            const int box = i * 8 / kBoxCols;
             const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
             ptx::stmatrix_x4(row_address + box * kBoxBytes + chunk * 16, pack(values, j, 0), pack(values, j, 2),
                              pack(values, j + 1, 0), pack(values, j + 1, 2));

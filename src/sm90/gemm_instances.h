@@ -1,12 +1,16 @@
-// The table of SM90 FP8 GEMM kernels. One line is one kernel: shards, dispatch, selection, listing and tests follow.
+// The table of SM90 GEMM kernels. One line is one kernel: shards, dispatch, selection, listing and tests follow.
 #pragma once
 
 #include "../host/gemm_row.h"
 
 namespace deep_gemm::sm90 {
 
+inline constexpr OperandType kBF16 = OperandType::kBF16;
+inline constexpr Grouping kDense = Grouping::kDense;
+
 inline constexpr GemmRow kGemmRows[] = {
-    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k
+    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands, grouping,
+    // a_mn_major, b_mn_major
 
     // Large M.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128},
@@ -71,6 +75,57 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 64, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 16, 1, 1, 4, true, kScaling1D1D, 32},
+
+    // BF16, the large tiles with and without sharing a panel; those for M up to 32 have the weights on the M side.
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16},
+    {256, 128, 1, 2, 1, false, kNoScaling, 0, kBF16},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 160, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 64, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 64, 1, 1, 2, false, kNoScaling, 0, kBF16},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 128, 1, 1, 2, false, kNoScaling, 0, kBF16},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 4, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 2, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 8, true, kNoScaling, 0, kBF16},
+    {128, 16, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 2, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 8, true, kNoScaling, 0, kBF16},
+    {128, 8, 1, 1, 1, true, kNoScaling, 0, kBF16},
+
+    // BF16 with MN-major operands: B (nn), both (tn), A (tt).
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 16, 1, 1, 4, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 8, 1, 1, 1, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 8, 1, 1, 4, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, true, false},
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 

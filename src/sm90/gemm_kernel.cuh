@@ -1,8 +1,10 @@
-// FP8 GEMM for Hopper:  D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+// GEMM for Hopper. FP8:   D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+//                  BF16:  D[m, n] = sum_k A[m, k] B[n, k] (+ C),  FP32 sums.
 //
 // A tile is block_rows x block_cols of the wgmma instruction's M x N; its operand "rows" is A, or with swapped operands
-// (small M) the weights B, and "cols" is the other. Both are K-major, 128 bytes of K per stage, swizzled by TMA. After
-// every gran_k of K the tensor core's sum is scaled and added to FP32 totals in registers.
+// (small M) the weights B, and "cols" is the other. A stage holds 128 bytes of K of either, swizzled by TMA: FP8 K-major;
+// BF16 K-major or, 64 values along MN at a time, MN-major, as the tensor core reads both. FP8: after every gran_k of K the
+// tensor core's sum is scaled and added to FP32 totals in registers. BF16: the tensor core sums over all of K.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads of operands and of scales per row or column, warp 1 loads scales per
 // block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. All walk the same tiles; nobody
@@ -40,6 +42,7 @@ class GemmKernel {
     static constexpr GemmRow kRow = kLayout.row;
     static constexpr int kBlockCols = kRow.block_cols;
     static constexpr int kNumStages = kLayout.num_stages();
+    static constexpr int kStageK = kRow.block_k();
     static constexpr int kKGroups = kLayout.k_groups();
     static constexpr int kConsumerWarps = kLayout.num_consumer_warpgroups() * 4;
     static constexpr int kClusterSize = kRow.cluster_size();
@@ -132,25 +135,17 @@ private:
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                const int k = (work.k_block + i) * kBlockK;
+                const int k = (work.k_block + i) * kStageK;
                 const int k_group = (work.k_block + i) * kKGroups;
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
-                if constexpr (kRow.col_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.rows_map, full, rows + part * kRowPart * kBlockK, k,
-                                               work.row + part * kRowPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.rows_map, full, rows, k, work.row, kHint);
-                }
-                if constexpr (kRow.row_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.cols_map, full, cols + part * kColPart * kBlockK, k,
-                                               work.col + part * kColPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.cols_map, full, cols, k, work.col, kHint);
-                }
+                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
+                                                                                   work.row, part, sharers);
+                load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
+                                                                                   work.col, part, sharers);
                 if constexpr (kLayout.row_scales_are_vector()) {
                     ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row, k_group,
                                      kHint);
@@ -160,6 +155,30 @@ private:
                                      kHint);
                 }
             }
+        }
+    }
+
+    // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`.
+    template <bool kMnMajor, int kPart, bool kShared>
+    __device__ __forceinline__ static void load_panel(const CUtensorMap& map, ptx::Barrier& full, uint8_t* tile, int k,
+                                                      int mn, int part, uint16_t sharers) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        if constexpr (kShared) {
+            tile += part * kPart * kBlockK;
+            mn += part * kPart;
+        }
+        const auto load = [&](uint8_t* destination, int x, int y) {
+            if constexpr (kShared) {
+                ptx::tma_load_2d_multicast(map, full, destination, x, y, sharers, kHint);
+            } else {
+                ptx::tma_load_2d(map, full, destination, x, y, kHint);
+            }
+        };
+        if constexpr (kMnMajor) {
+#pragma unroll
+            for (int i = 0; i < kPart; i += kMnMajorSpan) load(tile + i * kBlockK, mn + i, k);
+        } else {
+            load(tile, k, mn);
         }
     }
 
@@ -195,7 +214,11 @@ private:
         PipelineState<kScaleChunks> scale_state;
         while (scheduler.next(work)) {
             float total[kRowParts][kAccumulators] = {};
-            accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+            if constexpr (kLayout.is_bf16()) {
+                accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else {
+                accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+            }
 
             int rows[kRowParts];
 #pragma unroll
@@ -319,6 +342,53 @@ private:
             }
         }
         state.advance();
+    }
+
+    // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
+    // stage is given back one block later.
+    __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, const WorkTile& work,
+                                                               int warpgroup, int lane,
+                                                               float (&total)[kRowParts][kAccumulators]) {
+        int before = -1;
+        for (int i = 0; i < work.num_k_blocks; ++i) {
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], state.phase);
+            multiply_unscaled(shared, s, warpgroup, total);
+            wgmma_wait<1>();
+            if (before >= 0) release(shared.empty[before], lane);
+            before = s;
+            state.advance();
+        }
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_wait<0>();
+        if (before >= 0) release(shared.empty[before], lane);
+    }
+
+    // total += rows * cols^T over a stage of BF16.
+    __device__ __forceinline__ static void multiply_unscaled(Storage& shared, int stage_idx, int warpgroup,
+                                                             float (&total)[kRowParts][kAccumulators]) {
+        constexpr bool kRowsMnMajor = kLayout.rows_mn_major(), kColsMnMajor = kLayout.cols_mn_major();
+        // Units of 16 bytes: 16 rows of an MN-major tile, 32 bytes of the rows of a K-major one.
+        constexpr uint32_t kRowStep = kRowsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        constexpr uint32_t kColStep = kColsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        const Descriptor cols(shared.cols[0], kMnMajorSpan * kBlockK);
+        const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
+        const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) {
+            const Descriptor rows(shared.rows[0] + part_row<Traits>(part, warpgroup) * kBlockK, kMnMajorSpan * kBlockK);
+#pragma unroll
+            for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
+                wgmma_bf16<kBlockCols, kRowsMnMajor, kColsMnMajor>(rows.at(row_stage + step * kRowStep),
+                                                                   cols.at(col_stage + step * kColStep), total[part],
+                                                                   true);
+            }
+        }
+        wgmma_commit();
     }
 
     // This warp is done with a stage: tells every CTA that fills it.

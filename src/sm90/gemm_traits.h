@@ -8,7 +8,8 @@
 
 namespace deep_gemm::sm90 {
 
-inline constexpr int kBlockK = 128;               // bytes and elements: one swizzle span
+inline constexpr int kBlockK = 128;               // bytes of K in a stage, and elements of FP8: one swizzle span
+inline constexpr int kMnMajorSpan = 64;           // elements of an MN-major row in a swizzle span: BF16
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 inline constexpr int kMaxStages = 20;
 inline constexpr int kScaleChunk = 32;            // K blocks whose block scales are loaded at once
@@ -18,6 +19,11 @@ constexpr int align_up(int value, int multiple) { return (value + multiple - 1) 
 
 struct GemmLayout {
     GemmRow row;
+
+    constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
+    constexpr int wgmma_k() const { return 32 / row.element_bytes(); }  // of one instruction
+    constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
+    constexpr bool cols_mn_major() const { return row.swap_ab ? row.a_mn_major : row.b_mn_major; }
 
     constexpr int num_consumer_warpgroups() const { return row.block_rows == 256 ? 2 : row.block_rows / 64; }
     constexpr int row_parts() const { return row.block_rows / 64 / num_consumer_warpgroups(); }  // of a warpgroup
@@ -29,13 +35,18 @@ struct GemmLayout {
     }
     constexpr int producer_registers() const { return num_consumer_warpgroups() == 3 ? 32 : 40; }
 
-    constexpr int k_groups() const { return kBlockK / row.gran_k; }
+    constexpr int k_groups() const { return has_scales() ? kBlockK / row.gran_k : 1; }
 
     // Where a tile has one scale for each of its rows, or columns, and where one for each block of 128 that it touches. A
     // tile starts on a multiple of block_granule() columns.
     constexpr int block_granule() const { return std::gcd(row.block_cols, 128); }
-    constexpr bool row_scales_are_vector() const { return row.scaling == kScaling1D1D || !row.swap_ab; }
-    constexpr bool col_scales_are_vector() const { return row.scaling == kScaling1D1D || row.swap_ab; }
+    constexpr bool has_scales() const { return row.scaling != kNoScaling; }
+    constexpr bool row_scales_are_vector() const {
+        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && !row.swap_ab);
+    }
+    constexpr bool col_scales_are_vector() const {
+        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && row.swap_ab);
+    }
     constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
     constexpr int num_block_scales() const {
         if (!has_block_scales()) return 0;
@@ -57,11 +68,16 @@ struct GemmLayout {
     }
     constexpr int box_rows() const { return row.swap_ab ? store_cols() : 64; }
     constexpr int boxes_per_part() const { return row.swap_ab ? 1 : store_cols() / box_cols(); }
+    // Boxes of a part in shared memory at a time. Of a wide BF16 tile it is half of them, which leaves room for a stage.
+    constexpr int staged_boxes() const {
+        return is_bf16() && !row.swap_ab && row.block_rows * store_cols() == 128 * 256 ? boxes_per_part() / 2
+                                                                                       : boxes_per_part();
+    }
 
     constexpr int row_tile_bytes() const { return row.block_rows * kBlockK; }
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
-    constexpr int staging_bytes() const { return row.block_rows * store_cols() * 2; }
+    constexpr int staging_bytes() const { return row.block_rows / 64 * staged_boxes() * box_bytes(); }
     constexpr int reduce_bytes() const {
         return row.split_k == 1 ? 0 : row.split_k * row.block_rows * store_cols() * 4;
     }
@@ -84,13 +100,23 @@ struct GemmLayout {
 constexpr const char* invalid_reason(GemmRow row) {
     const GemmLayout layout{row};
     if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
-    // Totals of all parts and one accumulator, of the registers that setmaxnreg can give.
-    if (row.block_cols / 2 * (layout.row_parts() + 1) > layout.consumer_registers() - 28) return "too few registers";
-    if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > 192) {
-        return "block_cols must be a multiple of 8 from 8 to 192";
+    // Totals of all parts and, for promotion, one accumulator, of the registers that setmaxnreg can give.
+    const int accumulators = layout.row_parts() + layout.has_scales();
+    if (row.block_cols / 2 * accumulators > layout.consumer_registers() - 28) return "too few registers";
+    const int most_cols = layout.is_bf16() ? 256 : 192;
+    if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > most_cols) {
+        return "block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16";
     }
-    if (row.gran_k != 128 && row.gran_k != 32) return "gran_k must be 128 or 32";
+    if (layout.is_bf16() == layout.has_scales()) return "FP8 operands have scales, BF16 ones have none";
+    if (!layout.is_bf16() && (row.a_mn_major || row.b_mn_major)) return "FP8 operands are K-major";
+    if (layout.has_scales() && row.gran_k != 128 && row.gran_k != 32) return "gran_k must be 128 or 32";
     if (row.gran_k == 32 && row.scaling != kScaling1D1D) return "gran_k 32 needs 1D1D scaling";
+    if (layout.rows_mn_major() && row.block_rows % (kMnMajorSpan * row.col_ctas) != 0) {
+        return "MN-major rows come 64 at a time";
+    }
+    if (layout.cols_mn_major() && row.block_cols % (kMnMajorSpan * row.row_ctas) != 0) {
+        return "MN-major columns come 64 at a time";
+    }
     if (row.row_ctas > 1 && row.col_ctas > 1) return "a cluster shares one operand, not both";
     if (row.cluster_size() > 8) return "a cluster has 8 CTAs at most";
     if (row.block_cols % (8 * row.row_ctas) != 0) return "a shared column panel is loaded in parts of 8 columns or more";

@@ -12,11 +12,12 @@ struct alignas(1024) SharedStorage {
     static constexpr int kStages = kLayout.num_stages();
 
     // One stage of the ring. Swizzled tiles start on multiples of 1024 bytes.
-    uint8_t rows[kStages][kLayout.row_tile_bytes()];  // FP8 [block_rows][128]
-    uint8_t cols[kStages][kLayout.col_tile_bytes()];  // FP8 [block_cols][128]
+    // K-major [block_rows][128 bytes of K], or MN-major [block_rows / 64][K of the stage][64 elements along MN].
+    uint8_t rows[kStages][kLayout.row_tile_bytes()];
+    uint8_t cols[kStages][kLayout.col_tile_bytes()];
 
     // BF16 result on its way to TMA, [consumer warpgroup][64-row part][box].
-    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.boxes_per_part()]
+    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.staged_boxes()]
                    [kLayout.box_bytes()];
 
     // Scales of a stage, [K group][row or column].
