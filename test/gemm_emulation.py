@@ -53,7 +53,7 @@ def _units() -> list[tuple[str, ptx_emulator.Module]]:
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
     units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [(unit, ptx_emulator.Module(unit)) for unit in units if "fp8_gemm" in unit]
+    return [(unit, ptx_emulator.Module(unit)) for unit in units if "sm90_gemm" in unit]
 
 
 def entries() -> list[str]:
@@ -221,7 +221,7 @@ def run_row(
             return 1
 
     error = ctypes.create_string_buffer(4096)
-    status = _capi.library().dg_run_fp8_gemm(
+    status = _capi.library().dg_run_gemm(
         ctypes.byref(problem),
         row,
         num_sms,

@@ -17,7 +17,8 @@ std::string json_row(int index, const GemmRow& row) {
     const bool is_bf16 = row.operands == OperandType::kBF16;
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"sm_90a\""
-         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : "fp8_gemm") << "\", \"kernel\": \"sm90_fp8_gemmILi" << index << "E\""
+         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : "fp8_gemm") << "\""
+         << ", \"kernel\": \"sm90_gemmILi" << index << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
          << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")
          << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
@@ -47,7 +48,7 @@ public:
     CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
     EncodeTiledFunction encode_tiled() override { return encode_; }
     void launch(const KernelLaunch& launch) override {
-        const std::string kernel = "sm90_fp8_gemmILi" + std::to_string(launch.row) + "E";
+        const std::string kernel = "sm90_gemmILi" + std::to_string(launch.row) + "E";
         if (launch_(kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.params,
                     launch.params_bytes) != 0) {
             throw std::runtime_error("the launch callback failed");
@@ -82,7 +83,7 @@ DG_EXPORT void dg_force_instance(int index) { knobs().forced_row = index; }
 DG_EXPORT const char* dg_instances() {
     static const std::string json = [] {
         std::string text = "[";
-        const auto rows = fp8_gemm_rows();
+        const auto rows = gemm_rows();
         for (size_t i = 0; i < rows.size(); ++i) {
             if (i > 0) text += ",\n ";
             text += json_row(static_cast<int>(i), rows[i]);
@@ -108,7 +109,7 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.operands = is_bf16 ? OperandType::kBF16 : OperandType::kFP8;
     problem.a_mn_major = a_mn_major != 0;
     problem.b_mn_major = b_mn_major != 0;
-    const auto rows = fp8_gemm_rows();
+    const auto rows = gemm_rows();
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);
     std::ostringstream text;
@@ -131,11 +132,11 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
 }
 
 // Runs a problem on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
-DG_EXPORT int dg_run_fp8_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
+DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
                               LaunchCallback launch, char* error, size_t error_size) {
     try {
         CallbackBackend backend(encode, launch);
-        run_fp8_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
         return 0;
     } catch (const std::exception& exception) {
         std::strncpy(error, exception.what(), error_size - 1);

@@ -37,7 +37,7 @@ const void* find_kernel(int row) { return find_kernel(row, std::make_integer_seq
 const void* find_kernel(int) { return nullptr; }
 #endif
 
-std::string kernel_name(int row) { return row_name(fp8_gemm_rows()[row]); }
+std::string kernel_name(int row) { return row_name(gemm_rows()[row]); }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -116,7 +116,7 @@ void print_config(const GemmProblem& problem, const GemmRow& row, const RowResou
 
 }  // namespace
 
-std::span<const GemmRow> fp8_gemm_rows() {
+std::span<const GemmRow> gemm_rows() {
 #if DG_WITH_SM90
     return sm90::kGemmRows;
 #else
@@ -129,8 +129,8 @@ RowResources row_resources(const GemmRow& row) {
     return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
 }
 
-void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row_idx, bool pdl, Backend& backend) {
-    const std::span<const GemmRow> table = fp8_gemm_rows();
+void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row_idx, bool pdl, Backend& backend) {
+    const std::span<const GemmRow> table = gemm_rows();
     if (row_idx < 0) row_idx = select_row(table, problem, limits);
     if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
     const GemmRow& row = table[row_idx];

@@ -458,7 +458,7 @@ private:
 // One kernel per row of the table; the row's index is the whole template argument.
 template <int kRowIndex>
 __global__ void __launch_bounds__(GemmTraits<kRowIndex>::kLayout.num_threads(), 1)
-    sm90_fp8_gemm(const __grid_constant__ GemmParams params) {
+    sm90_gemm(const __grid_constant__ GemmParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     using Traits = GemmTraits<kRowIndex>;
