@@ -14,6 +14,9 @@ from typing import Any
 
 from ._library import library_path
 
+#: Grouping of src/host/gemm_row.h: "m_grouped" groups own rows, "k_grouped" ones parts of K, "summed" ones add up.
+GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched", "summed")
+
 #: SMs of an H100 or H200 (SXM), for selections made without a device.
 DEFAULT_NUM_SMS = 132
 
@@ -27,7 +30,7 @@ def library() -> ctypes.CDLL | None:
     lib = ctypes.CDLL(str(path))
     lib.dg_instances.restype = ctypes.c_char_p
     lib.dg_select.restype = ctypes.c_char_p
-    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 8
+    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 9 + [ctypes.c_int64]
     for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
         getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
         getattr(lib, f"dg_set_{knob}").restype = None
@@ -61,7 +64,7 @@ def instances() -> list[dict[str, Any]]:
 
     Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm" or "bf16_gemm"), ``kernel`` (a part of the
     mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
-    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``scaling`` ("1d2d", "1d1d" or "none"), ``gran_k`` (0
+    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d", "1d1d" or "none"), ``gran_k`` (0
     without scales), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
     """
     return [dict(row) for row in _instances()]
@@ -74,16 +77,20 @@ def select(
     *,
     recipe: tuple[int, int, int] | None = (1, 128, 128),
     layout: str = "nt",
+    grouping: str = "dense",
+    num_groups: int = 1,
     float_output: bool = False,
     num_sms: int = DEFAULT_NUM_SMS,
 ) -> dict[str, Any]:
-    """The row that a problem selects, and what it beat. ``recipe`` is None for BF16, which ``layout`` matters to.
+    """The row that a problem selects, and what it beat. ``recipe`` is None for BF16, which ``layout`` matters to;
+    ``grouping`` is one of :func:`instances`.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
+    groups = (GROUPINGS.index(grouping), num_groups)
     bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
-    return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *bf16))
+    return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *bf16, *groups))
 
 
 @contextlib.contextmanager

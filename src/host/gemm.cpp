@@ -137,12 +137,37 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     if (const char* reason = operand_mismatch(row, problem)) {
         throw std::runtime_error("gemm: row " + row_name(row) + " was forced, but it is for " + reason);
     }
+    if (row.grouping == Grouping::kKGrouped && problem.num_groups > kMaxKGroups) {
+        const int64_t element_bytes = size_of(problem.d_type);
+        for (int64_t first = 0; first < problem.num_groups; first += kMaxKGroups) {
+            GemmProblem part = problem;
+            part.first_group += first;
+            part.num_groups = std::min<int64_t>(problem.num_groups - first, kMaxKGroups);
+            part.d = static_cast<char*>(problem.d) + first * problem.d_group_stride * element_bytes;
+            if (problem.c != nullptr) {
+                part.c = static_cast<const char*>(problem.c) + first * problem.c_group_stride * element_bytes;
+            }
+            run_gemm(part, limits, row_idx, pdl, backend);
+        }
+        return;
+    }
     const sm90::GemmLayout layout{row};
     const int block_k = row.block_k();
+    const bool is_float = problem.d_type == DataType::kFloat32;
 
-    const MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
-    const MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
-    const MatrixView d{problem.d, problem.m, problem.n, problem.d_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
+    MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
+    MatrixView d{problem.d,        problem.m, problem.n,
+                 problem.d_stride, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                 size_of(problem.d_type)};
+    if (row.grouping == Grouping::kKGrouped) {
+        d.groups = problem.num_groups;
+        d.group_stride = problem.d_group_stride;
+    } else if (row.grouping == Grouping::kSummed) {
+        a.groups = b.groups = problem.num_groups;
+        a.group_stride = problem.a_group_stride;
+        b.group_stride = problem.b_group_stride;
+    }
     const int64_t num_rows = row.swap_ab ? problem.n : problem.m;
     const int64_t num_cols = row.swap_ab ? problem.m : problem.n;
     const EncodeTiledFunction encode = backend.encode_tiled();
@@ -155,12 +180,18 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
                                        row.block_cols / row.row_ctas);
 
     const int element_bytes = size_of(problem.d_type);
-    params.d_is_float = problem.d_type == DataType::kFloat32;
-    params.d_pairs = problem.d_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
-                     (problem.c == nullptr || (problem.c_stride % 2 == 0 && aligned(problem.c, 2 * element_bytes)));
-    const bool tma_can_store = !params.d_is_float && aligned(problem.d, 16) && problem.d_stride * 2 % 16 == 0;
+    params.d_is_float = is_float;
+    params.d_pairs = problem.d_stride % 2 == 0 && d.group_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
+                     (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
+                                               aligned(problem.c, 2 * element_bytes)));
+    const bool tma_can_store = (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
+                               problem.d_stride * element_bytes % 16 == 0 && d.group_stride * element_bytes % 16 == 0;
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
-    if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols());
+    if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols() * 2 / element_bytes);
+    // Sums in place, such as gradients: TMA adds, and the kernel does not wait for what it adds to.
+    const bool adds_in_place = tma_can_store && is_float && problem.c == problem.d &&
+                               problem.c_stride == problem.d_stride && problem.c_group_stride == problem.d_group_stride;
+    if (adds_in_place) params.output_mode = kAddTma;
 
     const int64_t k_groups = layout.has_scales() ? (problem.k + problem.gran_k - 1) / problem.gran_k : 0;
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
@@ -181,24 +212,40 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
     const int row_tiles = tiles(num_rows, row.block_rows * row.row_ctas);
     const int col_tiles = tiles(num_cols, row.block_cols * row.col_ctas);
-    const int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
+    const int64_t groups = row.grouping == Grouping::kKGrouped ? problem.num_groups : 1;
+    const int64_t num_tiles = row_tiles * groups * col_tiles;
     if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("gemm: more than 2^30 output tiles");
     const int clusters =
         static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
     const int row_group = choose_row_group(row, row_tiles, col_tiles, clusters);
-    params.schedule.num_tiles = static_cast<int>(num_tiles);
+    params.schedule.num_tiles = row_tiles * col_tiles;
     params.schedule.num_row_tiles = row_tiles;
     params.schedule.num_k_blocks = tiles(problem.k, block_k);
+    if (row.grouping == Grouping::kSummed) {
+        params.k_blocks_of_product = make_divisor(params.schedule.num_k_blocks);
+        params.schedule.num_k_blocks *= static_cast<int>(problem.num_groups);
+    }
     params.schedule.row_group = make_divisor(row_group);
     params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
     params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);
 
     params.d = problem.d;
-    params.c = problem.c;
+    params.c = adds_in_place ? nullptr : problem.c;
     params.d_stride = problem.d_stride;
     params.c_stride = problem.c_stride;
     params.m = static_cast<int>(problem.m);
     params.n = static_cast<int>(problem.n);
+    params.d_group_stride = problem.d_group_stride;
+    params.c_group_stride = problem.c_group_stride;
+    if (row.grouping == Grouping::kKGrouped) {
+        params.k_groups.layout = problem.group_layout;
+        params.k_groups.is_sizes = problem.layout == GroupLayout::kSizes;
+        params.k_groups.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
+        params.k_groups.first_group = static_cast<int>(problem.first_group);
+        params.k_groups.num_groups = static_cast<int>(problem.num_groups);
+        params.k_groups.k = static_cast<int>(problem.k);
+        params.k_groups.tiles_per_group = make_divisor(row_tiles * col_tiles);
+    }
 
     const RowResources resources = row_resources(row);
     KernelLaunch launch;

@@ -57,6 +57,7 @@ struct GemmProblem {
 
     Grouping grouping = Grouping::kDense;
     int64_t num_groups = 1;
+    int64_t first_group = 0;     // k-grouped: the first that is wanted; those before it only have their part of K
     int64_t a_group_stride = 0;  // elements between groups, where each has its own A: masked, batched, summed
     int64_t b_group_stride = 0;  // ... its own B: m-grouped, batched, summed
     int64_t d_group_stride = 0;  // ... its own D (and C): masked, batched, k-grouped

@@ -81,7 +81,14 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const int64_t tile_cols = row.block_cols * row.col_ctas;
     const int64_t row_tiles = ceil_div(rows, tile_rows);
     const int64_t col_tiles = ceil_div(cols, tile_cols);
-    const int64_t tiles = row_tiles * col_tiles;
+    // K-grouped: each group has all tiles, and its part of K. Summed: the tiles are shared, K adds up.
+    const bool k_grouped = row.grouping == Grouping::kKGrouped;
+    const int64_t num_groups = std::max<int64_t>(problem.num_groups, 1);
+    const int64_t k = k_grouped                              ? ceil_div(problem.k, num_groups)
+                      : row.grouping == Grouping::kSummed ? problem.k * num_groups
+                                                             : problem.k;
+    const int64_t results = k_grouped ? num_groups : 1;
+    const int64_t tiles = row_tiles * col_tiles * results;
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const int64_t full_waves = tiles / resident;
     const int64_t left = tiles % resident;
@@ -94,7 +101,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
     // A tile.
-    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, row.block_k()), row.split_k));
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(k, row.block_k()), row.split_k));
     const double stored_cols = static_cast<double>(row.block_cols) / row.split_k * (row.block_rows == 256 ? 2 : 1) *
                                (problem.d_type == DataType::kFloat32 ? 2 : 1);
     double tile = k_blocks * block + model.epilogue + model.epilogue_column * stored_cols;
@@ -104,8 +111,8 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = (static_cast<double>(problem.m) + problem.n) * problem.k * row.element_bytes() +
-                         static_cast<double>(problem.m) * problem.n * size_of(problem.d_type);
+    const double bytes = (static_cast<double>(problem.m) + problem.n) * k * results * row.element_bytes() +
+                         static_cast<double>(problem.m) * problem.n * results * size_of(problem.d_type);
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
@@ -149,6 +156,8 @@ std::string row_name(const GemmRow& row) {
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
     }
+    if (row.grouping == Grouping::kKGrouped) name += "_kgrouped";
+    if (row.grouping == Grouping::kSummed) name += "_summed";
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
     if (row.gran_k == 32) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";

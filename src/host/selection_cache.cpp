@@ -15,6 +15,7 @@ struct Key {
     OperandType operands;
     Grouping grouping;
     bool a_mn_major, b_mn_major;
+    int64_t num_groups;
     DataType d_type;
     bool has_c;
     int num_sms, block_m_multiple_of, block_n_multiple_of;
@@ -44,6 +45,7 @@ int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem,
                      problem.sfb.gran_mn, problem.gran_k,
                      problem.operands, problem.grouping,
                      problem.a_mn_major, problem.b_mn_major,
+                     problem.num_groups,
                      problem.d_type,  problem.c != nullptr,
                      limits.num_sms,  limits.block_m_multiple_of,
                      limits.block_n_multiple_of};

@@ -6,6 +6,7 @@
 #include "../device/gemm_params.h"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 
 namespace deep_gemm::sm90 {
@@ -23,11 +24,12 @@ public:
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
     static constexpr int kStagedBoxes = kLayout.staged_boxes();  // of each part
+    static constexpr bool kHasGroups = kLayout.is_k_grouped();
     using Staging = uint8_t[kRowParts][kStagedBoxes][kBoxBytes];
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, Staging& staging, int barrier_id,
-                                                 const int (&rows)[kRowParts], int col, int thread,
+    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work, Staging& staging,
+                                                 int barrier_id, const int (&rows)[kRowParts], int col, int thread,
                                                  float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
@@ -36,32 +38,49 @@ public:
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if (params.d_is_float) {
-                    add_c<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 } else {
-                    add_c<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 }
             }
         }
+        if constexpr (kLayout.stages_float()) {
+            if (params.output_mode != kStoreDirect && params.d_is_float) {
+                store_tma<float>(params, work, staging, barrier_id, rows, col, thread, values);
+                return;
+            }
+        }
         if (params.output_mode == kStoreTma) {
-            store_tma(params, staging, barrier_id, rows, col, thread, values);
+            store_tma<__nv_bfloat16>(params, work, staging, barrier_id, rows, col, thread, values);
             return;
         }
 #pragma unroll
         for (int part = 0; part < kRowParts; ++part) {
             if (params.d_is_float) {
-                store_direct<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
             } else {
-                store_direct<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
             }
         }
     }
 
 private:
-    __device__ __forceinline__ static void store_tma(const GemmParams& params, Staging& staging, int barrier_id,
-                                                     const int (&rows)[kRowParts], int col, int thread,
+    // The group's part of C or D.
+    template <class Element>
+    __device__ __forceinline__ static Element* of_group(Element* matrix, int64_t group_stride, const WorkTile& work) {
+        if constexpr (kHasGroups) return matrix + work.token_group * group_stride;
+        return matrix;
+    }
+
+    // Boxes of FP32 have half the columns of BF16 ones.
+    template <class Element>
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work, Staging& staging,
+                                                     int barrier_id, const int (&rows)[kRowParts], int col, int thread,
                                                      const float (&values)[kRowParts][kColGroups * 4]) {
+        constexpr int kElementBoxes = kBoxes * static_cast<int>(sizeof(Element)) / 2;
+        constexpr int kElementCols = kBoxCols * 2 / static_cast<int>(sizeof(Element));
 #pragma unroll
-        for (int first_box = 0; first_box < kBoxes; first_box += kStagedBoxes) {
+        for (int first_box = 0; first_box < kElementBoxes; first_box += kStagedBoxes) {
             // The staging memory is free once the stores before, often the previous tile's, have read it.
             if (thread == 0) ptx::tma_store_wait_read<0>();
             ptx::named_barrier_sync(barrier_id, 128);
@@ -69,6 +88,8 @@ private:
             for (int part = 0; part < kRowParts; ++part) {
                 if constexpr (kSwapAB) {
                     stage_transposed(staging[part][0], thread, values[part]);
+                } else if constexpr (sizeof(Element) == 4) {
+                    stage_float(staging[part][0], first_box, thread, values[part]);
                 } else {
                     stage(staging[part][0], first_box, thread, values[part]);
                 }
@@ -83,12 +104,47 @@ private:
                     } else {
 #pragma unroll
                         for (int box = 0; box < kStagedBoxes; ++box) {
-                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kBoxCols,
-                                              rows[part]);
+                            store_box(params, work, staging[part][box], col + (first_box + box) * kElementCols,
+                                      rows[part]);
                         }
                     }
                 }
                 ptx::tma_store_commit();
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
+                                                     int col, int row) {
+        if constexpr (kHasGroups) {
+            if (params.output_mode == kAddTma) {
+                ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
+            } else {
+                ptx::tma_store_3d(params.d_map, box, col, row, work.token_group);
+            }
+        } else {
+            ptx::tma_store_2d(params.d_map, box, col, row);
+        }
+    }
+
+    // Boxes of 64 rows and 32 columns of FP32, a row of 128 bytes swizzled as TMA expects it. A thread has two columns, 8
+    // bytes: those in odd rows write a box's column groups in another order, which keeps banks apart.
+    __device__ __forceinline__ static void stage_float(uint8_t* boxes, int first_box, int thread,
+                                                       const float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int d_row = thread / 32 * 16 + lane / 4;
+        const bool is_odd = d_row % 2 != 0;
+        uint8_t* upper = boxes + d_row * 128 + lane % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < kStagedBoxes * 4; i += 2) {
+            const float* pair = values + (first_box * 4 + i) * 4;  // two groups of 8 columns
+#pragma unroll
+            for (int turn = 0; turn < 2; ++turn) {
+                const int other = turn ^ is_odd;
+                const int chunk = ((i % 4 + other) * 2 + lane % 4 / 2) ^ (d_row % 8);
+                auto* slot = reinterpret_cast<float2*>(upper + i / 4 * kBoxBytes + chunk * 16);
+                slot[0] = other ? make_float2(pair[4], pair[5]) : make_float2(pair[0], pair[1]);
+                slot[8 * 128 / sizeof(float2)] = other ? make_float2(pair[6], pair[7]) : make_float2(pair[2], pair[3]);
             }
         }
     }
@@ -154,9 +210,10 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void add_c(const GemmParams& params, int thread_row, int thread_col,
+    __device__ __forceinline__ static void add_c(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                 int thread_col,
                                                  float (&values)[kColGroups * 4]) {
-        const Element* c = static_cast<const Element*>(params.c);
+        const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
@@ -178,9 +235,10 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void store_direct(const GemmParams& params, int thread_row, int thread_col,
+    __device__ __forceinline__ static void store_direct(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                        int thread_col,
                                                         const float (&values)[kColGroups * 4]) {
-        Element* d = static_cast<Element*>(params.d);
+        Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;

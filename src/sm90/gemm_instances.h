@@ -6,7 +6,10 @@
 namespace deep_gemm::sm90 {
 
 inline constexpr OperandType kBF16 = OperandType::kBF16;
+inline constexpr OperandType kFP8 = OperandType::kFP8;
 inline constexpr Grouping kDense = Grouping::kDense;
+inline constexpr Grouping kKGrouped = Grouping::kKGrouped;
+inline constexpr Grouping kSummed = Grouping::kSummed;
 
 inline constexpr GemmRow kGemmRows[] = {
     // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands, grouping,
@@ -126,6 +129,22 @@ inline constexpr GemmRow kGemmRows[] = {
     {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
     {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
     {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, true, false},
+
+    // K-grouped: weight gradients of experts.
+    {256, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {256, 128, 1, 2, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+
+    // Summed over a batch.
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kSummed},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kSummed},
+    {128, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kSummed},
+    {64, 128, 1, 1, 8, false, kNoScaling, 0, kBF16, kSummed},
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 

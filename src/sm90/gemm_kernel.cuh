@@ -18,6 +18,7 @@
 // reduce_full    consumer warps of the other CTAs (split K)           their parts of my slice are in my shared memory
 // reduce_empty   consumer warps of the other CTAs (split K)           my parts have been read there: send the next ones
 // named 1 + w    128                                                  consumer warpgroup w's staging buffer
+// named, last    all consumers (K-grouped BF16)                       the end of a stage is cleared
 #pragma once
 
 #include "../device/gemm_params.h"
@@ -34,6 +35,9 @@ namespace deep_gemm::sm90 {
 template <int kRowIndex>
 struct GemmTraits {
     static constexpr GemmLayout kLayout{kGemmRows[kRowIndex]};
+    // Groups of FP8 start where a K block does, BF16 ones anywhere.
+    using KGroups = KGroupedScheduler<kLayout.row.block_rows, kLayout.row.block_cols, kLayout.row.row_ctas,
+                                      kLayout.row.col_ctas, kLayout.row.block_k(), !kLayout.is_bf16()>;
 };
 
 template <class Traits>
@@ -56,7 +60,12 @@ class GemmKernel {
     using Storage = SharedStorage<Traits>;
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
-    using Scheduler = DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>;
+    static constexpr bool kKGrouped = kLayout.is_k_grouped();
+    static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
+    static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
+    using Scheduler =
+        std::conditional_t<kKGrouped, typename Traits::KGroups,
+                           DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>;
     using State = PipelineState<kNumStages>;
 
 public:
@@ -86,8 +95,12 @@ public:
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler(params.schedule, rank);
+        Scheduler scheduler = make_scheduler(params, shared, rank);
         ptx::grid_dependency_wait();
+        if constexpr (kKGrouped) {
+            if (warp == 0) Scheduler::build(params.k_groups, shared.k_groups);
+            __syncthreads();
+        }
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
@@ -107,6 +120,15 @@ public:
 private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
+
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, const Storage& shared,
+                                                               uint32_t rank) {
+        if constexpr (kKGrouped) {
+            return Scheduler(params.schedule, params.k_groups, shared.k_groups, rank);
+        } else {
+            return Scheduler(params.schedule, rank);
+        }
+    }
 
     __device__ __forceinline__ static void sync_cluster() {
         if constexpr (kClusterSize > 1) {
@@ -135,13 +157,20 @@ private:
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                const int k = (work.k_block + i) * kStageK;
+                const int k = kRaggedK ? work.k_start + i * kStageK : (work.k_block + i) * kStageK;
                 const int k_group = (work.k_block + i) * kKGroups;
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+                if constexpr (kSummed) {
+                    const int product = divide(work.k_block + i, params.k_blocks_of_product);
+                    const int k_of_product = k - product * params.k_blocks_of_product.divisor * kStageK;
+                    ptx::tma_load_3d(params.rows_map, full, rows, k_of_product, work.row, product, kHint);
+                    ptx::tma_load_3d(params.cols_map, full, cols, k_of_product, work.col, product, kHint);
+                    continue;
+                }
                 load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
                                                                                    work.row, part, sharers);
                 load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
@@ -224,14 +253,15 @@ private:
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) rows[part] = work.row + part_row<Traits>(part, warpgroup);
             if constexpr (kSplitK == 1) {
-                Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread, total);
+                Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread,
+                                        total);
             } else {
                 float slice[1][kLayout.store_cols() / 2];
                 reduce(shared, rank, reduce_phase, threadIdx.x - 128, total[0], slice[0]);
                 reduce_phase ^= 1;
                 const int split_part = rank / kMulticastCtas;
                 if (split_part < kLayout.num_slices()) {
-                    Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows,
+                    Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows,
                                             work.col + split_part * kLayout.store_cols(), thread, slice);
                 }
             }
@@ -353,6 +383,10 @@ private:
         for (int i = 0; i < work.num_k_blocks; ++i) {
             const int s = state.stage_idx;
             ptx::mbarrier_wait(shared.full[s], state.phase);
+            if constexpr (kRaggedK) {
+                const int left = work.k_size - i * kStageK;
+                if (left < kStageK) clear_end_of_stage(shared, s, left);
+            }
             multiply_unscaled(shared, s, warpgroup, total);
             wgmma_wait<1>();
             if (before >= 0) release(shared.empty[before], lane);
@@ -363,6 +397,24 @@ private:
         for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
         wgmma_wait<0>();
         if (before >= 0) release(shared.empty[before], lane);
+    }
+
+    // MN-major stages whose last rows of K, from `first` on, are the next group's: what they hold may be NaN.
+    __device__ __forceinline__ static void clear_end_of_stage(Storage& shared, int stage_idx, int first) {
+        constexpr int kThreads = kConsumerWarps * 32;
+        constexpr int kSpanBytes = kMnMajorSpan * kBlockK;  // of a box
+        const int thread = static_cast<int>(threadIdx.x) - 128;
+        const auto clear = [&](uint8_t* box) {
+            for (int i = first * kBlockK + thread * 16; i < kSpanBytes; i += kThreads * 16) {
+                *reinterpret_cast<uint4*>(box + i) = make_uint4(0, 0, 0, 0);
+            }
+        };
+#pragma unroll 1
+        for (int i = 0; i < kLayout.row_tile_bytes(); i += kSpanBytes) clear(shared.rows[stage_idx] + i);
+#pragma unroll 1
+        for (int i = 0; i < kLayout.col_tile_bytes(); i += kSpanBytes) clear(shared.cols[stage_idx] + i);
+        ptx::fence_async_shared();
+        ptx::named_barrier_sync(1 + kConsumerWarps / 4, kThreads);
     }
 
     // total += rows * cols^T over a stage of BF16.

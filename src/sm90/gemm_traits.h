@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../device/gemm_params.h"
 #include "../host/gemm_row.h"
 
 namespace deep_gemm::sm90 {
@@ -21,6 +22,7 @@ struct GemmLayout {
     GemmRow row;
 
     constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
+    constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
     constexpr int wgmma_k() const { return 32 / row.element_bytes(); }  // of one instruction
     constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
     constexpr bool cols_mn_major() const { return row.swap_ab ? row.a_mn_major : row.b_mn_major; }
@@ -74,6 +76,9 @@ struct GemmLayout {
                                                                                        : boxes_per_part();
     }
 
+    // FP32 results, too, leave through shared memory, in boxes of as many bytes.
+    constexpr bool stages_float() const { return is_k_grouped(); }
+
     constexpr int row_tile_bytes() const { return row.block_rows * kBlockK; }
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
@@ -85,8 +90,9 @@ struct GemmLayout {
         return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
                align_up(col_scale_bytes(), 128) + 16;
     }
+    constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }
     constexpr int fixed_bytes() const {
-        return staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
+        return group_table_bytes() + staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
     }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
@@ -124,6 +130,15 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_cols / 8 % layout.num_slices() != 0) return "split K must divide the columns evenly, 8 at a time";
     if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
+    if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
+        return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";
+    }
+    if (layout.is_k_grouped() && layout.is_bf16() && !(row.a_mn_major && row.b_mn_major)) {
+        return "BF16 K-grouped operands are MN-major";
+    }
+    if (row.grouping == Grouping::kSummed && (!layout.is_bf16() || row.multicast_ctas() > 1 || row.a_mn_major || row.b_mn_major)) {
+        return "summed products are K-major BF16 without shared panels";
+    }
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
     return nullptr;
 }

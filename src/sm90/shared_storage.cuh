@@ -1,7 +1,10 @@
 // Shared memory of one CTA.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/ptx_mbarrier.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 
 namespace deep_gemm::sm90 {
@@ -37,6 +40,10 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier scales_empty[kScaleChunks];
     ptx::Barrier reduce_full;
     ptx::Barrier reduce_empty;
+
+    // K-grouped: each group's part of K.
+    struct Nothing {};
+    std::conditional_t<kLayout.is_k_grouped(), typename Traits::KGroups::Storage, Nothing> k_groups;
 };
 
 }  // namespace deep_gemm::sm90
