@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from deep_gemm_ops import _capi
+from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 from deep_gemm_ops.inspect import find_tool
 
 import ptx_emulator
@@ -115,6 +116,7 @@ class _Problem(ctypes.Structure):
         ("b_mn_major", ctypes.c_bool),
         ("grouping", ctypes.c_int),
         ("num_groups", ctypes.c_int64),
+        ("first_group", ctypes.c_int64),
         ("a_group_stride", ctypes.c_int64),
         ("b_group_stride", ctypes.c_int64),
         ("d_group_stride", ctypes.c_int64),
@@ -196,11 +198,33 @@ def run_row(
         inputs |= {"sfa": sfa, "sfb": sfb}
     if c is not None and c.data_ptr() != d.data_ptr():
         inputs["c"] = c
+    problem.grouping = GROUPINGS.index(info["grouping"])
+    if problem.grouping == GROUPINGS.index("m_grouped"):
+        # One group of all rows.
+        inputs["group_layout"] = torch.tensor([a.shape[0]], dtype=torch.int32)
+        problem.layout, problem.group_layout = GROUP_LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+    if problem.grouping == GROUPINGS.index("k_grouped"):
+        inputs["group_layout"] = torch.tensor([problem.k], dtype=torch.int32)
+        problem.layout, problem.group_layout = GROUP_LAYOUTS.index("sizes"), inputs["group_layout"].data_ptr()
+    return launch(row, problem, d, inputs, num_sms=num_sms, module=module, **options)
+
+
+def launch(
+    row: int,
+    problem: _Problem,
+    d: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    *,
+    num_sms: int = 132,
+    module: ptx_emulator.Module | None = None,
+    **options: int,
+) -> ptx_emulator.Stats:
+    """Any problem on one row of the table; ``inputs`` are the tensors that it reads."""
     buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []
 
-    def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
+    def run(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
             _, compiled, entry = _find(kernel.decode())
             stats = (module or compiled).launch(
@@ -226,7 +250,7 @@ def run_row(
         row,
         num_sms,
         ctypes.c_void_p(ptx_emulator.encode_tiled_function()),
-        _LAUNCH(launch),
+        _LAUNCH(run),
         error,
         ctypes.c_size_t(len(error)),
     )

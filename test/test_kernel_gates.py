@@ -180,8 +180,10 @@ def test_sass_of_a_k_block(row: Row) -> None:
 def test_bulk_copies(row: Row) -> None:
     """Multicast exactly where CTAs share a panel. Results leave through TMA."""
     _, _, mnemonics = sass(row["kernel"])
-    assert (count(mnemonics, "UTMALDG.2D.MULTICAST") > 0) == (row["row_ctas"] * row["col_ctas"] > 1)
-    assert count(mnemonics, "UTMALDG.2D") > 0 and count(mnemonics, "UTMASTG.2D") > 0
+    load = "UTMALDG.2D" if row["grouping"] in ("dense", "k_grouped") else "UTMALDG.3D"
+    store = "UTMASTG.2D" if row["grouping"] in ("dense", "summed") else "UTMASTG.3D"
+    assert (count(mnemonics, f"{load}.MULTICAST") > 0) == (row["row_ctas"] * row["col_ctas"] > 1)
+    assert count(mnemonics, load) > 0 and count(mnemonics, store) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

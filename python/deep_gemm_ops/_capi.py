@@ -14,8 +14,9 @@ from typing import Any
 
 from ._library import library_path
 
-#: Grouping of src/host/gemm_row.h: "m_grouped" groups own rows, "k_grouped" ones parts of K, "summed" ones add up.
+#: The enumerators of Grouping (src/host/gemm_row.h) and GroupLayout (src/host/gemm_problem.h), in their order.
 GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched", "summed")
+GROUP_LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
 
 #: SMs of an H100 or H200 (SXM), for selections made without a device.
 DEFAULT_NUM_SMS = 132
@@ -30,7 +31,8 @@ def library() -> ctypes.CDLL | None:
     lib = ctypes.CDLL(str(path))
     lib.dg_instances.restype = ctypes.c_char_p
     lib.dg_select.restype = ctypes.c_char_p
-    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 9 + [ctypes.c_int64]
+    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 7 + [ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
+    lib.dg_select.argtypes += [ctypes.c_int] * 3
     for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
         getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
         getattr(lib, f"dg_set_{knob}").restype = None
@@ -76,21 +78,26 @@ def select(
     k: int,
     *,
     recipe: tuple[int, int, int] | None = (1, 128, 128),
-    layout: str = "nt",
-    grouping: str = "dense",
-    num_groups: int = 1,
     float_output: bool = False,
     num_sms: int = DEFAULT_NUM_SMS,
+    layout: str = "nt",
+    grouping: str = "dense",
+    group_layout: str = "none",
+    num_groups: int = 1,
+    group_alignment: int = 128,
+    expected_m: int = 0,
 ) -> dict[str, Any]:
-    """The row that a problem selects, and what it beat. ``recipe`` is None for BF16, which ``layout`` matters to;
-    ``grouping`` is one of :func:`instances`.
+    """The row that a problem selects, and what it beat.
+
+    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one of
+    GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
-    groups = (GROUPINGS.index(grouping), num_groups)
+    groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
     bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
-    return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *bf16, *groups))
+    return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16))
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
                                const SelectionLimits& limits) {
     std::ostringstream message;
     message << "gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
+    if (problem.grouping != Grouping::kDense) message << " in " << problem.num_groups << " groups";
     if (problem.operands == OperandType::kFP8) {
         message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k
                 << "]";
@@ -73,15 +74,16 @@ CUtensorMap make_operand_map(EncodeTiledFunction encode, const MatrixView& opera
                     : make_tensor_map(encode, operand, block_mn, block_k);
 }
 
-// Scales per row, as a matrix [K groups, MN].
+// Scales per row, as a matrix [K groups, MN], or `groups` of them.
 CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
-                           int box_mn, int box_groups) {
+                           int64_t groups, int box_mn, int box_groups) {
     // The stride of a single row of groups is never used, but the tensor map wants a multiple of 16 bytes.
     const int64_t stride = k_groups > 1 ? scales.stride_k : (mn + 3) / 4 * 4;
     if ((scales.stride_mn != 1 && mn > 1) || stride % 4 != 0 || !aligned(scales.data, 16)) {
         throw std::runtime_error("gemm: scales per row must be MN-major with a 16-byte aligned stride");
     }
-    const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+    const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, groups,
+                          scales.stride_group};
     return make_tensor_map(encode, view, box_groups, box_mn, false);
 }
 
@@ -94,13 +96,69 @@ FastDivisor make_divisor(int divisor) {
 }
 
 // Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side.
-int choose_row_group(const GemmRow& row, int row_tiles, int col_tiles, int clusters) {
-    const double row_bytes = row.block_rows * row.row_ctas;
-    const double col_bytes = row.block_cols * row.col_ctas;
+int choose_row_group(double row_bytes, double col_bytes, int row_tiles, int col_tiles, int clusters) {
     if (col_tiles == 1) return row_tiles;
     const double ideal = std::sqrt(clusters * col_bytes / row_bytes);
     const int groups = std::max(1, static_cast<int>(std::lround(row_tiles / ideal)));
     return (row_tiles + groups - 1) / groups;
+}
+
+// What the kernels count on; the ops see to it.
+void check_groups(const GemmProblem& problem) {
+    const auto check = [](bool fine, const char* text) {
+        if (!fine) throw std::runtime_error(std::string("fp8_gemm: ") + text);
+    };
+    if (problem.grouping == Grouping::kMGrouped) {
+        check(problem.num_groups >= 1 && (problem.layout == GroupLayout::kIndices || problem.num_groups <= kMaxGroups),
+              "M-grouped products have 1 to 1024 groups");
+        check(problem.layout != GroupLayout::kNone && problem.layout != GroupLayout::kSizes, "this layout is K-grouped");
+        check(problem.group_alignment >= 1, "the alignment of groups must be positive");
+        check(problem.m + problem.group_alignment <= std::numeric_limits<int>::max(), "M is too large");
+        check(problem.c == nullptr, "M-grouped products add no C");
+    }
+    check(problem.head_left >= 0 && problem.head_mid >= 0 && problem.head_right >= 0, "a part of a head is negative");
+    if (problem.head_left > 0 || problem.head_right > 0) {
+        check(problem.grouping == Grouping::kDense && problem.c == nullptr, "gaps between heads need a dense product, no C");
+        check(problem.n % (problem.head_left + problem.head_right) == 0, "N is no multiple of a head's columns");
+    }
+}
+
+MGroupSchedule make_group_schedule(const GemmProblem& problem, const GemmRow& row, int num_k_blocks, int num_sms) {
+    MGroupSchedule schedule = {};
+    schedule.layout = problem.group_layout;
+    schedule.table = problem.layout == GroupLayout::kIndices  ? kGroupOfRow
+                     : problem.layout == GroupLayout::kMasked ? kRowsOfGroup
+                                                              : kEndOfGroup;
+    schedule.num_groups = static_cast<int>(problem.num_groups);
+    schedule.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
+    schedule.rows = static_cast<int>(problem.m);
+    schedule.num_k_blocks = num_k_blocks;
+    schedule.zero_padding = problem.zero_padding && problem.layout != GroupLayout::kMasked;
+    schedule.col_tiles = static_cast<int>((problem.n + row.block_n() - 1) / row.block_n());
+    const int row_tiles = static_cast<int>((expected_rows(problem) + row.block_m() - 1) / row.block_m());
+    schedule.row_tiles = choose_row_group(row.block_m(), row.block_n(), row_tiles, schedule.col_tiles, num_sms);
+    return schedule;
+}
+
+KGroupSchedule make_k_group_schedule(const GemmProblem& problem, int tiles_per_group) {
+    KGroupSchedule schedule = {};
+    schedule.layout = problem.group_layout;
+    schedule.is_sizes = problem.layout == GroupLayout::kSizes;
+    schedule.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
+    schedule.first_group = static_cast<int>(problem.first_group);
+    schedule.num_groups = static_cast<int>(problem.num_groups);
+    schedule.k = static_cast<int>(problem.k);
+    schedule.tiles_per_group = make_divisor(tiles_per_group);
+    return schedule;
+}
+
+// Tiles at most, whatever the layout holds.
+int64_t most_tiles(const GemmProblem& problem, const MGroupSchedule& schedule, int block_m) {
+    const int64_t of_all = (problem.m + block_m - 1) / block_m;
+    const int64_t row_tiles = schedule.table == kGroupOfRow    ? of_all
+                              : schedule.table == kRowsOfGroup ? of_all * problem.num_groups
+                                                               : of_all + problem.num_groups;
+    return row_tiles * schedule.col_tiles;
 }
 
 void print_config(const GemmProblem& problem, const GemmRow& row, const RowResources& resources, int grid) {
@@ -151,16 +209,27 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         }
         return;
     }
+    if (row.grouping != grouping_of(problem) || !fits_alignment(row, problem)) {
+        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these groups");
+    }
+    check_groups(problem);
     const sm90::GemmLayout layout{row};
     const int block_k = row.block_k();
     const bool is_float = problem.d_type == DataType::kFloat32;
 
     MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
     MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
-    MatrixView d{problem.d,        problem.m, problem.n,
-                 problem.d_stride, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                 size_of(problem.d_type)};
-    if (row.grouping == Grouping::kKGrouped) {
+    const int64_t heads = problem.head_left + problem.head_right > 0 ? problem.n / (problem.head_left + problem.head_right) : 0;
+    MatrixView d{problem.d, problem.m, problem.n + heads * problem.head_mid, problem.d_stride,
+                 is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, size_of(problem.d_type)};
+    if (layout.has_groups()) {
+        b.groups = problem.num_groups;
+        b.group_stride = problem.b_group_stride;
+        const bool own_tokens = row.grouping == Grouping::kBatched || problem.layout == GroupLayout::kMasked;
+        a.groups = d.groups = own_tokens ? problem.num_groups : 1;
+        a.group_stride = problem.a_group_stride;
+        d.group_stride = problem.d_group_stride;
+    } else if (row.grouping == Grouping::kKGrouped) {
         d.groups = problem.num_groups;
         d.group_stride = problem.d_group_stride;
     } else if (row.grouping == Grouping::kSummed) {
@@ -168,24 +237,30 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         a.group_stride = problem.a_group_stride;
         b.group_stride = problem.b_group_stride;
     }
+    const MatrixView& rows = row.swap_ab ? b : a;
+    const MatrixView& cols = row.swap_ab ? a : b;
     const int64_t num_rows = row.swap_ab ? problem.n : problem.m;
     const int64_t num_cols = row.swap_ab ? problem.m : problem.n;
     const EncodeTiledFunction encode = backend.encode_tiled();
 
     GemmParams params = {};
     // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_operand_map(encode, row.swap_ab ? b : a, layout.rows_mn_major(), block_k,
+    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k,
                                        row.block_rows / row.col_ctas);
-    params.cols_map = make_operand_map(encode, row.swap_ab ? a : b, layout.cols_mn_major(), block_k,
+    params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), block_k,
                                        row.block_cols / row.row_ctas);
 
     const int element_bytes = size_of(problem.d_type);
     params.d_is_float = is_float;
     params.d_pairs = problem.d_stride % 2 == 0 && d.group_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
+                     problem.head_left % 2 == 0 && problem.head_mid % 2 == 0 && problem.head_right % 2 == 0 &&
                      (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
                                                aligned(problem.c, 2 * element_bytes)));
+    // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
     const bool tma_can_store = (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
-                               problem.d_stride * element_bytes % 16 == 0 && d.group_stride * element_bytes % 16 == 0;
+                               problem.d_stride * element_bytes % 16 == 0 && d.group_stride * element_bytes % 16 == 0 &&
+                               problem.head_left % layout.box_cols() == 0 &&
+                               problem.head_right % layout.box_cols() == 0 && problem.head_mid % 8 == 0;
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
     if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols() * 2 / element_bytes);
     // Sums in place, such as gradients: TMA adds, and the kernel does not wait for what it adds to.
@@ -198,11 +273,11 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
         params.row_scales_map =
-            make_scale_map(encode, row_scales, num_rows, k_groups, row.block_rows, layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, row.block_rows, layout.k_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =
-            make_scale_map(encode, col_scales, num_cols, k_groups, row.block_cols, layout.k_groups());
+            make_scale_map(encode, col_scales, num_cols, k_groups, cols.groups, row.block_cols, layout.k_groups());
     }
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
@@ -212,19 +287,29 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
     const int row_tiles = tiles(num_rows, row.block_rows * row.row_ctas);
     const int col_tiles = tiles(num_cols, row.block_cols * row.col_ctas);
-    const int64_t groups = row.grouping == Grouping::kKGrouped ? problem.num_groups : 1;
-    const int64_t num_tiles = row_tiles * groups * col_tiles;
+    int num_k_blocks = tiles(problem.k, block_k);
+    int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
+    if (row.grouping == Grouping::kMGrouped) {
+        params.groups = make_group_schedule(problem, row, num_k_blocks, limits.num_sms);
+        num_tiles = most_tiles(problem, params.groups, row.block_m());
+    } else if (row.grouping == Grouping::kBatched) {
+        params.batch = {static_cast<int>(problem.num_groups), make_divisor(row_tiles * col_tiles)};
+        num_tiles *= problem.num_groups;
+    } else if (row.grouping == Grouping::kKGrouped) {
+        params.k_groups = make_k_group_schedule(problem, row_tiles * col_tiles);
+        num_tiles *= problem.num_groups;
+    } else if (row.grouping == Grouping::kSummed) {
+        params.k_blocks_of_product = make_divisor(num_k_blocks);
+        num_k_blocks *= static_cast<int>(problem.num_groups);
+    }
     if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("gemm: more than 2^30 output tiles");
     const int clusters =
         static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
-    const int row_group = choose_row_group(row, row_tiles, col_tiles, clusters);
+    const int row_group =
+        choose_row_group(row.block_rows * row.row_ctas, row.block_cols * row.col_ctas, row_tiles, col_tiles, clusters);
     params.schedule.num_tiles = row_tiles * col_tiles;
     params.schedule.num_row_tiles = row_tiles;
-    params.schedule.num_k_blocks = tiles(problem.k, block_k);
-    if (row.grouping == Grouping::kSummed) {
-        params.k_blocks_of_product = make_divisor(params.schedule.num_k_blocks);
-        params.schedule.num_k_blocks *= static_cast<int>(problem.num_groups);
-    }
+    params.schedule.num_k_blocks = num_k_blocks;
     params.schedule.row_group = make_divisor(row_group);
     params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
     params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);
@@ -235,16 +320,11 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     params.c_stride = problem.c_stride;
     params.m = static_cast<int>(problem.m);
     params.n = static_cast<int>(problem.n);
-    params.d_group_stride = problem.d_group_stride;
+    params.d_group_stride = d.group_stride;
     params.c_group_stride = problem.c_group_stride;
-    if (row.grouping == Grouping::kKGrouped) {
-        params.k_groups.layout = problem.group_layout;
-        params.k_groups.is_sizes = problem.layout == GroupLayout::kSizes;
-        params.k_groups.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
-        params.k_groups.first_group = static_cast<int>(problem.first_group);
-        params.k_groups.num_groups = static_cast<int>(problem.num_groups);
-        params.k_groups.k = static_cast<int>(problem.k);
-        params.k_groups.tiles_per_group = make_divisor(row_tiles * col_tiles);
+    params.block_scales_group_stride = problem.sfb.stride_group;
+    if (heads > 0) {
+        params.heads = {make_divisor(problem.head_left + problem.head_right), problem.head_left, problem.head_mid};
     }
 
     const RowResources resources = row_resources(row);

@@ -39,7 +39,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (const char* reason = operand_mismatch(row, problem)) return reason;
-    if (row.swap_ab && problem.m > row.block_m()) return "with swapped operands one tile holds all of M";
+    if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
+    if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
+        return "with swapped operands one tile holds all of M";
+    }
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
     if (row.block_m() % limits.block_m_multiple_of != 0) return "block_m is not the multiple asked for";
     if (row.block_n() % limits.block_n_multiple_of != 0) return "block_n is not the multiple asked for";
@@ -75,19 +78,19 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
 }
 
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
-    const int64_t rows = row.swap_ab ? problem.n : problem.m;
-    const int64_t cols = row.swap_ab ? problem.m : problem.n;
+    // With groups, a grid of tiles for each.
+    const int64_t m = expected_rows(problem);
+    const int64_t rows = row.swap_ab ? problem.n : m;
+    const int64_t cols = row.swap_ab ? m : problem.n;
     const int64_t tile_rows = row.block_rows * row.row_ctas;  // of a cluster
     const int64_t tile_cols = row.block_cols * row.col_ctas;
     const int64_t row_tiles = ceil_div(rows, tile_rows);
     const int64_t col_tiles = ceil_div(cols, tile_cols);
-    // K-grouped: each group has all tiles, and its part of K. Summed: the tiles are shared, K adds up.
-    const bool k_grouped = row.grouping == Grouping::kKGrouped;
-    const int64_t num_groups = std::max<int64_t>(problem.num_groups, 1);
-    const int64_t k = k_grouped                              ? ceil_div(problem.k, num_groups)
-                      : row.grouping == Grouping::kSummed ? problem.k * num_groups
-                                                             : problem.k;
-    const int64_t results = k_grouped ? num_groups : 1;
+    // K-grouped: each group has its part of K. Summed: all groups share the tiles, and K adds up.
+    const int64_t k = row.grouping == Grouping::kKGrouped ? ceil_div(problem.k, problem.num_groups)
+                      : row.grouping == Grouping::kSummed ? problem.k * problem.num_groups
+                                                          : problem.k;
+    const int64_t results = row.grouping == Grouping::kSummed ? 1 : problem.num_groups;
     const int64_t tiles = row_tiles * col_tiles * results;
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const int64_t full_waves = tiles / resident;
@@ -111,8 +114,9 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = (static_cast<double>(problem.m) + problem.n) * k * results * row.element_bytes() +
-                         static_cast<double>(problem.m) * problem.n * results * size_of(problem.d_type);
+    const double bytes = ((static_cast<double>(m) + problem.n) * k * row.element_bytes() +
+                          static_cast<double>(m) * problem.n * size_of(problem.d_type)) *
+                         results;
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
@@ -131,7 +135,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
     if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
-    if (row.grouping != problem.grouping) return "another kind of groups";
+    if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
         if (row.a_mn_major != problem.a_mn_major) return row.a_mn_major ? "MN-major A" : "K-major A";
         if (row.b_mn_major != problem.b_mn_major) return row.b_mn_major ? "MN-major B" : "K-major B";
@@ -151,14 +155,30 @@ Scaling scaling_of(const GemmProblem& problem) {
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
 
+Grouping grouping_of(const GemmProblem& problem) {
+    return problem.head_left + problem.head_right > 0 ? Grouping::kBatched : problem.grouping;
+}
+
+bool fits_alignment(const GemmRow& row, const GemmProblem& problem) {
+    return problem.layout != GroupLayout::kIndices || problem.group_alignment % row.block_m() == 0;
+}
+
+int64_t expected_rows(const GemmProblem& problem) {
+    if (problem.grouping != Grouping::kMGrouped) return problem.m;
+    const int64_t most = problem.layout == GroupLayout::kMasked ? problem.m : ceil_div(problem.m, problem.num_groups);
+    return problem.expected_m > 0 ? std::min(problem.expected_m, problem.m) : most;
+}
+
 std::string row_name(const GemmRow& row) {
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
     }
+    name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
+    if (row.grouping == Grouping::kMGrouped) name += "_mgrouped";
+    if (row.grouping == Grouping::kBatched) name += "_batched";
     if (row.grouping == Grouping::kKGrouped) name += "_kgrouped";
     if (row.grouping == Grouping::kSummed) name += "_summed";
-    name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
     if (row.gran_k == 32) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);

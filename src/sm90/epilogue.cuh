@@ -24,7 +24,9 @@ public:
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
     static constexpr int kStagedBoxes = kLayout.staged_boxes();  // of each part
-    static constexpr bool kHasGroups = kLayout.is_k_grouped();
+    static constexpr bool kHasGroups = kLayout.has_groups() || kLayout.is_k_grouped();
+    static constexpr bool kMGrouped = kLayout.row.grouping == Grouping::kMGrouped;
+    static constexpr bool kHasHeads = kLayout.row.grouping == Grouping::kBatched;
     using Staging = uint8_t[kRowParts][kStagedBoxes][kBoxBytes];
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
@@ -34,7 +36,14 @@ public:
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
         const int thread_col = col + lane % 4 * 2;
-        if (params.c != nullptr) {
+        if constexpr (kMGrouped) {
+            if (work.group_end < work.store_end) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    clear_padding(work.group_end, rows[part] + thread_row, thread_col, values[part]);
+                }
+            }
+        } else if (params.c != nullptr) {
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if (params.d_is_float) {
@@ -72,6 +81,31 @@ private:
         return matrix;
     }
 
+    // Where the rows of D end that this tile may store.
+    __device__ __forceinline__ static int end_of_rows(const GemmParams& params, const WorkTile& work) {
+        if constexpr (kMGrouped) return work.store_end;
+        return params.m;
+    }
+
+    // Where a column of the product lies in D.
+    __device__ __forceinline__ static int d_col(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) {
+            const HeadMap& heads = params.heads;
+            if (heads.width.divisor != 0) {
+                const int head = divide(col, heads.width);
+                const bool is_right = col - head * heads.width.divisor >= heads.left;
+                return col + (head + is_right) * heads.mid;
+            }
+        }
+        return col;
+    }
+
+    // From a column of the product to the next one, in D.
+    __device__ __forceinline__ static int d_distance(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) return d_col(params, col + 1) - d_col(params, col);
+        return 1;
+    }
+
     // Boxes of FP32 have half the columns of BF16 ones.
     template <class Element>
     __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work, Staging& staging,
@@ -96,7 +130,17 @@ private:
             }
             ptx::fence_async_shared();
             ptx::named_barrier_sync(barrier_id, 128);
-            if (thread == 0) {
+            if constexpr (kHasGroups) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+#pragma unroll
+                    for (int box = 0; box < kStagedBoxes; ++box) {
+                        const int first_col = kSwapAB ? rows[part] : col + (first_box + box) * kElementCols;
+                        store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
+                    }
+                }
+                if (thread == 0) ptx::tma_store_commit();
+            } else if (thread == 0) {
 #pragma unroll
                 for (int part = 0; part < kRowParts; ++part) {
                     if constexpr (kSwapAB) {
@@ -104,26 +148,13 @@ private:
                     } else {
 #pragma unroll
                         for (int box = 0; box < kStagedBoxes; ++box) {
-                            store_box(params, work, staging[part][box], col + (first_box + box) * kElementCols,
-                                      rows[part]);
+                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kElementCols,
+                                              rows[part]);
                         }
                     }
                 }
                 ptx::tma_store_commit();
             }
-        }
-    }
-
-    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
-                                                     int col, int row) {
-        if constexpr (kHasGroups) {
-            if (params.output_mode == kAddTma) {
-                ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
-            } else {
-                ptx::tma_store_3d(params.d_map, box, col, row, work.token_group);
-            }
-        } else {
-            ptx::tma_store_2d(params.d_map, box, col, row);
         }
     }
 
@@ -147,6 +178,52 @@ private:
                 slot[8 * 128 / sizeof(float2)] = other ? make_float2(pair[6], pair[7]) : make_float2(pair[2], pair[3]);
             }
         }
+    }
+
+    // A staged box, whose first element is (row, col) of the product. Where a group ends inside it, the threads copy its
+    // rows: TMA would write those of the next group.
+    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
+                                                     int row, int col, int thread) {
+        constexpr int kRowBytes = kBoxCols * 2;
+        constexpr int kChunks = kRowBytes / 16;
+        const int count = end_of_rows(params, work) - row;
+        // TMA leaves out what lies outside of D.
+        const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
+        if (is_whole) {
+            if (count <= 0 || thread != 0) return;
+            if constexpr (kLayout.stages_float()) {
+                if (params.output_mode == kAddTma) {
+                    ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
+                    return;
+                }
+            }
+            ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
+            return;
+        }
+        auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
+#pragma unroll 1
+        for (int i = thread; i < count * kChunks; i += 128) {
+            const int box_row = i / kChunks;
+            const int swizzle = box_row / (128 / kRowBytes) % kChunks;
+            const auto* source = reinterpret_cast<const uint4*>(box + box_row * kRowBytes + (i % kChunks ^ swizzle) * 16);
+            const int first = col + i % kChunks * 8;
+            __nv_bfloat16* destination = d + (row + box_row) * params.d_stride + first;
+            if (first + 8 <= params.n) {
+                *reinterpret_cast<uint4*>(destination) = *source;
+            } else {
+                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(source);
+                for (int element = 0; first + element < params.n; ++element) destination[element] = elements[element];
+            }
+        }
+    }
+
+    // Rows of D from `end` on are padding.
+    __device__ __forceinline__ static void clear_padding(int end, int thread_row, int thread_col,
+                                                         float (&values)[kColGroups * 4]) {
+        for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
+            if ((kSwapAB ? col : row) >= end) values[i] = 0;
+            if ((kSwapAB ? col + 1 : row) >= end) values[i + 1] = 0;
+        });
     }
 
     // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
@@ -211,8 +288,7 @@ private:
 
     template <class Element>
     __device__ __forceinline__ static void add_c(const GemmParams& params, const WorkTile& work, int thread_row,
-                                                 int thread_col,
-                                                 float (&values)[kColGroups * 4]) {
+                                                 int thread_col, float (&values)[kColGroups * 4]) {
         const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
@@ -236,23 +312,25 @@ private:
 
     template <class Element>
     __device__ __forceinline__ static void store_direct(const GemmParams& params, const WorkTile& work, int thread_row,
-                                                        int thread_col,
-                                                        const float (&values)[kColGroups * 4]) {
+                                                        int thread_col, const float (&values)[kColGroups * 4]) {
         Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
-                if (col < params.m) d[col * params.d_stride + row] = static_cast<Element>(values[i]);
-                if (col + 1 < params.m) d[(col + 1) * params.d_stride + row] = static_cast<Element>(values[i + 1]);
+                const int d_row = d_col(params, row);
+                if (col < end_of_rows(params, work)) d[col * params.d_stride + d_row] = static_cast<Element>(values[i]);
+                if (col + 1 < end_of_rows(params, work)) {
+                    d[(col + 1) * params.d_stride + d_row] = static_cast<Element>(values[i + 1]);
+                }
             } else {
-                if (row >= params.m) return;
-                Element* destination = d + row * params.d_stride + col;
+                if (row >= end_of_rows(params, work)) return;
+                Element* destination = d + row * params.d_stride + d_col(params, col);
                 const Pair<Element> pair{static_cast<Element>(values[i]), static_cast<Element>(values[i + 1])};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {
                     if (col < params.n) destination[0] = pair.x;
-                    if (col + 1 < params.n) destination[1] = pair.y;
+                    if (col + 1 < params.n) destination[d_distance(params, col)] = pair.y;
                 }
             }
         });

@@ -5,14 +5,11 @@
 
 namespace deep_gemm::sm90 {
 
-inline constexpr OperandType kBF16 = OperandType::kBF16;
-inline constexpr OperandType kFP8 = OperandType::kFP8;
-inline constexpr Grouping kDense = Grouping::kDense;
-inline constexpr Grouping kKGrouped = Grouping::kKGrouped;
-inline constexpr Grouping kSummed = Grouping::kSummed;
+using enum OperandType;
+using enum Grouping;
 
 inline constexpr GemmRow kGemmRows[] = {
-    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands, grouping,
+    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands (FP8), grouping (dense),
     // a_mn_major, b_mn_major
 
     // Large M.
@@ -78,6 +75,36 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 64, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 16, 1, 1, 4, true, kScaling1D1D, 32},
+
+    // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
+    {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 64, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 8, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D1D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D1D, 32, kFP8, kMGrouped},
+
+    // Batched. Also dense products whose result has gaps between heads.
+    {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kBatched},
 
     // BF16, the large tiles with and without sharing a panel; those for M up to 32 have the weights on the M side.
     {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16},

@@ -63,9 +63,13 @@ class GemmKernel {
     static constexpr bool kKGrouped = kLayout.is_k_grouped();
     static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
     static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
-    using Scheduler =
-        std::conditional_t<kKGrouped, typename Traits::KGroups,
-                           DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>;
+    using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
+    using Scheduler = std::conditional_t<
+        kRow.grouping == Grouping::kMGrouped, QueueReader,
+        std::conditional_t<
+            kRow.grouping == Grouping::kBatched, BatchedScheduler<kRow.block_rows, kBlockCols>,
+            std::conditional_t<kKGrouped, typename Traits::KGroups,
+                               DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>>>;
     using State = PipelineState<kNumStages>;
 
 public:
@@ -91,11 +95,15 @@ public:
                 ptx::mbarrier_init(shared.reduce_full, (kSplitK - 1) * kConsumerWarps);
                 ptx::mbarrier_init(shared.reduce_empty, (kSplitK - 1) * kConsumerWarps);
             }
+            // Read by the consumers, the TMA thread and, where there is one, the warp that loads block scales.
+            if constexpr (kLayout.has_work_queue()) {
+                shared.groups.queue.init(kConsumerWarps + 1 + kLayout.has_block_scales());
+            }
             ptx::fence_mbarrier_init();
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler = make_scheduler(params, shared, rank);
+        Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
         ptx::grid_dependency_wait();
         if constexpr (kKGrouped) {
             if (warp == 0) Scheduler::build(params.k_groups, shared.k_groups);
@@ -106,7 +114,10 @@ public:
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
             if (warp == 0 && ptx::elect_one()) load_operands(params, shared, scheduler, rank);
             if constexpr (kLayout.has_block_scales()) {
-                if (warp == 1) load_block_scales(params.block_scales, shared, scheduler);
+                if (warp == 1) load_block_scales(params, shared, scheduler);
+            }
+            if constexpr (kLayout.has_work_queue()) {
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
@@ -121,9 +132,14 @@ private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
 
-    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, const Storage& shared,
-                                                               uint32_t rank) {
-        if constexpr (kKGrouped) {
+    // Each role has a copy. `one_thread`: the role is one thread of its warp.
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
+                                                               bool one_thread) {
+        if constexpr (kRow.grouping == Grouping::kMGrouped) {
+            return QueueReader(shared.groups.queue, one_thread);
+        } else if constexpr (kRow.grouping == Grouping::kBatched) {
+            return Scheduler(params.schedule, params.batch);
+        } else if constexpr (kKGrouped) {
             return Scheduler(params.schedule, params.k_groups, shared.k_groups, rank);
         } else {
             return Scheduler(params.schedule, rank);
@@ -171,6 +187,10 @@ private:
                     ptx::tma_load_3d(params.cols_map, full, cols, k_of_product, work.col, product, kHint);
                     continue;
                 }
+                if constexpr (kLayout.has_groups()) {
+                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
+                    continue;
+                }
                 load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
                                                                                    work.row, part, sharers);
                 load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
@@ -187,17 +207,19 @@ private:
         }
     }
 
-    // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`.
-    template <bool kMnMajor, int kPart, bool kShared>
+    // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`. `kHasGroups`: of matrix `group`.
+    template <bool kMnMajor, int kPart, bool kShared, bool kHasGroups = false>
     __device__ __forceinline__ static void load_panel(const CUtensorMap& map, ptx::Barrier& full, uint8_t* tile, int k,
-                                                      int mn, int part, uint16_t sharers) {
+                                                      int mn, int part, uint16_t sharers, int group = 0) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         if constexpr (kShared) {
             tile += part * kPart * kBlockK;
             mn += part * kPart;
         }
         const auto load = [&](uint8_t* destination, int x, int y) {
-            if constexpr (kShared) {
+            if constexpr (kHasGroups) {
+                ptx::tma_load_3d(map, full, destination, x, y, group, kHint);
+            } else if constexpr (kShared) {
                 ptx::tma_load_2d_multicast(map, full, destination, x, y, sharers, kHint);
             } else {
                 ptx::tma_load_2d(map, full, destination, x, y, kHint);
@@ -211,20 +233,44 @@ private:
         }
     }
 
+    // With the group as a third coordinate.
+    __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
+                                                               const WorkTile& work, int k, int k_group) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int row_group = kRow.swap_ab ? work.group : work.token_group;
+        const int col_group = kRow.swap_ab ? work.token_group : work.group;
+        ptx::Barrier& full = shared.full[stage_idx];
+        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx], k,
+                                                                          work.row, 0, 0, row_group);
+        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
+                                                                     work.col, 0, 0, col_group);
+        if constexpr (kLayout.row_scales_are_vector()) {
+            ptx::tma_load_3d(params.row_scales_map, full, shared.row_scales[stage_idx], work.row, k_group, row_group,
+                             kHint);
+        }
+        if constexpr (kLayout.col_scales_are_vector()) {
+            ptx::tma_load_3d(params.col_scales_map, full, shared.col_scales[stage_idx], work.col, k_group, col_group,
+                             kHint);
+        }
+    }
+
     // ---- producer, warp 1 ----
 
-    __device__ __forceinline__ static void load_block_scales(const ScaleSource& source, Storage& shared,
+    __device__ __forceinline__ static void load_block_scales(const GemmParams& params, Storage& shared,
                                                              Scheduler scheduler) {
         PipelineState<kScaleChunks> state;
         WorkTile work;
         while (scheduler.next(work)) {
             const int block = (kRow.swap_ab ? work.row : work.col) / 128;
+            const ScaleSource& source = params.block_scales;
+            int64_t of_group = 0;
+            if constexpr (kLayout.has_groups()) of_group = work.group * params.block_scales_group_stride;
             const int last = work.k_block + work.num_k_blocks - 1;
 #pragma unroll 1
             for (int k_block = work.k_block; k_block <= last; k_block += kScaleChunk, state.advance()) {
                 const int chunk = state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_empty[chunk], state.phase ^ 1);
-                load_scale_chunk(source, block, k_block, last, shared.block_scales[chunk]);
+                load_scale_chunk(source, of_group, block, k_block, last, shared.block_scales[chunk]);
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.scales_full[chunk]);
             }
@@ -248,6 +294,7 @@ private:
             } else {
                 accumulate(shared, state, scale_state, work, warpgroup, thread, total);
             }
+            if constexpr (kLayout.has_work_queue()) scheduler.read(work);
 
             int rows[kRowParts];
 #pragma unroll

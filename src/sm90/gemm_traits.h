@@ -37,6 +37,11 @@ struct GemmLayout {
     }
     constexpr int producer_registers() const { return num_consumer_warpgroups() == 3 ? 32 : 40; }
 
+    // Tensor maps have the group as a third dimension.
+    constexpr bool has_groups() const { return row.grouping == Grouping::kMGrouped || row.grouping == Grouping::kBatched; }
+    // One warp finds the tiles, for all roles.
+    constexpr bool has_work_queue() const { return row.grouping == Grouping::kMGrouped; }
+
     constexpr int k_groups() const { return has_scales() ? kBlockK / row.gran_k : 1; }
 
     // Where a tile has one scale for each of its rows, or columns, and where one for each block of 128 that it touches. A
@@ -90,9 +95,11 @@ struct GemmLayout {
         return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
                align_up(col_scale_bytes(), 128) + 16;
     }
+    constexpr int work_queue_bytes() const { return has_work_queue() ? 8 * kMaxGroups + 256 : 0; }
     constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }
     constexpr int fixed_bytes() const {
-        return group_table_bytes() + staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
+        return work_queue_bytes() + group_table_bytes() + staging_bytes() + reduce_bytes() +
+               kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
     }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
@@ -130,13 +137,15 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_cols / 8 % layout.num_slices() != 0) return "split K must divide the columns evenly, 8 at a time";
     if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
+    if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
         return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";
     }
     if (layout.is_k_grouped() && layout.is_bf16() && !(row.a_mn_major && row.b_mn_major)) {
         return "BF16 K-grouped operands are MN-major";
     }
-    if (row.grouping == Grouping::kSummed && (!layout.is_bf16() || row.multicast_ctas() > 1 || row.a_mn_major || row.b_mn_major)) {
+    if (row.grouping == Grouping::kSummed &&
+        (!layout.is_bf16() || row.multicast_ctas() > 1 || row.a_mn_major || row.b_mn_major)) {
         return "summed products are K-major BF16 without shared panels";
     }
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
