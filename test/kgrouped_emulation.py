@@ -164,7 +164,7 @@ class KGroupedCase(_Case):
                     product *= scales[0][block // 128, :, None].double() * scales[1][block // 128].double()
                 expected[group] += product
         if not is_bf16:
-            for start, end in places:
+            for _, end in places:
                 for x in operands:
                     x.view(torch.uint8)[:, end : ceil_div(end, 128) * 128] = 0
                 owned[end : ceil_div(end, 128) * 128] = True
@@ -211,8 +211,8 @@ class KGroupedCase(_Case):
 class SummedCase(_Case):
     """D = sum of A_g B_g^T over ``groups`` BF16 products (+ C), everything outside of the tensors poisoned with NaN.
 
-    The matrices of an operand lie one after the other, or, ``interleaved``, their rows in turns. ``d``, ``c`` and ``data``
-    are those of RowCase.
+    The matrices of an operand lie one after the other, or, ``interleaved``, their rows in turns. ``d``, ``c`` and
+    ``data`` are those of RowCase.
     """
 
     groups: int = 2

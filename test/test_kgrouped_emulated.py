@@ -65,7 +65,7 @@ def tile(row: Row) -> tuple[int, int]:
 @every_layout
 @pytest.mark.parametrize("data", ["integer", "normal"])
 def test_layouts(row: Row, layout: str, data: str) -> None:
-    """Groups of no element, one, a part of a block, whole blocks, more than there are stages; several tiles for each CTA.
+    """Groups of no element, one, a part of a block, whole blocks, more than there are stages, on one cluster.
 
     With ``psum`` NaN follows each group in both operands, and in its last block.
     """

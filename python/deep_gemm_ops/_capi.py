@@ -66,8 +66,9 @@ def instances() -> list[dict[str, Any]]:
 
     Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm" or "bf16_gemm"), ``kernel`` (a part of the
     mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
-    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d", "1d1d" or "none"), ``gran_k`` (0
-    without scales), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
+    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d",
+    "1d1d" or "none"), ``gran_k`` (0 without scales), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without
+    the library.
     """
     return [dict(row) for row in _instances()]
 

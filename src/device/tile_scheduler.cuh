@@ -16,19 +16,16 @@ namespace deep_gemm {
 struct alignas(16) WorkTile {
     int row;          // first row of the CTA's tile
     int col;          // first column
-    int k_block;      // first K block
+    int k_block;      // first K block; of K-grouped BF16 the first element, for groups start anywhere
     int num_k_blocks;
 
     // With groups: third coordinates in tensor maps. Schedulers of dense products leave what follows alone.
     int group;        // of B
     int token_group;  // of A, C and D; 0 where all groups share one matrix
     // M-grouped: along M, this tile's group ends before `group_end`, and what is stored before `store_end`; rows between
-    // the two are zeros.
+    // the two are zeros. K-grouped: the group ends before `group_end` along K.
     int group_end;
     int store_end;
-    // K-grouped: elements of K before the group, and in it.
-    int k_start;
-    int k_size;
 };
 
 __device__ __forceinline__ int divide(int x, const FastDivisor& by) {
@@ -167,9 +164,8 @@ public:
         this->locate(this->tile_ - group * groups_.tiles_per_group.divisor, work);
         const Part part = table_.parts[group];
         work.token_group = group;
-        work.k_start = part.start;
-        work.k_size = part.size;
-        work.k_block = part.start / kStageK;
+        work.group_end = part.start + part.size;
+        work.k_block = kPadded ? part.start / kStageK : part.start;
         work.num_k_blocks = (part.size + kStageK - 1) / kStageK;
         this->tile_ += this->step_;
         return true;

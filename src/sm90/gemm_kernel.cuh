@@ -173,7 +173,7 @@ private:
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                const int k = kRaggedK ? work.k_start + i * kStageK : (work.k_block + i) * kStageK;
+                const int k = kRaggedK ? work.k_block + i * kStageK : (work.k_block + i) * kStageK;
                 const int k_group = (work.k_block + i) * kKGroups;
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
@@ -431,7 +431,7 @@ private:
             const int s = state.stage_idx;
             ptx::mbarrier_wait(shared.full[s], state.phase);
             if constexpr (kRaggedK) {
-                const int left = work.k_size - i * kStageK;
+                const int left = work.group_end - work.k_block - i * kStageK;
                 if (left < kStageK) clear_end_of_stage(shared, s, left);
             }
             multiply_unscaled(shared, s, warpgroup, total);
