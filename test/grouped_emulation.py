@@ -39,7 +39,7 @@ def align(x: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """Groups of ``sizes`` rows on a row of the table, everything outside of the tensors, and padding, poisoned with NaN.
+    """Groups of ``sizes`` rows on a row of the table. Padding, and all that lies outside of the tensors, is NaN.
 
     ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
     ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``

@@ -187,15 +187,8 @@ def mutated_rows() -> list[Row]:
     kinds: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda row: row["block_m"] * row["block_n"]):
         multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
-        kind = (
-            row["grouping"],
-            row["scaling"],
-            row["gran_k"],
-            multicast,
-            reduction,
-            row["swap_ab"],
-            row["block_m"] == 256,
-        )
+        kind = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
+        kind += (row["grouping"],)
         if row["grouping"] == "k_grouped":  # what differs is the walk, and the end of a group
             kind = (row["grouping"], row["scaling"])
         kinds.setdefault(kind, row)

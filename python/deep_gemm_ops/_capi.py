@@ -14,12 +14,12 @@ from typing import Any
 
 from ._library import library_path
 
+#: SMs of an H100 or H200 (SXM), for selections made without a device.
+DEFAULT_NUM_SMS = 132
+
 #: The enumerators of Grouping (src/host/gemm_row.h) and GroupLayout (src/host/gemm_problem.h), in their order.
 GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched", "summed")
 GROUP_LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
-
-#: SMs of an H100 or H200 (SXM), for selections made without a device.
-DEFAULT_NUM_SMS = 132
 
 
 @functools.cache

@@ -293,7 +293,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         params.groups = make_group_schedule(problem, row, num_k_blocks, limits.num_sms);
         num_tiles = most_tiles(problem, params.groups, row.block_m());
     } else if (row.grouping == Grouping::kBatched) {
-        params.batch = {static_cast<int>(problem.num_groups), make_divisor(row_tiles * col_tiles)};
+        params.batch = {static_cast<int>(problem.num_groups), make_divisor(static_cast<int>(num_tiles))};
         num_tiles *= problem.num_groups;
     } else if (row.grouping == Grouping::kKGrouped) {
         params.k_groups = make_k_group_schedule(problem, row_tiles * col_tiles);

@@ -77,8 +77,16 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     return std::max({model.block_latency + parts * part, tensor, bytes / kFillBytes});
 }
 
+// M-grouped: tiles of all groups along M, on average where groups have 0.7 to 1.3 times the rows that are expected.
+int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
+    if (problem.layout == GroupLayout::kIndices) return ceil_div(problem.m, row.block_m());
+    constexpr int kSamples = 7;
+    int64_t tiles = 0;
+    for (int i = 0; i < kSamples; ++i) tiles += ceil_div(expected_rows(problem) * (7 + i), 10 * row.block_m());
+    return ceil_div(tiles * problem.num_groups, kSamples);
+}
+
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
-    // With groups, a grid of tiles for each.
     const int64_t m = expected_rows(problem);
     const int64_t rows = row.swap_ab ? problem.n : m;
     const int64_t cols = row.swap_ab ? m : problem.n;
@@ -91,15 +99,18 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
                       : row.grouping == Grouping::kSummed ? problem.k * problem.num_groups
                                                           : problem.k;
     const int64_t results = row.grouping == Grouping::kSummed ? 1 : problem.num_groups;
-    const int64_t tiles = row_tiles * col_tiles * results;
+    const bool is_m_grouped = problem.grouping == Grouping::kMGrouped;
+    const int64_t tiles = is_m_grouped ? tiles_along_m(row, problem) * (row.swap_ab ? row_tiles : col_tiles)
+                                       : row_tiles * col_tiles * results;
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const int64_t full_waves = tiles / resident;
     const int64_t left = tiles % resident;
 
     // A K block. TMA is slow where it fills in zeros, on average over the tiles:
-    const double outside = ((tile_rows - static_cast<double>(rows) / row_tiles) / row.row_ctas +
-                            (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas) *
-                           row.cluster_size() * std::min(tiles, resident);
+    double outside_rows = (tile_rows - static_cast<double>(rows) / row_tiles) / row.row_ctas;
+    double outside_cols = (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas;
+    if (is_m_grouped) (row.swap_ab ? outside_cols : outside_rows) = 0;  // other groups' rows follow
+    const double outside = (outside_rows + outside_cols) * row.cluster_size() * std::min(tiles, resident);
     const double tensor = row.block_rows / 64 * kColumnClocks * std::max<double>(row.block_cols, kLeastColumns);
     const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
@@ -114,9 +125,10 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = ((static_cast<double>(m) + problem.n) * k * row.element_bytes() +
-                          static_cast<double>(m) * problem.n * size_of(problem.d_type)) *
-                         results;
+    const double loaded = is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) * row.block_m()
+                                       : static_cast<double>(m) * results;
+    const double bytes = (loaded + static_cast<double>(problem.n) * results) * k * row.element_bytes() +
+                         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);

@@ -10,6 +10,10 @@
 // block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. All walk the same tiles; nobody
 // waits for a whole CTA after the start.
 //
+// Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
+// three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
+// tiles and hands them to the other roles in a queue.
+//
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
 // empty[s]       consumer warps of the CTAs this CTA loads for        stage s may be overwritten
@@ -17,6 +21,8 @@
 // scales_empty   consumer warps of this CTA                           the chunk may be overwritten
 // reduce_full    consumer warps of the other CTAs (split K)           their parts of my slice are in my shared memory
 // reduce_empty   consumer warps of the other CTAs (split K)           my parts have been read there: send the next ones
+// work full[s]   1 (a lane of warp 2, M-grouped)                      a tile is in slot s of the queue
+// work empty[s]  consumer warps, warp 0, warp 1 if it loads scales    all roles are done with it
 // named 1 + w    128                                                  consumer warpgroup w's staging buffer
 // named, last    all consumers (K-grouped BF16)                       the end of a stage is cleared
 #pragma once
