@@ -91,6 +91,69 @@ def test_weight_gradients() -> None:
     )
 
 
+def test_groups_along_k() -> None:
+    """Weight gradients of experts, and sums over a batch."""
+    lines = []
+    for groups, m, n, k in [(8, 2048, 7168, 32768), (8, 4096, 7168, 32768), (32, 512, 512, 8192), (256, 256, 64, 4096)]:
+        for recipe in [(1, 1, 128), None]:
+            choice = _capi.select(
+                m, n, k, recipe=recipe, layout="tn", float_output=True, grouping="k_grouped", num_groups=groups
+            )
+            lines.append(f"{groups} groups, {m} {n} {k}: {choice['name']}")
+    for groups, m, n, k in [(64, 128, 512, 128), (8, 4096, 4096, 1024), (512, 64, 128, 64), (4, 512, 512, 4096)]:
+        choice = _capi.select(m, n, k, recipe=None, grouping="summed", num_groups=groups)
+        lines.append(f"sum of {groups}, {m} {n} {k}: {choice['name']}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+8 groups, 2048 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped
+8 groups, 2048 7168 32768: sm90_bf16_tn_m128n256_kgrouped_rows2
+8 groups, 4096 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped
+8 groups, 4096 7168 32768: sm90_bf16_tn_m128n256_kgrouped_rows2
+32 groups, 512 512 8192: sm90_fp8_1d1d_m256n128_kgrouped
+32 groups, 512 512 8192: sm90_bf16_tn_m128n256_kgrouped
+256 groups, 256 64 4096: sm90_fp8_1d1d_m256n128_kgrouped
+256 groups, 256 64 4096: sm90_bf16_tn_m128n128_kgrouped
+sum of 64, 128 512 128: sm90_bf16_nt_m64n128_summed_splitk8
+sum of 8, 4096 4096 1024: sm90_bf16_nt_m128n256_summed
+sum of 512, 64 128 64: sm90_bf16_nt_m64n128_summed_splitk8
+sum of 4, 512 512 4096: sm90_bf16_nt_m64n128_summed_splitk8""",
+    )
+
+
+def test_bf16() -> None:
+    lines = []
+    for n, k in [(2112, 7168), (24576, 1536), (4096, 7168)]:
+        for m, layout in [(1, "nt"), (16, "nn"), (64, "nt"), (128, "tn"), (1024, "nt"), (4096, "nn"), (8192, "tt")]:
+            choice = _capi.select(m, n, k, recipe=None, layout=layout, num_sms=132)["name"]
+            lines.append(f"{m} {n} {k} {layout}: {choice}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
+16 2112 7168 nn: sm90_bf16_nn_m16n64_swap
+64 2112 7168 nt: sm90_bf16_nt_m64n32
+128 2112 7168 tn: sm90_bf16_tn_m64n64
+1024 2112 7168 nt: sm90_bf16_nt_m128n160
+4096 2112 7168 nn: sm90_bf16_nn_m128n192
+8192 2112 7168 tt: sm90_bf16_tt_m128n256_rows2
+1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
+16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
+64 24576 1536 nt: sm90_bf16_nt_m64n64
+128 24576 1536 tn: sm90_bf16_tn_m128n192
+1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
+4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
+8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
+1 4096 7168 nt: sm90_bf16_nt_m8n64_swap
+16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
+64 4096 7168 nt: sm90_bf16_nt_m64n32
+128 4096 7168 tn: sm90_bf16_tn_m64n64
+1024 4096 7168 nt: sm90_bf16_nt_m128n256_rows2
+4096 4096 7168 nn: sm90_bf16_nn_m128n256_rows2
+8192 4096 7168 tt: sm90_bf16_tt_m128n256_rows2""",
+    )
+
+
 def grouped(cases: list[dict]) -> str:
     lines = []
     for n, k in [(6144, 7168), (7168, 3072), (4096, 2048)]:
@@ -222,9 +285,10 @@ def test_costs_stay_sane_far_from_what_was_measured() -> None:
 def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
     """No row is dead: each supports some problem."""
     alive = set()
-    for recipe, grouping, (m, n, k) in itertools.product(
-        [(1, 128, 128), (1, 1, 128), (1, 1, 32)],
-        ["dense", "m_grouped", "batched"],
+    for recipe, layout, grouping, (m, n, k) in itertools.product(
+        [(1, 128, 128), (1, 1, 128), (1, 1, 32), None],
+        ["nt", "nn", "tn", "tt"],
+        _capi.GROUPINGS,
         [(1, 256, 4096), (128, 2112, 7168), (4096, 7168, 2048)],
     ):
         candidates = _capi.select(
@@ -232,6 +296,7 @@ def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
             n,
             k,
             recipe=recipe,
+            layout=layout,
             grouping=grouping,
             group_layout="offsets" if grouping == "m_grouped" else "none",
         )["candidates"]
