@@ -70,8 +70,10 @@ def test_layouts(row: Row, layout: str) -> None:
 
 
 @m_grouped
-@every_layout
-@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+@pytest.mark.parametrize(
+    "layout, d",
+    [("indices", "tma"), ("psum", "tma"), ("psum", "direct"), ("offsets", "float32"), ("masked", "direct")],
+)
 def test_outputs(row: Row, layout: str, d: str) -> None:
     """Each way to store D, with padding set to zero where there is any. N is odd."""
     m, n = row["block_m"], row["block_n"]
@@ -119,12 +121,10 @@ HOSTILE = {
 @every_layout
 def test_hostile_layouts(row: Row, layout: str) -> None:
     """They may cost values, never memory: the emulator reports any access outside of the tensors."""
-    for values in HOSTILE[layout]:
-        for zero_padding in (False, True):
-            sizes = (300, 300, 300) if layout == "masked" else (0, 0, 0)
-            case = GroupedCase(row["name"], layout, sizes, 20, 140, alignment(row), values=values, num_sms=4)
-            tail = 0 if layout == "masked" else 300
-            dataclasses.replace(case, tail=tail, zero_padding=zero_padding).run()
+    for i, values in enumerate(HOSTILE[layout]):
+        sizes = (300, 300, 300) if layout == "masked" else (0, 0, 0)
+        case = GroupedCase(row["name"], layout, sizes, 20, 140, alignment(row), values=values, num_sms=4)
+        dataclasses.replace(case, tail=0 if layout == "masked" else 300, zero_padding=i % 2 == 0).run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
