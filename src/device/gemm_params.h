@@ -25,6 +25,52 @@ struct DenseSchedule {
     FastDivisor tiles_per_group;
 };
 
+// Products that are alike, one after the other: `schedule` is that of one of them.
+struct BatchSchedule {
+    int num_batches;
+    FastDivisor tiles_per_batch;
+};
+
+// What the numbers at MGroupSchedule::layout are.
+enum GroupTable : int {
+    kGroupOfRow,   // for each row its group, or a number outside [0, num_groups): the row is padding
+    kEndOfGroup,   // for each group where it ends; the next one starts there, rounded up to `alignment`
+    kRowsOfGroup,  // for each group how many of its `rows` rows count
+};
+inline constexpr int kMaxGroups = 1024;  // of kEndOfGroup and kRowsOfGroup
+
+// Work for MGroupedScheduler (tile_scheduler.cuh). "Rows" are those of A and D, whatever the instruction's rows are.
+struct MGroupSchedule {
+    const int32_t* layout;  // in device memory, perhaps written by the kernel before this one
+    GroupTable table;
+    int num_groups;
+    int alignment;
+    int rows;          // of A and D; with kRowsOfGroup of each group
+    int col_tiles;     // tiles along N
+    int row_tiles;     // tiles of a group along M that are walked together before the next along N
+    int num_k_blocks;
+    bool zero_padding; // rows of D that belong to no group are stored as zeros, otherwise left alone
+};
+
+// Heads of `width` columns of the product, the last of which, from `left` on, lie `mid` columns further right in D.
+struct HeadMap {
+    FastDivisor width;  // divisor 0: none
+    int left;
+    int mid;
+};
+
+// Work for KGroupedScheduler (tile_scheduler.cuh): groups own parts of K, and what says which lies in device memory.
+struct KGroupSchedule {
+    const int32_t* layout;
+    bool is_sizes;     // it holds K of each group; otherwise where each ends
+    int alignment;     // in the latter case: the next group starts there, rounded up
+    int first_group;   // of this launch; those before only have their share of K
+    int num_groups;    // of this launch
+    int k;             // of the operands
+    FastDivisor tiles_per_group;
+};
+inline constexpr int kMaxKGroups = 256;  // of a launch
+
 // FP32 scale factors of blocks, with any strides: entry (i, g) is data[i * stride_mn + g * stride_k].
 struct ScaleSource {
     const float* data;
@@ -34,7 +80,8 @@ struct ScaleSource {
 };
 
 enum OutputMode : int {
-    kStoreTma,     // BF16 through shared memory and TMA
+    kStoreTma,     // BF16, of some rows FP32, through shared memory and TMA
+    kAddTma,       // FP32 through shared memory and TMA, which adds it to what D holds
     kStoreDirect,  // predicated stores from registers: FP32, or BF16 rows that TMA cannot address
 };
 
@@ -56,6 +103,18 @@ struct GemmParams {
     OutputMode output_mode;
     bool d_is_float;
     bool d_pairs;          // two neighbours of a row of D (and of C) may be accessed at once
+
+    // Grouped and batched rows, most of whose tensor maps have the group as a third dimension.
+    int64_t d_group_stride;  // elements
+    int64_t c_group_stride;
+    int64_t block_scales_group_stride;
+    MGroupSchedule groups;
+    KGroupSchedule k_groups;
+    BatchSchedule batch;
+    HeadMap heads;
+
+    // Summed: all K blocks of a product, before those of the next one.
+    FastDivisor k_blocks_of_product;
 };
 
 }  // namespace deep_gemm

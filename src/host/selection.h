@@ -25,7 +25,19 @@ struct Candidate {
 // The scaling that a problem's granularities ask for.
 Scaling scaling_of(const GemmProblem& problem);
 
-// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2".
+// The kind of rows that run a problem. Gaps between the heads of a dense product are a matter of the batched ones.
+Grouping grouping_of(const GemmProblem& problem);
+
+// Whether no tile of a row can touch two groups.
+bool fits_alignment(const GemmRow& row, const GemmProblem& problem);
+
+// Rows of a group that selection counts on.
+int64_t expected_rows(const GemmProblem& problem);
+
+// What kind of operands a row is for, where these are not the problem's, or null.
+const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem);
+
+// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2" or "sm90_bf16_nt_m128n256".
 std::string row_name(const GemmRow& row);
 
 // One entry per row, in the table's order.

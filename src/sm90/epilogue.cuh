@@ -6,6 +6,7 @@
 #include "../device/gemm_params.h"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 #include "wgmma.cuh"
 
@@ -23,82 +24,221 @@ public:
     static constexpr int kBoxCols = kLayout.box_cols();
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
+    static constexpr int kStagedBoxes = kLayout.staged_boxes();  // of each part
+    static constexpr bool kHasGroups = kLayout.has_groups() || kLayout.is_k_grouped();
+    static constexpr bool kMGrouped = kLayout.row.grouping == Grouping::kMGrouped;
+    static constexpr bool kHasHeads = kLayout.row.grouping == Grouping::kBatched;
+    using Staging = uint8_t[kRowParts][kStagedBoxes][kBoxBytes];
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes],
+    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work, Staging& staging,
                                                  int barrier_id, const int (&rows)[kRowParts], int col, int thread,
                                                  float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
         const int thread_col = col + lane % 4 * 2;
-        if (params.c != nullptr) {
+        if constexpr (kMGrouped) {
+            if (work.group_end < work.store_end) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    clear_padding(work.group_end, rows[part] + thread_row, thread_col, values[part]);
+                }
+            }
+        } else if (params.c != nullptr) {
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if (params.d_is_float) {
-                    add_c<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 } else {
-                    add_c<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 }
             }
         }
+        if constexpr (kLayout.stages_float()) {
+            if (params.output_mode != kStoreDirect && params.d_is_float) {
+                store_tma<float>(params, work, staging, barrier_id, rows, col, thread, values);
+                return;
+            }
+        }
         if (params.output_mode == kStoreTma) {
-            store_tma(params, staging, barrier_id, rows, col, thread, values);
+            store_tma<__nv_bfloat16>(params, work, staging, barrier_id, rows, col, thread, values);
             return;
         }
 #pragma unroll
         for (int part = 0; part < kRowParts; ++part) {
             if (params.d_is_float) {
-                store_direct<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
             } else {
-                store_direct<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
             }
         }
     }
 
 private:
-    __device__ __forceinline__ static void store_tma(const GemmParams& params,
-                                                     uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
-                                                     const int (&rows)[kRowParts], int col, int thread,
-                                                     const float (&values)[kRowParts][kColGroups * 4]) {
-        // The staging memory is free once the previous tile's stores have read it.
-        if (thread == 0) ptx::tma_store_wait_read<0>();
-        ptx::named_barrier_sync(barrier_id, 128);
-#pragma unroll
-        for (int part = 0; part < kRowParts; ++part) {
-            if constexpr (kSwapAB) {
-                stage_transposed(staging[part][0], thread, values[part]);
-            } else {
-                stage(staging[part][0], thread, values[part]);
+    // The group's part of C or D.
+    template <class Element>
+    __device__ __forceinline__ static Element* of_group(Element* matrix, int64_t group_stride, const WorkTile& work) {
+        if constexpr (kHasGroups) return matrix + work.token_group * group_stride;
+        return matrix;
+    }
+
+    // Where the rows of D end that this tile may store.
+    __device__ __forceinline__ static int end_of_rows(const GemmParams& params, const WorkTile& work) {
+        if constexpr (kMGrouped) return work.store_end;
+        return params.m;
+    }
+
+    // Where a column of the product lies in D.
+    __device__ __forceinline__ static int d_col(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) {
+            const HeadMap& heads = params.heads;
+            if (heads.width.divisor != 0) {
+                const int head = divide(col, heads.width);
+                const bool is_right = col - head * heads.width.divisor >= heads.left;
+                return col + (head + is_right) * heads.mid;
             }
         }
-        ptx::fence_async_shared();
-        ptx::named_barrier_sync(barrier_id, 128);
-        if (thread == 0) {
+        return col;
+    }
+
+    // From a column of the product to the next one, in D.
+    __device__ __forceinline__ static int d_distance(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) return d_col(params, col + 1) - d_col(params, col);
+        return 1;
+    }
+
+    // Boxes of FP32 have half the columns of BF16 ones.
+    template <class Element>
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work, Staging& staging,
+                                                     int barrier_id, const int (&rows)[kRowParts], int col, int thread,
+                                                     const float (&values)[kRowParts][kColGroups * 4]) {
+        constexpr int kElementBoxes = kBoxes * static_cast<int>(sizeof(Element)) / 2;
+        constexpr int kElementCols = kBoxCols * 2 / static_cast<int>(sizeof(Element));
+#pragma unroll
+        for (int first_box = 0; first_box < kElementBoxes; first_box += kStagedBoxes) {
+            // The staging memory is free once the stores before, often the previous tile's, have read it.
+            if (thread == 0) ptx::tma_store_wait_read<0>();
+            ptx::named_barrier_sync(barrier_id, 128);
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if constexpr (kSwapAB) {
-                    ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    stage_transposed(staging[part][0], thread, values[part]);
+                } else if constexpr (sizeof(Element) == 4) {
+                    stage_float(staging[part][0], first_box, thread, values[part]);
                 } else {
-#pragma unroll
-                    for (int box = 0; box < kBoxes; ++box) {
-                        ptx::tma_store_2d(params.d_map, staging[part][box], col + box * kBoxCols, rows[part]);
-                    }
+                    stage(staging[part][0], first_box, thread, values[part]);
                 }
             }
-            ptx::tma_store_commit();
+            ptx::fence_async_shared();
+            ptx::named_barrier_sync(barrier_id, 128);
+            if constexpr (kHasGroups) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+#pragma unroll
+                    for (int box = 0; box < kStagedBoxes; ++box) {
+                        const int first_col = kSwapAB ? rows[part] : col + (first_box + box) * kElementCols;
+                        store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
+                    }
+                }
+                if (thread == 0) ptx::tma_store_commit();
+            } else if (thread == 0) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    if constexpr (kSwapAB) {
+                        ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    } else {
+#pragma unroll
+                        for (int box = 0; box < kStagedBoxes; ++box) {
+                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kElementCols,
+                                              rows[part]);
+                        }
+                    }
+                }
+                ptx::tma_store_commit();
+            }
         }
     }
 
+    // Boxes of 64 rows and 32 columns of FP32, a row of 128 bytes swizzled as TMA expects it. A thread has two columns, 8
+    // bytes: those in odd rows write a box's column groups in another order, which keeps banks apart.
+    __device__ __forceinline__ static void stage_float(uint8_t* boxes, int first_box, int thread,
+                                                       const float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int d_row = thread / 32 * 16 + lane / 4;
+        const bool is_odd = d_row % 2 != 0;
+        uint8_t* upper = boxes + d_row * 128 + lane % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < kStagedBoxes * 4; i += 2) {
+            const float* pair = values + (first_box * 4 + i) * 4;  // two groups of 8 columns
+#pragma unroll
+            for (int turn = 0; turn < 2; ++turn) {
+                const int other = turn ^ is_odd;
+                const int chunk = ((i % 4 + other) * 2 + lane % 4 / 2) ^ (d_row % 8);
+                auto* slot = reinterpret_cast<float2*>(upper + i / 4 * kBoxBytes + chunk * 16);
+                slot[0] = other ? make_float2(pair[4], pair[5]) : make_float2(pair[0], pair[1]);
+                slot[8 * 128 / sizeof(float2)] = other ? make_float2(pair[6], pair[7]) : make_float2(pair[2], pair[3]);
+            }
+        }
+    }
+
+    // A staged box, whose first element is (row, col) of the product. Where a group ends inside it, the threads copy its
+    // rows: TMA would write those of the next group.
+    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
+                                                     int row, int col, int thread) {
+        constexpr int kRowBytes = kBoxCols * 2;
+        constexpr int kChunks = kRowBytes / 16;
+        const int count = end_of_rows(params, work) - row;
+        // TMA leaves out what lies outside of D.
+        const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
+        if (is_whole) {
+            if (count <= 0 || thread != 0) return;
+            if constexpr (kLayout.stages_float()) {
+                if (params.output_mode == kAddTma) {
+                    ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
+                    return;
+                }
+            }
+            ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
+            return;
+        }
+        auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
+#pragma unroll 1
+        for (int i = thread; i < count * kChunks; i += 128) {
+            const int box_row = i / kChunks;
+            const int swizzle = box_row / (128 / kRowBytes) % kChunks;
+            const auto* source = reinterpret_cast<const uint4*>(box + box_row * kRowBytes + (i % kChunks ^ swizzle) * 16);
+            const int first = col + i % kChunks * 8;
+            __nv_bfloat16* destination = d + (row + box_row) * params.d_stride + first;
+            if (first + 8 <= params.n) {
+                *reinterpret_cast<uint4*>(destination) = *source;
+            } else {
+                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(source);
+                for (int element = 0; first + element < params.n; ++element) destination[element] = elements[element];
+            }
+        }
+    }
+
+    // Rows of D from `end` on are padding.
+    __device__ __forceinline__ static void clear_padding(int end, int thread_row, int thread_col,
+                                                         float (&values)[kColGroups * 4]) {
+        for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
+            if ((kSwapAB ? col : row) >= end) values[i] = 0;
+            if ((kSwapAB ? col + 1 : row) >= end) values[i + 1] = 0;
+        });
+    }
+
     // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
-    __device__ __forceinline__ static void stage(uint8_t* boxes, int thread, const float (&values)[kColGroups * 4]) {
+    __device__ __forceinline__ static void stage(uint8_t* boxes, int first_box, int thread,
+                                                 const float (&values)[kColGroups * 4]) {
         constexpr int kRowBytes = kBoxCols * 2;
         const int lane = thread % 32;
         const int d_row = thread / 32 * 16 + lane % 16;
         const int swizzle = d_row / (128 / kRowBytes) % (kRowBytes / 16);
         const uint32_t row_address = ptx::smem_address(boxes) + d_row * kRowBytes;
 #pragma unroll
-        for (int j = 0; j < kColGroups; j += 2) {
-            const int box = j * 8 / kBoxCols;
+        for (int i = 0; i < kStagedBoxes * kBoxCols / 8; i += 2) {
+            const int j = first_box * (kBoxCols / 8) + i;
+            const int box = i * 8 / kBoxCols;
             const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
             ptx::stmatrix_x4(row_address + box * kBoxBytes + chunk * 16, pack(values, j, 0), pack(values, j, 2),
                              pack(values, j + 1, 0), pack(values, j + 1, 2));
@@ -148,9 +288,9 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void add_c(const GemmParams& params, int thread_row, int thread_col,
-                                                 float (&values)[kColGroups * 4]) {
-        const Element* c = static_cast<const Element*>(params.c);
+    __device__ __forceinline__ static void add_c(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                 int thread_col, float (&values)[kColGroups * 4]) {
+        const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
@@ -172,24 +312,27 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void store_direct(const GemmParams& params, int thread_row, int thread_col,
-                                                        const float (&values)[kColGroups * 4]) {
-        Element* d = static_cast<Element*>(params.d);
+    __device__ __forceinline__ static void store_direct(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                        int thread_col, const float (&values)[kColGroups * 4]) {
+        Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
-                if (col < params.m) d[col * params.d_stride + row] = static_cast<Element>(values[i]);
-                if (col + 1 < params.m) d[(col + 1) * params.d_stride + row] = static_cast<Element>(values[i + 1]);
+                const int d_row = d_col(params, row);
+                if (col < end_of_rows(params, work)) d[col * params.d_stride + d_row] = static_cast<Element>(values[i]);
+                if (col + 1 < end_of_rows(params, work)) {
+                    d[(col + 1) * params.d_stride + d_row] = static_cast<Element>(values[i + 1]);
+                }
             } else {
-                if (row >= params.m) return;
-                Element* destination = d + row * params.d_stride + col;
+                if (row >= end_of_rows(params, work)) return;
+                Element* destination = d + row * params.d_stride + d_col(params, col);
                 const Pair<Element> pair{static_cast<Element>(in_another_register(values[i], params.zero)),
                                          static_cast<Element>(in_another_register(values[i + 1], params.zero))};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {
                     if (col < params.n) destination[0] = pair.x;
-                    if (col + 1 < params.n) destination[1] = pair.y;
+                    if (col + 1 < params.n) destination[d_distance(params, col)] = pair.y;
                 }
             }
         });

@@ -1,13 +1,19 @@
-// FP8 GEMM for Hopper:  D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+// GEMM for Hopper. FP8:   D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+//                  BF16:  D[m, n] = sum_k A[m, k] B[n, k] (+ C),  FP32 sums.
 //
 // A tile is block_rows x block_cols of the wgmma instruction's M x N; its operand "rows" is A, or with swapped operands
-// (small M) the weights B, and "cols" is the other. Both are K-major, 128 bytes of K per stage, swizzled by TMA. After
-// every gran_k of K the tensor core's sum is scaled and added to FP32 totals in registers.
+// (small M) the weights B, and "cols" is the other. A stage holds 128 bytes of K of either, swizzled by TMA: FP8 K-major;
+// BF16 K-major or, 64 values along MN at a time, MN-major, as the tensor core reads both. FP8: after every gran_k of K the
+// tensor core's sum is scaled and added to FP32 totals in registers. BF16: the tensor core sums over all of K.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads of operands and of scales per row or column, warp 1 loads scales per
 // block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. Where few rows leave a K block
 // little to overlap, k_warpgroups of them take turns at the K blocks of the same rows; the first of them, the finisher, adds
 // up their sums and stores. All walk the same tiles; nobody waits for a whole CTA after the start.
+//
+// Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
+// three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
+// tiles and hands them to the other roles in a queue.
 //
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
@@ -16,9 +22,12 @@
 // scales_empty   consumer warps of this CTA                           the chunk may be overwritten
 // reduce_full    1 (a finisher), and the other CTAs' bytes (split K)  their parts of my slice are in my shared memory
 // reduce_empty   finishers' warps of other CTAs with a slice (split K) my parts have been read there: send the next ones
+// work full[s]   1 (a lane of warp 2, M-grouped)                      a tile is in slot s of the queue
+// work empty[s]  consumer warps, warp 0, warp 1 if it loads scales    all roles are done with it
 // named 1 + w    128                                                  finisher w's staging buffer
 // named 5 + w    128 k_warpgroups                                     the sums of finisher w's helpers are there
 // named 9 + w    128 k_warpgroups                                     they have been read
+// named, last    all consumers (K-grouped BF16)                       the end of a stage is cleared
 #pragma once
 
 #include "../device/gemm_params.h"
@@ -35,6 +44,9 @@ namespace deep_gemm::sm90 {
 template <int kRowIndex>
 struct GemmTraits {
     static constexpr GemmLayout kLayout{kGemmRows[kRowIndex]};
+    // Groups of FP8 start where a K block does, BF16 ones anywhere.
+    using KGroups = KGroupedScheduler<kLayout.row.block_rows, kLayout.row.block_cols, kLayout.row.row_ctas,
+                                      kLayout.row.col_ctas, kLayout.row.block_k(), !kLayout.is_bf16()>;
 };
 
 template <class Traits>
@@ -43,6 +55,7 @@ class GemmKernel {
     static constexpr GemmRow kRow = kLayout.row;
     static constexpr int kBlockCols = kRow.block_cols;
     static constexpr int kNumStages = kLayout.num_stages();
+    static constexpr int kStageK = kRow.block_k();
     static constexpr int kKGroups = kLayout.k_groups();
     static constexpr int kConsumerWarps = kLayout.num_consumer_warpgroups() * 4;
     static constexpr int kRowWarpgroups = kLayout.row_warpgroups();
@@ -58,7 +71,16 @@ class GemmKernel {
     using Storage = SharedStorage<Traits>;
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
-    using Scheduler = DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>;
+    static constexpr bool kKGrouped = kLayout.is_k_grouped();
+    static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
+    static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
+    using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
+    using Scheduler = std::conditional_t<
+        kRow.grouping == Grouping::kMGrouped, QueueReader,
+        std::conditional_t<
+            kRow.grouping == Grouping::kBatched, BatchedScheduler<kRow.block_rows, kBlockCols>,
+            std::conditional_t<kKGrouped, typename Traits::KGroups,
+                               DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>>>;
     using State = PipelineState<kNumStages>;
 
 public:
@@ -84,18 +106,29 @@ public:
                 ptx::mbarrier_init(shared.reduce_full, 1);
                 ptx::mbarrier_init(shared.reduce_empty, max(other_slices(rank), 1) * kRowWarpgroups * 4);
             }
+            // Read by the consumers, the TMA thread and, where there is one, the warp that loads block scales.
+            if constexpr (kLayout.has_work_queue()) {
+                shared.groups.queue.init(kConsumerWarps + 1 + kLayout.has_block_scales());
+            }
             ptx::fence_mbarrier_init();
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler(params.schedule, rank);
+        Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
         ptx::grid_dependency_wait();
+        if constexpr (kKGrouped) {
+            if (warp == 0) Scheduler::build(params.k_groups, shared.k_groups);
+            __syncthreads();
+        }
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
             if (warp == 0 && ptx::elect_one()) load_operands(params, shared, scheduler, rank);
             if constexpr (kLayout.has_block_scales()) {
-                if (warp == 1) load_block_scales(params.block_scales, shared, scheduler);
+                if (warp == 1) load_block_scales(params, shared, scheduler);
+            }
+            if constexpr (kLayout.has_work_queue()) {
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
@@ -109,6 +142,20 @@ public:
 private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
+
+    // Each role has a copy. `one_thread`: the role is one thread of its warp.
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
+                                                               bool one_thread) {
+        if constexpr (kRow.grouping == Grouping::kMGrouped) {
+            return QueueReader(shared.groups.queue, one_thread);
+        } else if constexpr (kRow.grouping == Grouping::kBatched) {
+            return Scheduler(params.schedule, params.batch);
+        } else if constexpr (kKGrouped) {
+            return Scheduler(params.schedule, params.k_groups, shared.k_groups, rank);
+        } else {
+            return Scheduler(params.schedule, rank);
+        }
+    }
 
     __device__ __forceinline__ static void sync_cluster() {
         if constexpr (kClusterSize > 1) {
@@ -137,25 +184,28 @@ private:
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                const int k = (work.k_block + i) * kBlockK;
+                const int k = kRaggedK ? work.k_block + i * kStageK : (work.k_block + i) * kStageK;
                 const int k_group = (work.k_block + i) * kKGroups;
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
-                if constexpr (kRow.col_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.rows_map, full, rows + part * kRowPart * kBlockK, k,
-                                               work.row + part * kRowPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.rows_map, full, rows, k, work.row, kHint);
+                if constexpr (kSummed) {
+                    const int product = divide(work.k_block + i, params.k_blocks_of_product);
+                    const int k_of_product = k - product * params.k_blocks_of_product.divisor * kStageK;
+                    ptx::tma_load_3d(params.rows_map, full, rows, k_of_product, work.row, product, kHint);
+                    ptx::tma_load_3d(params.cols_map, full, cols, k_of_product, work.col, product, kHint);
+                    continue;
                 }
-                if constexpr (kRow.row_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.cols_map, full, cols + part * kColPart * kBlockK, k,
-                                               work.col + part * kColPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.cols_map, full, cols, k, work.col, kHint);
+                if constexpr (kLayout.has_groups()) {
+                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
+                    continue;
                 }
+                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
+                                                                                   work.row, part, sharers);
+                load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
+                                                                                   work.col, part, sharers);
                 if constexpr (kLayout.row_scales_are_vector()) {
                     ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row, k_group,
                                      kHint);
@@ -168,20 +218,70 @@ private:
         }
     }
 
+    // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`. `kHasGroups`: of matrix `group`.
+    template <bool kMnMajor, int kPart, bool kShared, bool kHasGroups = false>
+    __device__ __forceinline__ static void load_panel(const CUtensorMap& map, ptx::Barrier& full, uint8_t* tile, int k,
+                                                      int mn, int part, uint16_t sharers, int group = 0) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        if constexpr (kShared) {
+            tile += part * kPart * kBlockK;
+            mn += part * kPart;
+        }
+        const auto load = [&](uint8_t* destination, int x, int y) {
+            if constexpr (kHasGroups) {
+                ptx::tma_load_3d(map, full, destination, x, y, group, kHint);
+            } else if constexpr (kShared) {
+                ptx::tma_load_2d_multicast(map, full, destination, x, y, sharers, kHint);
+            } else {
+                ptx::tma_load_2d(map, full, destination, x, y, kHint);
+            }
+        };
+        if constexpr (kMnMajor) {
+#pragma unroll
+            for (int i = 0; i < kPart; i += kMnMajorSpan) load(tile + i * kBlockK, mn + i, k);
+        } else {
+            load(tile, k, mn);
+        }
+    }
+
+    // With the group as a third coordinate.
+    __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
+                                                               const WorkTile& work, int k, int k_group) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int row_group = kRow.swap_ab ? work.group : work.token_group;
+        const int col_group = kRow.swap_ab ? work.token_group : work.group;
+        ptx::Barrier& full = shared.full[stage_idx];
+        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx], k,
+                                                                          work.row, 0, 0, row_group);
+        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
+                                                                     work.col, 0, 0, col_group);
+        if constexpr (kLayout.row_scales_are_vector()) {
+            ptx::tma_load_3d(params.row_scales_map, full, shared.row_scales[stage_idx], work.row, k_group, row_group,
+                             kHint);
+        }
+        if constexpr (kLayout.col_scales_are_vector()) {
+            ptx::tma_load_3d(params.col_scales_map, full, shared.col_scales[stage_idx], work.col, k_group, col_group,
+                             kHint);
+        }
+    }
+
     // ---- producer, warp 1 ----
 
-    __device__ __forceinline__ static void load_block_scales(const ScaleSource& source, Storage& shared,
+    __device__ __forceinline__ static void load_block_scales(const GemmParams& params, Storage& shared,
                                                              Scheduler scheduler) {
         PipelineState<kScaleChunks> state;
         WorkTile work;
         while (scheduler.next(work)) {
             const int block = (kRow.swap_ab ? work.row : work.col) / 128;
+            const ScaleSource& source = params.block_scales;
+            int64_t of_group = 0;
+            if constexpr (kLayout.has_groups()) of_group = work.group * params.block_scales_group_stride;
             const int last = work.k_block + work.num_k_blocks - 1;
 #pragma unroll 1
             for (int k_block = work.k_block; k_block <= last; k_block += kScaleChunk, state.advance()) {
                 const int chunk = state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_empty[chunk], state.phase ^ 1);
-                load_scale_chunk(source, block, k_block, last, shared.block_scales[chunk]);
+                load_scale_chunk(source, of_group, block, k_block, last, shared.block_scales[chunk]);
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.scales_full[chunk]);
             }
@@ -205,24 +305,30 @@ private:
                 ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
             }
             float total[kRowParts][kAccumulators] = {};
-            accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
+            if constexpr (kLayout.is_bf16()) {
+                accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else {
+                accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
+            }
             if constexpr (kKWarpgroups > 1) {
                 combine(shared, is_first, warpgroup, helper, thread, params.zero, total[0]);
                 if (helper > 0) continue;
             }
+            if constexpr (kLayout.has_work_queue()) scheduler.read(work);
 
             int rows[kRowParts];
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) rows[part] = work.row + part_row<Traits>(part, warpgroup);
             if constexpr (kSplitK == 1) {
-                Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread, total);
+                Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread,
+                                        total);
             } else {
                 float slice[1][kLayout.store_cols() / 2];
                 reduce(shared, rank, reduce_phase, threadIdx.x - 128, params.zero, total[0], slice[0]);
                 reduce_phase ^= 1;
                 const int split_part = rank / kMulticastCtas;
                 if (split_part < kLayout.num_slices()) {
-                    Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows,
+                    Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows,
                                             work.col + split_part * kLayout.store_cols(), thread, slice);
                 }
             }
@@ -382,6 +488,75 @@ private:
         }
     }
 
+    // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
+    // stage is given back one block later.
+    __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, const WorkTile& work,
+                                                               int warpgroup, int lane,
+                                                               float (&total)[kRowParts][kAccumulators]) {
+        int before = -1;
+        for (int i = 0; i < work.num_k_blocks; ++i) {
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], state.phase);
+            if constexpr (kRaggedK) {
+                const int left = work.group_end - work.k_block - i * kStageK;
+                if (left < kStageK) clear_end_of_stage(shared, s, left);
+            }
+            multiply_unscaled(shared, s, warpgroup, total);
+            wgmma_wait<1>();
+            if (before >= 0) release(shared.empty[before], lane);
+            before = s;
+            state.advance();
+        }
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_wait<0>();
+        if (before >= 0) release(shared.empty[before], lane);
+    }
+
+    // MN-major stages whose last rows of K, from `first` on, are the next group's: what they hold may be NaN.
+    __device__ __forceinline__ static void clear_end_of_stage(Storage& shared, int stage_idx, int first) {
+        constexpr int kThreads = kConsumerWarps * 32;
+        constexpr int kSpanBytes = kMnMajorSpan * kBlockK;  // of a box
+        const int thread = static_cast<int>(threadIdx.x) - 128;
+        const auto clear = [&](uint8_t* box) {
+            for (int i = first * kBlockK + thread * 16; i < kSpanBytes; i += kThreads * 16) {
+                *reinterpret_cast<uint4*>(box + i) = make_uint4(0, 0, 0, 0);
+            }
+        };
+#pragma unroll 1
+        for (int i = 0; i < kLayout.row_tile_bytes(); i += kSpanBytes) clear(shared.rows[stage_idx] + i);
+#pragma unroll 1
+        for (int i = 0; i < kLayout.col_tile_bytes(); i += kSpanBytes) clear(shared.cols[stage_idx] + i);
+        ptx::fence_async_shared();
+        ptx::named_barrier_sync(1 + kConsumerWarps / 4, kThreads);
+    }
+
+    // total += rows * cols^T over a stage of BF16.
+    __device__ __forceinline__ static void multiply_unscaled(Storage& shared, int stage_idx, int warpgroup,
+                                                             float (&total)[kRowParts][kAccumulators]) {
+        constexpr bool kRowsMnMajor = kLayout.rows_mn_major(), kColsMnMajor = kLayout.cols_mn_major();
+        // Units of 16 bytes: 16 rows of an MN-major tile, 32 bytes of the rows of a K-major one.
+        constexpr uint32_t kRowStep = kRowsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        constexpr uint32_t kColStep = kColsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        const Descriptor cols(shared.cols[0], kMnMajorSpan * kBlockK);
+        const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
+        const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) {
+            const Descriptor rows(shared.rows[0] + part_row<Traits>(part, warpgroup) * kBlockK, kMnMajorSpan * kBlockK);
+#pragma unroll
+            for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
+                wgmma_bf16<kBlockCols, kRowsMnMajor, kColsMnMajor>(rows.at(row_stage + step * kRowStep),
+                                                                   cols.at(col_stage + step * kColStep), total[part],
+                                                                   true);
+            }
+        }
+        wgmma_commit();
+    }
+
     // This warp is done with a stage: tells every CTA that fills it.
     __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
         __syncwarp();
@@ -456,7 +631,7 @@ private:
 // One kernel per row of the table; the row's index is the whole template argument.
 template <int kRowIndex>
 __global__ void __launch_bounds__(GemmTraits<kRowIndex>::kLayout.num_threads(), 1)
-    sm90_fp8_gemm(const __grid_constant__ GemmParams params) {
+    sm90_gemm(const __grid_constant__ GemmParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     using Traits = GemmTraits<kRowIndex>;
