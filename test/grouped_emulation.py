@@ -1,6 +1,6 @@
 """Grouped and batched products on rows of the GEMM table under the PTX emulator; see gemm_emulation.py.
 
-    python test/grouped_emulation.py "GroupedCase('sm90_fp8_1d2d_m64n64_mgrouped', 'psum', (3, 0, 70), 40, 200)"
+python test/grouped_emulation.py "GroupedCase('sm90_fp8_1d2d_m64n64_mgrouped', 'psum', (3, 0, 70), 40, 200)"
 """
 
 from __future__ import annotations

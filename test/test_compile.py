@@ -65,6 +65,25 @@ def samples(device: str) -> list[Sample]:
             values, sf = packet(x, **options)
             calls.append((packet.out, (x,), {**options, "out": values, "out_sf": sf}))
 
+    for rows, cols in [(130, 272), (33, 144), (1, 2), (0, 8), (7, 0)]:
+        x = torch.randn(rows, cols, generator=generator(0)).bfloat16().to(device)
+        weights = torch.ones(rows, device=device)
+        ks = torch.tensor([20, 0, 3], dtype=torch.int32, device=device)
+        fused: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+            (ops.swiglu_cast_to_fp8, (x,), {"topk_weights": weights, "clamp": 2.0}),
+            (ops.swiglu_cast_to_fp8, (x,), {"gran_k": 32, "use_packed_ue8m0": True}),
+            (ops.per_token_cast_to_fp4, (x,), {}),
+            (ops.per_token_cast_to_fp4, (x,), {"gran_k": 128, "use_packed_ue8m0": True}),
+            (ops.k_grouped_per_channel_cast_to_fp8, (x, ks), {}),
+            (ops.k_grouped_per_channel_cast_to_fp8_k_major, (x, ks), {"layout": "offsets", "use_ue8m0": True}),
+        ]
+        for packet in (ops.per_token_cast_to_fp8_with_transpose, ops.per_block_cast_to_fp8_with_transpose):
+            fused += [(packet, (x,), {"use_ue8m0": True}), (packet, (x,), {"use_packed_ue8m0": True})]
+        for packet, arguments, options in fused:
+            calls.append((packet.default, arguments, options))
+            outs = dict(zip(("out", "out_sf", "out_t", "out_t_sf"), packet(*arguments, **options)))
+            calls.append((packet.out, arguments, {**options, **outs}))
+
     for shape in [(8, 7), (5, 7), (1, 1), (0, 3), (3, 0), (2, 5, 7)]:
         exponents = torch.randint(-5, 5, shape, generator=generator(0))
         powers = torch.pow(2.0, exponents.double()).float().to(device)
@@ -153,6 +172,10 @@ deep_gemm::k_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tens
 deep_gemm::k_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
 deep_gemm::k_grouped_fp8_gemm_tn_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
 deep_gemm::k_grouped_fp8_gemm_tn_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
+deep_gemm::k_grouped_per_channel_cast_to_fp8(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::k_grouped_per_channel_cast_to_fp8.out(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::k_grouped_per_channel_cast_to_fp8_k_major(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::k_grouped_per_channel_cast_to_fp8_k_major.out(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::m_grouped_bf16_gemm_nn_contiguous(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, SymInt? expected_m=None) -> Tensor
 deep_gemm::m_grouped_bf16_gemm_nn_contiguous.out(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", SymInt? expected_m=None, Tensor(d!) out) -> ()
 deep_gemm::m_grouped_bf16_gemm_nt_contiguous(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, SymInt? expected_m=None) -> Tensor
@@ -167,10 +190,18 @@ deep_gemm::m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor sfa, Tensor b, Tensor s
 deep_gemm::m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::per_block_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_block_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_block_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
+deep_gemm::per_block_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::per_channel_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_channel_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_token_cast_to_fp4(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::per_token_cast_to_fp4.out(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_token_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
+deep_gemm::per_token_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
+deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",
@@ -217,7 +248,7 @@ def test_opcheck(device: str) -> None:
         op, arguments, keywords = sample
         tensors = [x for x in [*arguments, *keywords.values()] if isinstance(x, torch.Tensor)]
         # opcheck clones its inputs, and clone() closes the gaps between columns that scales have where MN % 4 != 0.
-        outs = [keywords[name] for name in ("out", "out_sf") if name in keywords]
+        outs = [keywords[name] for name in ("out", "out_sf", "out_t", "out_t_sf") if name in keywords]
         product = any(word in str(op) for word in ("_gemm_", "einsum"))  # they write to any strides
         padded = not product and any(x.stride() != x.clone().stride() for x in outs)
         done[op] = done.get(op, 0) + (not padded)

@@ -32,9 +32,11 @@ struct GroupScale {
     float inverse;
 };
 
+// Format: E4M3 or E2M1, below.
+template <class Format>
 __device__ __forceinline__ GroupScale group_scale(float amax, bool round_to_power_of_two) {
     GroupScale scale;
-    scale.sf = __fdiv_rn(max_abs(amax, 1e-4f), 448.0f);
+    scale.sf = __fdiv_rn(max_abs(amax, 1e-4f), Format::kMax);
     if (round_to_power_of_two) {
         // sf is a normal number: amax / 448 >= 2e-7. Inf and NaN stay.
         const uint32_t bits = __float_as_uint(scale.sf);
@@ -55,13 +57,87 @@ __device__ __forceinline__ uint32_t to_e4m3x4(float x, float y, float z, float w
     return low | uint32_t{high} << 16;
 }
 
+// Formats of results: the value `x * inverse` of E4M3, nearest even, saturating; NaN is written as 0x7F.
+struct E4M3 {
+    static constexpr float kMax = 448;
+    static __device__ __forceinline__ int64_t bytes(int64_t values) { return values; }
+
+    template <int kValues>
+    struct alignas(kValues) Packed {
+        uint32_t words[kValues / 4];
+    };
+    template <int kValues>
+    static __device__ __forceinline__ Packed<kValues> pack(const float (&x)[kValues], float inverse) {
+        Packed<kValues> packed;
+#pragma unroll
+        for (int e = 0; e < kValues; e += 4)
+            packed.words[e / 4] = to_e4m3x4(x[e] * inverse, x[e + 1] * inverse, x[e + 2] * inverse,
+                                            x[e + 3] * inverse);
+        return packed;
+    }
+    static __device__ __forceinline__ void store_one(uint8_t* row, int col, float x, float inverse,
+                                                     bool inside) {
+        if (inside) row[col] = static_cast<uint8_t>(to_e4m3x4(x * inverse, 0, 0, 0));
+    }
+};
+
+// ... and of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two a byte, the even column's in the low half. It has
+// no NaN: one is written as 6.
+struct E2M1 {
+    static constexpr float kMax = 6;
+    static __device__ __forceinline__ int64_t bytes(int64_t values) { return values / 2; }
+
+    // The code of a value between -6 and 6. The sum below ends in whole steps of the format at that magnitude: 0.5 below
+    // 2, 1 below 4, 2 above. Steps and exponent together are the code; what 6 adds makes the exponent's offset vanish
+    // modulo 16. Rounding may leave a value a little above 6, which does no harm.
+    static __device__ __forceinline__ uint32_t code(float value) {
+        const uint32_t bits = __float_as_uint(value);
+        const uint32_t power = max(bits & 0x7f800000, 0x3f800000);
+        const uint32_t sum = __float_as_uint(__fadd_rn(fabsf(value), __uint_as_float(power + 0x0b000006)));
+        return ((sum + (sum >> 22)) & 7) | (bits >> 28 & 8);
+    }
+    // Only a group with NaN or Inf, whose inverse is NaN or 0, has other values: NaN, which fminf turns into 6, and zeros.
+    static __device__ __forceinline__ float limited(float value) { return fmaxf(fminf(value, 6.0f), -6.0f); }
+
+    template <int kValues>
+    struct alignas(kValues / 2) Packed {
+        uint16_t quads[kValues / 4];
+    };
+    template <int kValues>
+    static __device__ __forceinline__ Packed<kValues> pack(const float (&x)[kValues], float inverse) {
+        Packed<kValues> packed;
+        float value[kValues];
+#pragma unroll
+        for (int e = 0; e < kValues; ++e) value[e] = x[e] * inverse;
+        if (!(inverse > 0)) {
+#pragma unroll
+            for (int e = 0; e < kValues; ++e) value[e] = limited(value[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < kValues; e += 4)
+            packed.quads[e / 4] = static_cast<uint16_t>(code(value[e]) | code(value[e + 1]) << 4 |
+                                                        code(value[e + 2]) << 8 | code(value[e + 3]) << 12);
+        return packed;
+    }
+    // Columns are even in number and neighbouring lanes have neighbouring ones: the even one writes both.
+    static __device__ __forceinline__ void store_one(uint8_t* row, int col, float x, float inverse,
+                                                     bool inside) {
+        const uint32_t own = code(limited(x * inverse)), next = __shfl_down_sync(0xffffffff, own, 1);
+        if (inside && col % 2 == 0) row[col / 2] = static_cast<uint8_t>(own | next << 4);
+    }
+};
+
 // Makes the compiler unpack these elements again rather than hold them unpacked, at twice the registers, across a
 // barrier.
 __device__ __forceinline__ void forget_unpacked(uint4& raw) {
     asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
 }
 
-// The elements of 16 loaded bytes, and one element loaded alone, as float32.
+__device__ __forceinline__ uint32_t word(const uint4& raw, int i) {
+    return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w;
+}
+
+// The elements of 16 loaded bytes, one of them, and one element loaded alone, as float32.
 template <typename T>
 struct Elements;
 
@@ -72,6 +148,7 @@ struct Elements<float> {
         x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
         x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
     }
+    static __device__ __forceinline__ float unpack_at(const uint4& raw, int e) { return unpack_one(word(raw, e)); }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) { return __uint_as_float(raw); }
 };
 
@@ -86,6 +163,10 @@ struct Elements<__nv_bfloat16> {
             x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
         }
     }
+    static __device__ __forceinline__ float unpack_at(const uint4& raw, int e) {
+        const uint32_t pair = word(raw, e / 2);
+        return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xffff0000);
+    }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) { return __uint_as_float(raw << 16); }
 };
 
@@ -99,6 +180,9 @@ struct Elements<__half> {
             x[2 * i] = unpack_one(words[i] & 0xffff);
             x[2 * i + 1] = unpack_one(words[i] >> 16);
         }
+    }
+    static __device__ __forceinline__ float unpack_at(const uint4& raw, int e) {
+        return unpack_one(word(raw, e / 2) >> (e % 2 * 16) & 0xffff);
     }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) {
         return __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
