@@ -44,21 +44,33 @@ __device__ __forceinline__ float refine_reciprocal(float x, float y) {
     return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
 }
 
-// Format: E4M3 or E2M1, below. Both operations are IEEE float32's, without the branches of the general ones: the quotient
-// by a constant needs one correction, which is exact (for every float32 from 1e-4 on).
+// sf is a normal number: amax / 448 >= 2e-7.
+__device__ __forceinline__ float ceil_to_power_of_two(float sf) {
+    return __uint_as_float((__float_as_uint(sf) + 0x7fffff) & 0x7f800000);
+}
+
+// Format: E4M3 or E2M1, below. The general division and reciprocal, for kernels that need one scale a thread: held in 64
+// registers, the call behind each is also what keeps ptxas from carrying unpacked elements past it.
 template <class Format>
 __device__ __forceinline__ GroupScale group_scale(float amax, bool round_to_power_of_two) {
+    GroupScale scale;
+    scale.sf = __fdiv_rn(max_abs(amax, 1e-4f), Format::kMax);
+    if (round_to_power_of_two && scale.sf < __uint_as_float(0x7f800000)) scale.sf = ceil_to_power_of_two(scale.sf);
+    scale.inverse = __frcp_rn(scale.sf);
+    return scale;
+}
+
+// The same bits in a third of the instructions, without a branch: for kernels that need a scale for every few elements.
+// The quotient by a constant needs one correction, which is exact (for every float32 from 1e-4 on).
+template <class Format>
+__device__ __forceinline__ GroupScale quick_group_scale(float amax, bool round_to_power_of_two) {
     amax = max_abs(amax, 1e-4f);
     const float quotient = __fmul_rn(amax, 1 / Format::kMax);
     const float remainder = __fmaf_rn(quotient, -Format::kMax, amax);
     const bool finite = amax < __uint_as_float(0x7f800000);  // of Inf and NaN nothing is to be corrected
     GroupScale scale;
     scale.sf = finite ? __fmaf_rn(remainder, 1 / Format::kMax, quotient) : quotient;
-    if (round_to_power_of_two) {
-        // sf is a normal number: amax / 448 >= 2e-7. Inf and NaN stay.
-        const uint32_t bits = __float_as_uint(scale.sf);
-        if (finite) scale.sf = __uint_as_float((bits + 0x7fffff) & 0x7f800000);
-    }
+    if (round_to_power_of_two && finite) scale.sf = ceil_to_power_of_two(scale.sf);
     scale.inverse = rough_reciprocal(scale.sf);
     if (finite) scale.inverse = refine_reciprocal(scale.sf, scale.inverse);
     return scale;
