@@ -9,7 +9,7 @@
 //   Element, Params                what x holds, and what else the source is told
 //   Chunk: load(p), values(v)      the kPer16 values from a 16-byte address on
 //   One: load(p), value()          a single value
-//   row_factor(params, row)        loaded once a row, handed to values() and value()
+//   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to values() and value()
 // A format (E4M3, E2M1 in scale.cuh) says what is written: kMax, bits a value, and how values are packed.
 #pragma once
 
@@ -23,6 +23,7 @@ template <typename T>
 struct PlainSource {
     using Element = T;
     struct Params {};
+    static constexpr bool kHasRowFactor = false;
     static __device__ __forceinline__ float row_factor(const Params&, int64_t) { return 1; }
     struct Chunk {
         uint4 raw;
@@ -74,11 +75,13 @@ __global__ void __launch_bounds__(kPerTokenThreads)
     launch_dependents();
     wait_for_dependencies();
 
-    const auto load_factor = [&](int i) { return i < rows ? Source::row_factor(source, row_0 + row + i) : 0.0f; };
+    // Lane i loads the factor of row i.
+    float own_factor = 1;
+    if (Source::kHasRowFactor && lane < rows) own_factor = Source::row_factor(source, row_0 + row + lane);
+    const auto factor_of = [&](int i) {
+        return Source::kHasRowFactor ? __shfl_sync(0xffffffff, own_factor, i) : own_factor;
+    };
     if constexpr (kVector) {
-        float factors[kRowsPerWarp];
-#pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) factors[i] = load_factor(i);
         constexpr int kElems = Elements<T>::kPer16;
         constexpr int kChunks = kTileCols / (32 * kElems);
         constexpr int kLanesPerGroup = kGranK / kElems;
@@ -92,13 +95,16 @@ __global__ void __launch_bounds__(kPerTokenThreads)
                 if (i < rows && col < cols) raw[i][c].load(source, x + i * params.x_stride + col);
             }
         }
+        // ptxas would sink later rows' loads behind the first row's arithmetic; past this it moves none.
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i) {
+            const float factor = factor_of(i);
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
                 const int col = (c * 32 + lane) * kElems;
                 float values[kElems];
-                raw[i][c].values(source, factors[i], values);
+                raw[i][c].values(source, factor, values);
                 float amax = 0;
 #pragma unroll
                 for (int e = 0; e < kElems; ++e) amax = max_abs(amax, values[e]);
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
 #pragma unroll
                 for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2)
                     amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                const GroupScale scale = group_scale<Format>(amax, ue8m0);
+                const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
                 if (lane % kLanesPerGroup == 0) scales[(c * 32 + lane) / kLanesPerGroup][row + i] = scale.sf;
                 const typename Format::template Packed<kElems> packed = Format::pack(values, scale.inverse);
                 if (i < rows && col < cols)
@@ -120,11 +126,9 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         constexpr int kRowsAtATime = 2;  // all four at once need more registers than they repay
 #pragma unroll
         for (int first = 0; first < kRowsPerWarp; first += kRowsAtATime) {
-            float factors[kRowsAtATime];
             typename Source::One raw[kRowsAtATime][kElems];
 #pragma unroll
             for (int i = 0; i < kRowsAtATime; ++i) {
-                factors[i] = load_factor(first + i);
 #pragma unroll
                 for (int e = 0; e < kElems; ++e) {
                     raw[i][e] = {};
@@ -134,19 +138,20 @@ __global__ void __launch_bounds__(kPerTokenThreads)
             }
 #pragma unroll
             for (int i = 0; i < kRowsAtATime; ++i) {
+                const float factor = factor_of(first + i);
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     float values[kElemsPerGroup], amax = 0;
 #pragma unroll
                     for (int e = 0; e < kElemsPerGroup; ++e) {
-                        values[e] = raw[i][g * kElemsPerGroup + e].value(source, factors[i]);
+                        values[e] = raw[i][g * kElemsPerGroup + e].value(source, factor);
                         if (lane + 32 * (g * kElemsPerGroup + e) >= cols) values[e] = 0;
                         amax = max_abs(amax, values[e]);
                     }
 #pragma unroll
                     for (int offset = 16; offset > 0; offset /= 2)
                         amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                    const GroupScale scale = group_scale<Format>(amax, ue8m0);
+                    const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
                     if (lane == 0) scales[g][row + first + i] = scale.sf;
 #pragma unroll
                     for (int e = 0; e < kElemsPerGroup; ++e) {

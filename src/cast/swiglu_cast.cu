@@ -5,26 +5,22 @@
 namespace deep_gemm::cast {
 namespace {
 
-// 1 / x, correctly rounded, for normal x whose reciprocal is normal: __frcp_rn without its test for other x.
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
-}
-
-// x / (1 + exp(-x)) as deep_gemm_ops.reference.silu has it, operation by operation: exp by a polynomial of degree four
-// (relative error 3e-6), since the hardware's exponential could not be reproduced elsewhere.
+// x / (1 + exp(-x)) as deep_gemm_ops.fused_casts.silu has it, operation by operation: exp by a polynomial of degree four,
+// since the hardware's exponential could not be reproduced elsewhere.
 __device__ __forceinline__ float silu(float x) {
-    constexpr float kLog2E = 0x1.715476p+0f, kRound = 0x1.8p+23f;  // adding kRound leaves an integer in the low bits
-    const float limited = fminf(fmaxf(x, -86.0f), 86.0f);          // exp stays normal
-    const float rounded = __fmaf_rn(limited, -kLog2E, kRound);
-    const float fraction = __fmaf_rn(limited, -kLog2E, -__fsub_rn(rounded, kRound));
+    constexpr float kLog2E = 0x1.715476p+0f, kRange = 250;          // binary exponents from -125 to 125
+    constexpr float kRound = 0x1.8p+23f - kRange / 2;               // adding it leaves an integer in the low bits
+    float position;                                                 // of -x * log2(e) in that range, 0 to 1
+    asm("fma.rn.sat.f32 %0, %1, %2, 0f3F000000;" : "=f"(position) : "f"(x), "f"(-kLog2E / kRange));
+    const float rounded = __fmaf_rn(position, kRange, kRound);
+    const float fraction = __fmaf_rn(position, kRange, -__fsub_rn(rounded, kRound));
     float power = __fmaf_rn(fraction, 0x1.3a02c4p-7f, 0x1.c9fc46p-5f);
     power = __fmaf_rn(power, fraction, 0x1.ec0378p-3f);
     power = __fmaf_rn(power, fraction, 0x1.62e12cp-1f);
     power = __fmaf_rn(power, fraction, 1.0f);
     const float exponential = __uint_as_float(__float_as_uint(power) + (__float_as_uint(rounded) << 23));
-    return __fmul_rn(x, reciprocal(__fadd_rn(exponential, 1.0f)));
+    const float divisor = __fadd_rn(exponential, 1.0f);
+    return __fmul_rn(x, refine_reciprocal(divisor, rough_reciprocal(divisor)));
 }
 
 __device__ __forceinline__ float min_nan(float x, float y) {
@@ -49,6 +45,7 @@ struct SwigluSource {
         float clamp;
     };
 
+    static constexpr bool kHasRowFactor = true;
     static __device__ __forceinline__ float row_factor(const Params& params, int64_t row) {
         return params.topk_weights ? __uint_as_float(load_4(params.topk_weights + row * params.weight_stride)) : 1.0f;
     }
@@ -64,7 +61,11 @@ struct SwigluSource {
             }
         }
 #pragma unroll
-        for (int e = 0; e < kElems; ++e) gate[e] = __fmul_rn(__fmul_rn(silu(gate[e]), up[e]), weight);
+        for (int e = 0; e < kElems; ++e) gate[e] = __fmul_rn(silu(gate[e]), up[e]);
+        if (params.topk_weights != nullptr) {
+#pragma unroll
+            for (int e = 0; e < kElems; ++e) gate[e] = __fmul_rn(gate[e], weight);
+        }
     }
 
     struct Chunk {
