@@ -111,6 +111,19 @@ struct TransposeProblem {
 };
 cudaError_t launch_transpose_fp8(const TransposeProblem& problem, cudaStream_t stream, bool pdl);
 
+// FP8 values of K groups as the k-grouped product reads them: out [mn, 128 * groups.scale_rows()], each group from a multiple
+// of 128 on, zeros behind its end up to the next multiple. Columns behind the last group are left alone.
+struct KGroupedTransposeProblem {
+    const void* x = nullptr;  // [groups.rows, mn]; flat: for each group [mn, its rows], group after group
+    bool flat = false;
+    int64_t x_stride = 0;     // bytes, between rows; not used where flat
+    int64_t mn = 0;
+    void* out = nullptr;      // on a multiple of 16 bytes
+    int64_t out_stride = 0;   // bytes, a multiple of 16
+};
+cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& problem, const KGroups& groups,
+                                           cudaStream_t stream, bool pdl);
+
 enum class ScaleType : int { kFloat32 = 0, kE8M0 = 1, kPackedUE8M0 = 2 };
 
 // Copies scales of any strides to MN-major form, dst[b * dst_batch_stride + k * dst_k_stride + mn], converting on the
