@@ -375,6 +375,61 @@ def test_k_groups_that_make_no_sense(device: str, layout: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What only a GPU shows
+
+
+def every_cast(x: torch.Tensor, weights: torch.Tensor, ks: torch.Tensor) -> list[torch.Tensor]:
+    results = [
+        *deep_gemm_ops.per_token_cast_to_fp4(x),
+        *deep_gemm_ops.swiglu_cast_to_fp8(x, topk_weights=weights, clamp=2.0),
+        *deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x, use_packed_ue8m0=True),
+        *deep_gemm_ops.per_block_cast_to_fp8_with_transpose(x),
+    ]
+    for layout in fused_casts.K_LAYOUTS:
+        results += deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x, ks, layout=layout)
+        results += deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(x, ks, layout=layout)
+    return results
+
+
+def test_capture_and_replay(cuda: str) -> None:
+    """A graph replays on new contents of the same memory, group sizes included; nothing waits for the device."""
+    x, weights = inputs(300, 272, cuda), torch.rand(300, device=cuda)
+    ks = torch.tensor([100, 0, 200], dtype=torch.int32, device=cuda)
+    every_cast(x, weights, ks)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            captured = every_cast(x, weights, ks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for seed, sizes in enumerate([[10, 128, 162], [0, 300, 0], [5, 90, 300]]):
+        torch.manual_seed(seed)
+        x.normal_()
+        weights.uniform_()
+        ks.copy_(torch.tensor(sizes, dtype=torch.int32))
+        for result in captured:
+            result.view(torch.uint8).fill_(0x7F) if result.element_size() == 1 else result.fill_(-1)
+        graph.replay()
+        for actual, expected in zip(captured, every_cast(x, weights, ks), strict=True):
+            assert same_bits(actual, expected), sizes
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 7168), (8193, 2056)])
+def test_large_matrices_equal_the_reference(cuda: str, rows: int, cols: int) -> None:
+    """Many tiles, to the bit, against the reference on the GPU."""
+    x, weights = inputs(rows, cols, cuda), torch.rand(rows, device=cuda)
+    ks = torch.tensor([rows // 3, 0, rows // 2, 77], dtype=torch.int32, device=cuda)
+    for name in fused_casts.__all__:
+        more = (ks,) if name.startswith("k_grouped") else ()
+        options = {"topk_weights": weights} if name == "swiglu_cast_to_fp8" else {}
+        actual = getattr(deep_gemm_ops, name)(x, *more, **options)
+        expected = getattr(fused_casts, f"reference_{name}")(x, *more, **options)
+        assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True)), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Empty matrices, tracers, bad input
 
 
