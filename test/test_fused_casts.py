@@ -328,6 +328,8 @@ def test_k_groups(device: str, layout: str, ue8m0: bool) -> None:
         )
         rows = max([start + size for start, size in zip(starts, sizes)], default=0) + spare
         x = inputs(rows, mn, device, pad=mn % 2)
+        if rows > 131:
+            x[130, 3] = math.nan  # in a block that is not full: its padding is zero all the same
         ks = torch.tensor(ends, dtype=torch.int32, device=device)
         options = {"layout": layout, "use_ue8m0": ue8m0}
         ops = torch.ops.deep_gemm
@@ -340,7 +342,7 @@ def test_k_groups(device: str, layout: str, ue8m0: bool) -> None:
         assert sf.shape == sf_t.shape == (total, mn)
         assert sf.stride() == sf_t.stride() == (ceil_div(mn, 4) * 4, 1)
         assert values_t.shape == (mn, 128 * total)
-        assert same_bits(sf, sf_t)
+        assert np.array_equal(sf.cpu().numpy(), sf_t.cpu().numpy(), equal_nan=True)
         expected, expected_sf = np.zeros((rows, mn), np.uint8), np.zeros((total, mn), np.float32)
         expected_t = np.zeros((mn, 128 * total), np.uint8)
         block = 0
@@ -352,7 +354,7 @@ def test_k_groups(device: str, layout: str, ue8m0: bool) -> None:
             block += len(group_sf)
         assert np.array_equal(fp8_bytes(values).numpy(), expected), sizes
         assert np.array_equal(fp8_bytes(values_t).numpy(), expected_t), sizes
-        assert np.array_equal(sf.cpu().numpy(), expected_sf), sizes
+        assert np.array_equal(sf.cpu().numpy(), expected_sf, equal_nan=True), sizes
 
 
 def test_group_ranges_are_clamped() -> None:

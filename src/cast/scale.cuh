@@ -33,8 +33,8 @@ struct GroupScale {
     float inverse;
 };
 
-// 1 / x, correctly rounded, for x that are normal and whose reciprocals are: __frcp_rn without its test for others. For
-// Inf and NaN what the second line makes of them is wrong, and rough_reciprocal right.
+// 1 / x in two steps. Together they are correctly rounded for x that are normal and whose reciprocals are: __frcp_rn
+// without its test for others. For Inf and NaN the first alone is right.
 __device__ __forceinline__ float rough_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
