@@ -185,14 +185,14 @@ def cpu_smoke() -> dict[str, Any]:
         run["gemm"].append(record)
     x = make_gemm_operands(GemmCase(130, 128, 304)).a.float().to(torch.bfloat16)
     for op, flags in suites.CASTS:
-        source = x.to(torch.float8_e4m3fn) if op == "transpose_fp8" else x
+        sources = suites.cast_inputs(op, x)
         begin = time.perf_counter()
-        result = getattr(torch.ops.deep_gemm, op)(source, **flags)
+        result = getattr(torch.ops.deep_gemm, op)(*sources, **flags)
         us = (time.perf_counter() - begin) * 1e6
         record = {"op": suites.cast_label(op, flags), "rows": x.shape[0], "cols": x.shape[1]}
-        record |= {"bytes": count_bytes(source, result), "times": {report.OURS: suites.summary([us])}, "failed": {}}
+        record |= {"bytes": count_bytes(sources, result), "times": {report.OURS: suites.summary([us])}, "failed": {}}
         try:
-            suites.check_equal(result, getattr(reference, op)(source, **flags))
+            suites.check_equal(result, suites.cast_reference(op)(*sources, **flags))
         except RuntimeError as why:
             record["failed"][report.OURS] = str(why)
         run["casts"].append(record)
