@@ -187,10 +187,11 @@ def mutated_rows() -> list[Row]:
     kinds: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda row: row["block_m"] * row["block_n"]):
         multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
-        kind = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
-        kind += (row["grouping"],)
+        kind: tuple = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
         if row["grouping"] == "k_grouped":  # what differs is the walk, and the end of a group
             kind = (row["grouping"], row["scaling"])
+        elif row["grouping"] != "dense":  # what differs is the walk
+            kind = (row["grouping"], row["swap_ab"])
         kinds.setdefault(kind, row)
     return list(kinds.values())
 

@@ -249,6 +249,8 @@ def test_instructions_of_a_k_block(row: Row) -> None:
         overhead += OVERHEAD_OF_K_GROUPS[kind]
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
+    if row["grouping"] != "dense" and row["scaling"] == "1d1d":
+        overhead += 11  # addresses that the compiler keeps in registers elsewhere
     repro = f"cd test && python -m ptx_emulator.profile --row {row['index']}"
     fp32 = consumer.per_block.get("fp32", 0)
     assert fp32 <= fp32_instructions(row), repro

@@ -84,7 +84,6 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
-    {128, 64, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
