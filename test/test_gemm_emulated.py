@@ -204,6 +204,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         following = next(line for line in after if "barrier" in line)
         if "barrier.cluster.arrive.release" in following:
             return "the release of the cluster barrier that follows publishes the mbarriers, too"
+    if mutant.kind == "wgmma fence":
+        fences = [i for i, line in enumerate(before) if "wgmma.fence" in line]
+        if fences and not any(re.search(r"^\s*(?!mov)\w+\S*\.f32\s+%f", line) for line in before[fences[-1] :]):
+            return "since the fence before nothing but the tensor core has written the accumulators"
     if mutant.kind == "warp barrier":
         met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
         if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):
