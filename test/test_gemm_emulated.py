@@ -188,6 +188,8 @@ def mutated_rows() -> list[Row]:
     for row in sorted(rows, key=lambda row: row["block_m"] * row["block_n"]):
         multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
         kind: tuple = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
+        if row["scaling"] == "none" and row["grouping"] == "dense":  # swapped operands and parts change nothing here
+            kind = ("bf16", multicast, reduction)
         if row["grouping"] == "k_grouped":  # what differs is the walk, and the end of a group
             kind = (row["grouping"], row["scaling"])
         elif row["grouping"] != "dense":  # what differs is the walk
