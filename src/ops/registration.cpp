@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cast_ops.h"
+#include "fused_cast_ops.h"
 #include "gemm_ops.h"
 
 namespace {
@@ -15,14 +16,7 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
-    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
-    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
-    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
-    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
-    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
-    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
-    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
+#include "product_impls.inc"
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));
@@ -30,6 +24,18 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("per_channel_cast_to_fp8.out", TORCH_BOX(&per_channel_cast_to_fp8_out));
     m.impl("per_block_cast_to_fp8", TORCH_BOX(&per_block_cast_to_fp8));
     m.impl("per_block_cast_to_fp8.out", TORCH_BOX(&per_block_cast_to_fp8_out));
+    m.impl("per_token_cast_to_fp4", TORCH_BOX(&per_token_cast_to_fp4));
+    m.impl("per_token_cast_to_fp4.out", TORCH_BOX(&per_token_cast_to_fp4_out));
+    m.impl("swiglu_cast_to_fp8", TORCH_BOX(&swiglu_cast_to_fp8));
+    m.impl("swiglu_cast_to_fp8.out", TORCH_BOX(&swiglu_cast_to_fp8_out));
+    m.impl("per_token_cast_to_fp8_with_transpose", TORCH_BOX(&per_token_cast_to_fp8_with_transpose));
+    m.impl("per_token_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_token_cast_to_fp8_with_transpose_out));
+    m.impl("per_block_cast_to_fp8_with_transpose", TORCH_BOX(&per_block_cast_to_fp8_with_transpose));
+    m.impl("per_block_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_block_cast_to_fp8_with_transpose_out));
+    m.impl("k_grouped_per_channel_cast_to_fp8", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8));
+    m.impl("k_grouped_per_channel_cast_to_fp8.out", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_out));
+    m.impl("k_grouped_per_channel_cast_to_fp8_k_major", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_k_major));
+    m.impl("k_grouped_per_channel_cast_to_fp8_k_major.out", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_k_major_out));
     m.impl("transpose_fp8", TORCH_BOX(&transpose_fp8));
     m.impl("transpose_fp8.out", TORCH_BOX(&transpose_fp8_out));
     m.impl("get_mn_major_tma_aligned_tensor", TORCH_BOX(&get_mn_major_tma_aligned_tensor));

@@ -112,14 +112,14 @@ public:
             }
             ptx::fence_mbarrier_init();
         }
+        if constexpr (kKGrouped) {
+            ptx::grid_dependency_wait();
+            if (warp == 1) Scheduler::build(params.k_groups, shared.k_groups);
+        }
         sync_cluster();
         ptx::grid_dependency_launch();
         Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
-        ptx::grid_dependency_wait();
-        if constexpr (kKGrouped) {
-            if (warp == 0) Scheduler::build(params.k_groups, shared.k_groups);
-            __syncthreads();
-        }
+        if constexpr (!kKGrouped) ptx::grid_dependency_wait();
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
