@@ -2,7 +2,7 @@
 
 Two architectures: ``dense``, the transformer of ``byte_lm.py``, and ``moe``, the same with eight experts in place of
 each MLP, of which every token visits two. In FP8 every linear layer inside the blocks, routers apart, is an
-``FP8Linear``, and experts are ``GroupedExperts``: forward, input gradients and weight gradients run on the ``deep_gemm``
+``FP8Linear``, and experts are ``GroupedExperts``: forward, input and weight gradients run on the ``deep_gemm``
 operators. In BF16 they are PyTorch's own, under autocast. Text, batches, initial weights, optimizers and learning rates
 are the same. The text is the source code of Python's standard library, see ``byte_lm.py``.
 

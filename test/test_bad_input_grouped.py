@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from test_bad_input import Arguments, changed, messages, twice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 
 from common import FP8, cuda_condition
-from test_bad_input import Arguments, changed, messages, twice
 
 ops = torch.ops.deep_gemm
 
@@ -72,9 +72,7 @@ def test_m_grouped_contiguous(device: str) -> None:
         "K of b": changed(b=lambda p: p["b"][..., :256]),
         "a strided": changed(a=lambda p: transposed(p["a"])),
         "b strided": changed(b=lambda p: transposed(p["b"])),
-        "b with ragged rows": changed(
-            b=lambda p: twice(p["b"][0])[:, :280].contiguous()[None, :, :272].expand(2, 144, 272)
-        ),
+        "b with ragged rows": changed(b=lambda p: fp8(2, 144, 280, device=p["b"].device)[..., :272]),
         "b with overlapping groups": changed(b=lambda p: p["b"][:1].expand(2, 144, 272)),
         "an index too few": changed(grouped_layout=lambda p: p["grouped_layout"][:31]),
         "ends for indices": lambda p: {**p, "layout": "offsets"},
@@ -102,7 +100,7 @@ expected_m: m_grouped_fp8_gemm_nt_contiguous: expected_m has value -3, expected 
 K of b: m_grouped_fp8_gemm_nt_contiguous: b has K 256, expected 272 (the K of a)
 a strided: m_grouped_fp8_gemm_nt_contiguous: a has inner stride 32, expected 1 (use deep_gemm_ops.to_tma_aligned)
 b strided: m_grouped_fp8_gemm_nt_contiguous: b has inner stride 144, expected 1 (use deep_gemm_ops.to_tma_aligned)
-b with ragged rows: m_grouped_fp8_gemm_nt_contiguous: b has dimension-0 stride 0, expected at least 272 (use deep_gemm_ops.to_tma_aligned)
+b with ragged rows: m_grouped_fp8_gemm_nt_contiguous: b has dimension-1 stride 280 bytes, expected a multiple of 16 bytes (use deep_gemm_ops.to_tma_aligned)
 b with overlapping groups: m_grouped_fp8_gemm_nt_contiguous: b has dimension-0 stride 0, expected at least 272 (use deep_gemm_ops.to_tma_aligned)
 an index too few: m_grouped_fp8_gemm_nt_contiguous: grouped_layout has shape [31], expected [M] = [32]
 ends for indices: m_grouped_fp8_gemm_nt_contiguous: grouped_layout has shape [32], expected [G] = [2]
@@ -317,6 +315,7 @@ def test_k_grouped_flattened(device: str) -> None:
         return {**k_grouped(device), "a": fp8(256 * 48, device=device), "b": fp8(256 * 144, device=device)}
 
     changes = {
+        "a of rank 3": changed(a=lambda p: p["a"].view(2, 128, 48)),
         "a of rank 2": changed(a=lambda p: p["a"].view(256, 48)),
         "a of another size": changed(a=lambda p: p["a"][:-1]),
         "a for another M": changed(sfa=lambda p: p["sfa"][:, :47]),
@@ -328,13 +327,39 @@ def test_k_grouped_flattened(device: str) -> None:
     assert_expected_inline(
         messages(ops.k_grouped_fp8_gemm_nt_contiguous, base, changes),
         """\
-a of rank 2: k_grouped_fp8_gemm_nt_contiguous: a has rank 2, expected 1
+a of rank 3: k_grouped_fp8_gemm_nt_contiguous: a has rank 3, expected 1 or 2
+a of rank 2: k_grouped_fp8_gemm_nt_contiguous: b has rank 1, expected 2
 a of another size: k_grouped_fp8_gemm_nt_contiguous: a has size 12287, expected a multiple of 128 * M = 6144
 a for another M: k_grouped_fp8_gemm_nt_contiguous: a has size 12288, expected a multiple of 128 * M = 6016
 K of b: k_grouped_fp8_gemm_nt_contiguous: b has K 128, expected 256 (the K of a)
 a without M: k_grouped_fp8_gemm_nt_contiguous: a has size 12288, expected 0 (M = 0)
 strided: k_grouped_fp8_gemm_nt_contiguous: a has inner stride 2, expected 1
 rows of sfa: k_grouped_fp8_gemm_nt_contiguous: sfa has rows 1, expected at least ceil(K / 128) = 2""",
+    )
+
+
+def test_k_grouped_padded(device: str) -> None:
+    def base() -> Arguments:
+        p = {**k_grouped(device), "a": fp8(48, 384, device=device), "b": fp8(144, 384, device=device)}
+        return {**p, "sfb": p["sfb"][:3]}
+
+    changes = {
+        "K of b": changed(b=lambda p: p["b"][:, :256]),
+        "a strided": changed(a=lambda p: transposed(p["a"])),
+        "a with ragged rows": changed(a=lambda p: fp8(48, 392, device=p["a"].device)[:, :384]),
+        "columns of sfb": changed(sfb=lambda p: p["sfb"][:, :143]),
+        "rows of sfa": changed(sfa=lambda p: p["sfa"][:2]),
+        "K": changed(a=lambda p: p["a"][:, :320], b=lambda p: p["b"][:, :320]),
+    }
+    assert_expected_inline(
+        messages(ops.k_grouped_fp8_gemm_nt_contiguous, base, changes),
+        """\
+K of b: k_grouped_fp8_gemm_nt_contiguous: b has K 256, expected 384 (the K of a)
+a strided: k_grouped_fp8_gemm_nt_contiguous: a has inner stride 48, expected 1 (use deep_gemm_ops.to_tma_aligned)
+a with ragged rows: k_grouped_fp8_gemm_nt_contiguous: a has row stride 392 bytes, expected a multiple of 16 bytes (use deep_gemm_ops.to_tma_aligned)
+columns of sfb: k_grouped_fp8_gemm_nt_contiguous: sfb has N 143, expected 144 (the N of b)
+rows of sfa: k_grouped_fp8_gemm_nt_contiguous: sfa has rows 2, expected K / 128 = 3
+K: k_grouped_fp8_gemm_nt_contiguous: sfa has rows 3, expected K / 128 = 2.5""",
     )
 
 

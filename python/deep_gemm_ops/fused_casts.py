@@ -437,8 +437,8 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x / (1 + exp(-x))`` of float32 in the operations of the kernels, each rounded once: exp by a polynomial of degree
-    four.
+    """``x / (1 + exp(-x))`` of float32 in the operations of the kernels, each rounded once: exp by a polynomial of
+    degree four.
 
     -x * log2(e) is limited to -125 .. 125: beyond 86 the result is x, below -86 a number of about 1e-38 * x.
     """

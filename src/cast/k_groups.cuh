@@ -14,6 +14,7 @@ inline constexpr int kGroupBlock = 128;  // rows of a group that share a scale
 struct KBlock {
     int64_t row_0 = 0;
     int rows = 0;
+    int64_t group_0 = 0, group_rows = 0;  // of the whole group
     // Rows that no group owns and that fall to this block to fill with zeros: behind its group, or behind all groups.
     int64_t gap_0 = 0, gap_rows = 0;
 };
@@ -68,6 +69,8 @@ __device__ __forceinline__ KBlock find_k_block(const KGroups& groups, int64_t bl
         if (owner != 0) {
             KBlock result;
             result.row_0 = begin + local * kGroupBlock;
+            result.group_0 = begin;
+            result.group_rows = end - begin;
             result.rows = static_cast<int>(min(int64_t{kGroupBlock}, end - result.row_0));
             if (groups.layout == GroupLayout::kPsum && local == blocks - 1) {
                 result.gap_0 = end;
@@ -77,6 +80,8 @@ __device__ __forceinline__ KBlock find_k_block(const KGroups& groups, int64_t bl
             const int source = __ffs(owner) - 1;
             result.row_0 = __shfl_sync(0xffffffff, result.row_0, source);
             result.rows = __shfl_sync(0xffffffff, result.rows, source);
+            result.group_0 = __shfl_sync(0xffffffff, result.group_0, source);
+            result.group_rows = __shfl_sync(0xffffffff, result.group_rows, source);
             result.gap_0 = __shfl_sync(0xffffffff, result.gap_0, source);
             result.gap_rows = __shfl_sync(0xffffffff, result.gap_rows, source);
             return result;

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
 #pragma unroll
                 for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2)
                     amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                const GroupScale scale = group_scale<Format>(amax, ue8m0);
+                const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
                 if (lane % kLanesPerGroup == 0) scales[(c * 32 + lane) / kLanesPerGroup][row + i] = scale.sf;
                 const typename Format::template Packed<kElems> packed = Format::pack(values, scale.inverse);
                 if (i < rows && col < cols)
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
 #pragma unroll
                     for (int offset = 16; offset > 0; offset /= 2)
                         amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                    const GroupScale scale = group_scale<Format>(amax, ue8m0);
+                    const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
                     if (lane == 0) scales[g][row + first + i] = scale.sf;
 #pragma unroll
                     for (int e = 0; e < kElemsPerGroup; ++e) {

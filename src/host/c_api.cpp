@@ -12,18 +12,22 @@ namespace {
 
 using namespace deep_gemm;
 
-constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched"};
+constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched", "summed"};
 
 std::string json_row(int index, const GemmRow& row) {
     const RowResources resources = row_resources(row);
+    const bool is_bf16 = row.operands == OperandType::kBF16;
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"sm_90a\""
-         << ", \"family\": \"fp8_gemm\", \"kernel\": \"sm90_gemmILi" << index << "E\""
-         << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n() << ", \"block_k\": 128"
+         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : "fp8_gemm") << "\""
+         << ", \"kernel\": \"sm90_gemmILi" << index << "E\""
+         << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
+         << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")
+         << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"scaling\": \""
-         << (row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
+         << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"scaling\": \""
+         << (is_bf16 ? "none" : row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
          << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
@@ -95,7 +99,8 @@ DG_EXPORT const char* dg_instances() {
 // JSON object {"row", "name", "candidates": [{"index", "name", "cost_us", "reason"}]} for a problem; row is -1 where none
 // fits. Valid until the next call on the same thread.
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
-                                int num_sms) {
+                                int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
+                                int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -105,6 +110,14 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.sfb.gran_mn = gran_n;
     problem.gran_k = gran_k;
     problem.d_type = d_is_float ? DataType::kFloat32 : DataType::kBFloat16;
+    problem.operands = is_bf16 ? OperandType::kBF16 : OperandType::kFP8;
+    problem.a_mn_major = a_mn_major != 0;
+    problem.b_mn_major = b_mn_major != 0;
+    problem.grouping = static_cast<Grouping>(grouping);
+    problem.layout = static_cast<GroupLayout>(layout);
+    problem.num_groups = num_groups;
+    problem.group_alignment = group_alignment;
+    problem.expected_m = expected_m;
     const auto rows = gemm_rows();
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);

@@ -12,6 +12,8 @@ namespace {
 struct Key {
     int64_t m, n, k;
     int gran_m, gran_n, gran_k;
+    OperandType operands;
+    bool a_mn_major, b_mn_major;
     DataType d_type;
     bool has_c;
     int num_sms, block_m_multiple_of, block_n_multiple_of;
@@ -43,6 +45,7 @@ int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem,
     const Key key = {problem.m,       problem.n,
                      problem.k,       problem.sfa.gran_mn,
                      problem.sfb.gran_mn, problem.gran_k,
+                     problem.operands, problem.a_mn_major, problem.b_mn_major,
                      problem.d_type,  problem.c != nullptr,
                      limits.num_sms,  limits.block_m_multiple_of,
                      limits.block_n_multiple_of, grouping_of(problem),

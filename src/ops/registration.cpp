@@ -16,14 +16,7 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
-    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
-    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
-    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
-    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
-    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
-    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
-    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
+#include "product_impls.inc"
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));
