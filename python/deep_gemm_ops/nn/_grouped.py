@@ -94,8 +94,8 @@ def cast_weights(weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tens
 
 
 def cast_by_channel(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """``[M, N]`` with a scale per column and 128 rows of an expert."""
-    return _ops.k_grouped_per_channel_cast_to_fp8(rows_of(x.bfloat16()), offsets, layout="offsets")
+    """``[M, N]`` with a scale per column and 128 rows of an expert, transposed as Hopper's kernel reads it."""
+    return _ops.k_grouped_per_channel_cast_to_fp8_k_major(rows_of(x.bfloat16()), offsets, layout="offsets")
 
 
 def grouped_product(
@@ -187,10 +187,10 @@ def _gradients(
     if x is not None:
         operands = (*cast_by_channel(rows, offsets), *cast_by_channel(x, offsets), offsets)
         if main_grad is not None:
-            _ops.k_grouped_fp8_gemm_tn_contiguous.out(*operands, c=main_grad, layout="offsets", out=main_grad)
+            _ops.k_grouped_fp8_gemm_nt_contiguous.out(*operands, c=main_grad, layout="offsets", out=main_grad)
         else:
             options = {"layout": "offsets", "out_dtype": kernel_dtype(weight_dtype)}
-            grad_weight = _ops.k_grouped_fp8_gemm_tn_contiguous(*operands, **options).to(weight_dtype)
+            grad_weight = _ops.k_grouped_fp8_gemm_nt_contiguous(*operands, **options).to(weight_dtype)
     return grad_x, grad_weight
 
 
