@@ -146,7 +146,7 @@ def check_rows_apart(op: str, arg: str, x: torch.Tensor) -> None:
 
 
 def check_tma_readable(op: str, arg: str, x: torch.Tensor, real: bool) -> None:
-    """A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address."""
+    """A matrix that TMA reads as it lies: dense rows, 16-byte row stride and base address."""
     check_inner_stride(op, arg, x)
     (rows, cols), (row_stride, _) = shape_of(x), strides_of(x)
     helper = "use deep_gemm_ops.to_tma_aligned"

@@ -132,9 +132,9 @@ void check_rows_apart(std::string_view op, const char* arg, const X& x) {
     }
 }
 
-// A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address.
+// A matrix that TMA reads as it lies: dense rows, 16-byte row stride and base address.
 template <class X>
-void check_tma_readable(std::string_view op, const char* arg, const X& x) {
+void check_tma_readable(std::string_view op, const char* arg, const X& x, int64_t element_bytes = 1) {
     constexpr int64_t kAlignment = 16;
     check_inner_stride(op, arg, x, "to_tma_aligned");
     const int64_t rows = x.size(0), cols = x.size(1);
@@ -142,8 +142,9 @@ void check_tma_readable(std::string_view op, const char* arg, const X& x) {
     const char* helper = "use deep_gemm_ops.to_tma_aligned";
     if (rows > 1) {
         const int64_t stride = x.stride(0);
-        if (stride % kAlignment != 0) {
-            fail(op, arg, "row stride", std::to_string(stride) + " bytes", "a multiple of 16 bytes", helper);
+        if (stride * element_bytes % kAlignment != 0) {
+            fail(op, arg, "row stride", std::to_string(stride * element_bytes) + " bytes", "a multiple of 16 bytes",
+                 helper);
         }
         if (stride < cols) fail(op, arg, "row stride", stride, "at least " + std::to_string(cols), helper);
     }
