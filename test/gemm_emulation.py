@@ -39,7 +39,7 @@ BUDGET = 500_000_000
 
 @functools.cache
 def units(part: str = "fp8_gemm") -> list[tuple[str, ptx_emulator.Module]]:
-    """The PTX for sm_90a in the library, a module for each translation unit that holds kernels with ``part`` in their names.
+    """The PTX for sm_90a in the library, a module for each unit that has ``part`` in its kernels' names.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """

@@ -188,10 +188,9 @@ class PrenormCase:
             else:
                 assert_equal(actual, want.float(), repro=self.repro)
         for buffer, inside in ((d_buffer, d), (sqr_buffer, sqr_sum)):
-            outside = buffer.clone()
-            like = outside.as_strided(inside.shape, inside.stride(), inside.storage_offset())
-            like.fill_(math.nan)
-            assert same_bits(outside, torch.full_like(outside, math.nan)), f"wrote outside\nreproduce with: {self.repro}"
+            rest = buffer.clone()
+            rest.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(math.nan)
+            assert same_bits(rest, torch.full_like(rest, math.nan)), f"wrote outside\nreproduce with: {self.repro}"
         return d, sqr_sum
 
 

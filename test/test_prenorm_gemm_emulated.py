@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from deep_gemm_ops import _capi
+from deep_gemm_ops import _capi, inspect
 
 import ptx_emulator
 from common import ceil_div, generator, same_bits
@@ -145,6 +146,17 @@ def test_no_more_sms_than_allowed() -> None:
     """One CTA walks all tiles of three kinds, its ring going on from tile to tile."""
     for seed in range(SEEDS):
         PrenormCase(300, 70, 200, num_splits=3, num_sms=1, seed=seed).run()
+
+
+def test_sass() -> None:
+    """A block of K is four instructions and one wait for them, and no kernel uses local memory."""
+    library = Path(_capi.library()._name)
+    for rows, col_groups in [(64, 1), (128, 1), (256, 1), (64, 2), (128, 2)]:
+        resources = inspect.kernel_resources(library, f"sm90_prenorm_gemmILi{rows}ELi{col_groups}E")
+        assert (resources["stack"], resources["local"]) == (0, 0)
+        sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
+        counts = [sass.count(name) for name in ("HGMMA.64x", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "LDL", "STL")]
+        assert counts == [4, 1, 1, 0, 0], (rows, col_groups)
 
 
 def product_unit(entry: str) -> str:

@@ -1,4 +1,4 @@
-"""The product of hyper-connections' pre-norm: ``a @ b^T`` and the sums of squares of ``a``'s rows in one pass over ``a``.
+"""The product of hyper-connections' pre-norm: ``a @ b^T`` and the sums of squares of ``a``'s rows, reading ``a`` once.
 
 Everything of this family: public function, checks, specification, CPU and fake implementation. Importing the module
 registers the last two.
@@ -48,8 +48,8 @@ def tf32_hc_prenorm_gemm(
     Raises:
         RuntimeError: an argument has the wrong dtype, rank, shape, strides, value or device, or requires grad.
 
-    An element of ``b`` may be rounded to TF32 (11 significant bits). On SM90 it keeps 16, as the sum of two BF16 values;
-    products are exact, sums FP32. The same inputs give the same bits. Specification:
+    An element of ``b`` may be rounded to TF32 (11 significant bits). On SM90 it keeps 16, as the sum of two BF16
+    values; products are exact, sums FP32. The same inputs give the same bits. Specification:
     ``deep_gemm_ops.prenorm_gemm.reference``.
     """
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
