@@ -42,15 +42,19 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def _workspace_bytes(problem: _Problem, num_sms: int) -> int:
+def prenorm_splits(m: int, n: int, k: int, num_sms: int) -> int:
+    """How many parts of K the host chooses for a result that is one sum."""
+    function = _capi.library().dg_prenorm_splits
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
+    return function(m, n, k, num_sms)
+
+
+def _workspace(m: int, n: int, num_splits: int) -> torch.Tensor:
     function = _capi.library().dg_prenorm_workspace_bytes
     function.restype = ctypes.c_size_t
-    return function(ctypes.byref(problem), num_sms)
-
-
-def prenorm_workspace_bytes(m: int, n: int, k: int, num_sms: int) -> int:
-    """Device memory that a problem without ``num_splits`` needs for the parts of K that it is split into."""
-    return _workspace_bytes(_Problem(m=m, n=n, k=k), num_sms)
+    function.argtypes = [ctypes.c_int64] * 3
+    return torch.full((function(m, n, num_splits) // 4,), math.nan)
 
 
 def run_prenorm(
@@ -69,10 +73,13 @@ def run_prenorm(
     Operands are read-only, memory between tensors does not exist, and the workspace is NaN before the first launch.
     ``module`` holds another version of the product's kernel; ``options`` are those of ``Module.launch``.
     """
+    (m, k), n = a.shape, b.shape[0]
+    splits = num_splits or prenorm_splits(m, n, k, num_sms)
+    workspace = _workspace(m, n, 1 if num_splits else splits)
     problem = _Problem(
-        m=a.shape[0],
-        n=b.shape[0],
-        k=a.shape[1],
+        m=m,
+        n=n,
+        k=k,
         a=a.data_ptr(),
         a_stride=a.stride(0),
         b=b.data_ptr(),
@@ -82,10 +89,9 @@ def run_prenorm(
         d_row_stride=d.stride(-2),
         sqr_sum=sqr_sum.data_ptr(),
         sqr_split_stride=sqr_sum.stride(0) if num_splits else 0,
-        num_splits=num_splits or 0,
+        num_splits=splits,
+        workspace=workspace.data_ptr() if workspace.numel() else None,
     )
-    workspace = torch.full((_workspace_bytes(problem, num_sms) // 4,), math.nan)
-    problem.workspace = workspace.data_ptr()
     tensors = [("a", a, True), ("b", b, True), ("d", d, False), ("sqr_sum", sqr_sum, False)]
     tensors.append(("workspace", workspace, False))
     buffers = [_region(x, name, read_only) for name, x, read_only in tensors if x.numel()]

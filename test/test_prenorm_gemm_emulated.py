@@ -15,7 +15,7 @@ from deep_gemm_ops import _capi, inspect
 import ptx_emulator
 from common import ceil_div, generator, same_bits
 from gemm_emulation import units
-from prenorm_emulation import PrenormCase, prenorm_workspace_bytes, run_prenorm
+from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm
 from ptx_emulator import mutate
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
@@ -126,20 +126,15 @@ def test_no_bank_conflicts() -> None:
             assert not any(value for name, value in total.items() if name.endswith("_conflicts")), (m, n)
 
 
-def parts(m: int, n: int, k: int, num_sms: int = 132) -> int:
-    """How many parts of K the host chooses, by the workspace they need."""
-    return max(1, prenorm_workspace_bytes(m, n, k, num_sms) // (ceil_div(m * (n + 1), 4) * 16))
-
-
 def test_the_device_is_filled() -> None:
     """Tiles of 256 rows times parts of K: few rows are spread over the SMs by K, many rows are not split."""
     k = 28672
     for m in (1, 13, 64, 300, 1000, 4096, 5000, 8192, 16384):
-        tiles = ceil_div(m, 256) * parts(m, 24, k)
+        tiles = ceil_div(m, 256) * prenorm_splits(m, 24, k, 132)
         assert 100 <= tiles <= 132, (m, tiles)
-    assert parts(132 * 256, 24, k) == 1
-    assert parts(13, 24, 64) == 1
-    assert parts(2**30, 24, 64) == 1
+    assert prenorm_splits(132 * 256, 24, k, 132) == 1
+    assert prenorm_splits(13, 24, 64, 132) == 1
+    assert prenorm_splits(2**30, 24, 64, 132) == 1
 
 
 def test_no_more_sms_than_allowed() -> None:

@@ -143,8 +143,12 @@ DG_EXPORT int dg_run_fp8_gemm(const GemmProblem* problem, int row, int num_sms, 
     }
 }
 
-DG_EXPORT size_t dg_prenorm_workspace_bytes(const PrenormGemmProblem* problem, int num_sms) {
-    return prenorm_workspace_bytes(*problem, num_sms);
+DG_EXPORT int64_t dg_prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
+    return prenorm_splits(m, n, k, num_sms);
+}
+
+DG_EXPORT size_t dg_prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
+    return prenorm_workspace_bytes(m, n, num_splits);
 }
 
 // As dg_run_fp8_gemm.

@@ -19,14 +19,17 @@ struct PrenormGemmProblem {
     const void* b = nullptr;
     int64_t b_stride = 0;
     PrenormOutput output = {};
-    int64_t num_splits = 0;      // the outputs have a leading dimension of this size, for parts of K; 0: they have none
-    void* workspace = nullptr;   // prenorm_workspace_bytes(), where these are more than 0; 16-byte aligned
+    int64_t num_splits = 1;     // parts of K, counted in blocks of 64
+    void* workspace = nullptr;  // null: the parts are the result. Else they are added up there, 16-byte aligned
 };
 
-// Device memory that a problem needs while it runs: 0 where K is not split, or where the caller wants the parts.
-size_t prenorm_workspace_bytes(const PrenormGemmProblem& problem, int num_sms);
+// How many parts of K make a problem fastest on `num_sms` SMs whose result is one sum.
+int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms);
 
-// Throws std::runtime_error where a launch fails or the grid is too large.
+// Device memory that adding up so many parts needs; 0 for one.
+size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits);
+
+// Throws std::runtime_error where a launch fails or there are too many tiles.
 void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

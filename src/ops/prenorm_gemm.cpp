@@ -97,21 +97,23 @@ std::tuple<Tensor, Tensor> run(const Tensor& a, const Tensor& b, std::optional<i
     problem.a_stride = row_stride(a);
     problem.b = b.data_ptr();
     problem.b_stride = row_stride(b);
-    problem.num_splits = num_splits.value_or(0);
     problem.output.d = static_cast<float*>(out.data_ptr());
     problem.output.d_row_stride = out.stride(out.dim() - 2);
     problem.output.sqr_sum = static_cast<float*>(sqr_sum.data_ptr());
-    if (num_splits) {
-        problem.output.d_split_stride = out.stride(0);
-        problem.output.sqr_split_stride = sqr_sum.stride(0);
-    }
-
     const int num_sms = usable_sms(device);
     std::optional<Tensor> workspace;
-    if (const size_t bytes = prenorm_workspace_bytes(problem, num_sms); bytes > 0) {
-        const std::array<int64_t, 1> size = {static_cast<int64_t>(bytes)}, stride = {1};
-        workspace = empty_strided(size, stride, ScalarType::Byte, a);
-        problem.workspace = workspace->data_ptr();
+    if (num_splits) {
+        problem.num_splits = *num_splits;
+        problem.output.d_split_stride = out.stride(0);
+        problem.output.sqr_split_stride = sqr_sum.stride(0);
+    } else {
+        problem.num_splits = prenorm_splits(m, n, k, num_sms);
+        if (problem.num_splits > 1) {
+            const auto bytes = static_cast<int64_t>(prenorm_workspace_bytes(m, n, problem.num_splits));
+            const std::array<int64_t, 1> size = {bytes}, stride = {1};
+            workspace = empty_strided(size, stride, ScalarType::Byte, a);
+            problem.workspace = workspace->data_ptr();
+        }
     }
     DeviceBackend backend(device, current_stream(a));
     run_prenorm_gemm(problem, num_sms, knobs().pdl, backend);
