@@ -377,17 +377,26 @@ def test_capture_and_replay(cuda: str) -> None:
 
 
 def test_dependent_launches_back_to_back(cuda: str) -> None:
-    """Each call reads what the one before it wrote, through the same workspace: a missing dependency shows."""
-    eye = torch.eye(64, device=cuda)
-    b = torch.cat([eye] * 128, dim=1)  # the sum of 128 blocks
+    """Each call reads what the one before it wrote: a missing dependency shows as a wrong value."""
+    b = torch.eye(64, device=cuda).repeat(1, 128)  # d is the sum of 128 blocks of a
     for seed in range(50):
         torch.manual_seed(seed)
-        x = torch.randint(-2, 3, (40, 64), device=cuda).bfloat16()
-        a = torch.cat([x] + [torch.zeros_like(x)] * 127, dim=1)
+        a = torch.zeros(40, 64 * 128, device=cuda, dtype=torch.bfloat16)
+        a[:, :64] = torch.randint(-2, 3, (40, 64), device=cuda)
         for _ in range(4):
             d, _ = OP(a, b)
-            a[:, -64:] = d.bfloat16() - a[:, :64]
-        assert torch.equal(d, x.float())
+            a[:, -64:] = d
+        assert torch.equal(d, 4 * a[:, :64].float())
+
+
+def test_calls_that_share_a_workspace(cuda: str) -> None:
+    """With nothing in between, the next call's parts go where the last call's were."""
+    inputs = [operands(137, 24, 7168, cuda, "integer", seed) for seed in range(3)]
+    results = [OP(*inputs[i % 3]) for i in range(60)]
+    for i, (d, sqr_sum) in enumerate(results):
+        a, b = inputs[i % 3]
+        assert_equal(d, a.double() @ b.double().t())
+        assert_equal(sqr_sum, a.double().square().sum(1))
 
 
 def test_stream_and_no_synchronisation(cuda: str) -> None:
