@@ -277,8 +277,8 @@ private:
                                        std::make_index_sequence<kRows / 2>());
             }
             wgmma_commit();
-            pin_registers(accumulator);
             wgmma_wait<0>();
+            pin_registers(accumulator);
             release(shared.empty[s]);
         }
 
