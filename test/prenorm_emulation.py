@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -133,6 +134,19 @@ def run_prenorm(
     if status != 0:
         raise RuntimeError(error.value.decode())
     return result
+
+
+def special_products(device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+    """(a, b, expected results) where one column of a and b multiplies each special value by each.
+
+    Some factors are BF16 numbers, which leave nothing when their upper 16 bits are taken away, some overflow.
+    """
+    values = [math.nan, math.inf, -math.inf, 0.0, 1.0, -2.0, 1.0 + 2**-9, 3.0e38, -1.0e-30]
+    x, y = torch.tensor(values, device=device).bfloat16()[:, None], torch.tensor(values, device=device)[:, None]
+    for column in (0, 7):
+        a = torch.nn.functional.pad(x, (column, 7 - column))
+        b = torch.nn.functional.pad(y, (column, 7 - column))
+        yield a, b, ((x.double() @ y.double().t()).float(), x.float().square().squeeze(1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import deep_gemm_ops
 from deep_gemm_ops import prenorm_gemm
 
 from common import assert_close, assert_equal, cuda_condition, error_bar, generator, same_bits, strided
+from prenorm_emulation import special_products
 from test_bad_input import WHERE, changed, messages, other_device
 
 OP = torch.ops.deep_gemm.tf32_hc_prenorm_gemm
@@ -115,17 +116,10 @@ def test_empty(device: str, m: int, n: int, k: int, num_splits: int | None) -> N
 
 
 def test_nan_and_infinity(device: str) -> None:
-    """As in FP32, element by element; also where a factor is a BF16 number, with nothing behind its upper 16 bits."""
-    values = [math.nan, math.inf, -math.inf, 0.0, 1.0, -2.0, 1.0 + 2**-9, 3.0e38, -1.0e-30]
-    a = torch.tensor(values, device=device).bfloat16()[:, None].repeat(1, 8)
-    b = torch.tensor(values, device=device)[:, None].repeat(1, 8)
-    for column in (slice(0, 1), slice(7, 8)):
-        x, y = torch.zeros_like(a), torch.zeros_like(b)
-        x[:, column], y[:, column] = a[:, column], b[:, column]
-        d, sqr_sum = OP(x, y)
-        expected = x[:, column].double() @ y[:, column].double().t()
-        assert_close(d, expected.float(), tol=TF32, tile=(1, 1))
-        assert_close(sqr_sum, x[:, column].float().square().sum(1), tol=SQUARES)
+    """As in FP32, element by element."""
+    for a, b, expected in special_products(device):
+        for result, want in zip(OP(a, b), expected):
+            assert_close(result, want, tol=TF32, tile=(1, 1))
 
 
 def test_wide_range(device: str) -> None:

@@ -13,9 +13,9 @@ import torch
 from deep_gemm_ops import _capi, inspect
 
 import ptx_emulator
-from common import ceil_div, generator, same_bits
+from common import assert_close, ceil_div, generator, same_bits
 from gemm_emulation import units
-from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm
+from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm, special_products
 from ptx_emulator import mutate
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
@@ -76,6 +76,14 @@ def test_every_kernel(m: int, n: int, data: str) -> None:
 )
 def test_shapes(case: PrenormCase) -> None:
     case.run()
+
+
+def test_nan_and_infinity() -> None:
+    for a, b, expected in special_products("cpu"):
+        results = torch.empty(len(a), len(b)), torch.empty(len(a))
+        run_prenorm(a, b, *results)
+        for result, want in zip(results, expected):
+            assert_close(result, want, tol=2e-5, tile=(1, 1))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
