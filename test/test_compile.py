@@ -110,6 +110,16 @@ def samples(device: str) -> list[Sample]:
         x = torch.randint(0, 127, (rows, cols), generator=generator(0), dtype=torch.uint8).to(device).view(FP8)
         calls.append((ops.transpose_fp8.default, (x,), {}))
         calls.append((ops.transpose_fp8.out, (x,), {"out": torch.empty(cols, rows, dtype=FP8, device=device)}))
+
+    for (m, n, k), splits in itertools.product(
+        [(33, 24, 272), (1, 3, 8), (0, 4, 64), (5, 0, 64), (4, 5, 0)], [None, 3]
+    ):
+        a = torch.randn(m, k, generator=generator(0)).bfloat16().to(device)
+        b = torch.randn(n, k, generator=generator(1)).to(device)
+        lead = () if splits is None else (splits,)
+        outs = {"out": torch.zeros(*lead, m, n, device=device), "out_sqr_sum": torch.zeros(*lead, m, device=device)}
+        calls.append((ops.tf32_hc_prenorm_gemm.default, (a, b), {"num_splits": splits}))
+        calls.append((ops.tf32_hc_prenorm_gemm.out, (a, b), {"num_splits": splits, **outs}))
     return calls
 
 
@@ -202,6 +212,8 @@ deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=Fals
 deep_gemm::per_token_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::tf32_hc_prenorm_gemm(Tensor a, Tensor b, *, int? num_splits=None) -> (Tensor d, Tensor sqr_sum)
+deep_gemm::tf32_hc_prenorm_gemm.out(Tensor a, Tensor b, *, int? num_splits=None, Tensor(d!) out, Tensor(e!) out_sqr_sum) -> ()
 deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",

@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "knobs.h"
+#include "prenorm_gemm.h"
 
 #define DG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -42,16 +43,19 @@ SelectionLimits limits_from_knobs(int num_sms) {
     return limits;
 }
 
-// Hands encodes and launches to C callbacks, so that a test can emulate what the device would run.
+// Hands encodes and launches to C callbacks, so that a test can emulate what the device would run. Kernels outside the
+// table of GEMMs have a part of their mangled name as name.
 using LaunchCallback = int (*)(const char* kernel, int grid, int block, int cluster, int shared_bytes,
                                const void* params, size_t params_bytes);
 
 class CallbackBackend : public Backend {
 public:
-    CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
+    CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch, bool in_table = true)
+        : encode_(encode), launch_(launch), in_table_(in_table) {}
     EncodeTiledFunction encode_tiled() override { return encode_; }
     void launch(const KernelLaunch& launch) override {
-        const std::string kernel = "sm90_gemmILi" + std::to_string(launch.row) + "E";
+        const std::string kernel =
+            in_table_ ? "sm90_gemmILi" + std::to_string(launch.row) + "E" : launch.name(launch.row);
         if (launch_(kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.params,
                     launch.params_bytes) != 0) {
             throw std::runtime_error("the launch callback failed");
@@ -61,6 +65,7 @@ public:
 private:
     EncodeTiledFunction encode_;
     LaunchCallback launch_;
+    bool in_table_;
 };
 
 }  // namespace
@@ -146,6 +151,28 @@ DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, Enco
     try {
         CallbackBackend backend(encode, launch);
         run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        return 0;
+    } catch (const std::exception& exception) {
+        std::strncpy(error, exception.what(), error_size - 1);
+        error[error_size - 1] = '\0';
+        return 1;
+    }
+}
+
+DG_EXPORT int64_t dg_prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
+    return prenorm_splits(m, n, k, num_sms);
+}
+
+DG_EXPORT size_t dg_prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
+    return prenorm_workspace_bytes(m, n, num_splits);
+}
+
+// As dg_run_fp8_gemm.
+DG_EXPORT int dg_run_prenorm_gemm(const PrenormGemmProblem* problem, int num_sms, EncodeTiledFunction encode,
+                                  LaunchCallback launch, char* error, size_t error_size) {
+    try {
+        CallbackBackend backend(encode, launch, false);
+        run_prenorm_gemm(*problem, num_sms, false, backend);
         return 0;
     } catch (const std::exception& exception) {
         std::strncpy(error, exception.what(), error_size - 1);
