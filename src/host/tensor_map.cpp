@@ -22,30 +22,47 @@ EncodeTiledFunction driver_encode_tiled() {
     return function;
 }
 
-CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols,
-                            bool swizzled) {
+namespace {
+
+CUtensorMap encode_map(EncodeTiledFunction encode, const MatrixView& matrix, int rank, int64_t count,
+                       int64_t matrix_stride, int box_rows, int box_cols, bool swizzled) {
     const int span_bytes = box_cols * matrix.element_bytes;
     const CUtensorMapSwizzle swizzle = !swizzled           ? CU_TENSOR_MAP_SWIZZLE_NONE
                                        : span_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                        : span_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
-    const cuuint64_t dims[2] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.row_stride) * matrix.element_bytes};
-    const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t element_strides[2] = {1, 1};
+    const cuuint64_t dims[3] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows),
+                                static_cast<cuuint64_t>(count)};
+    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(matrix.row_stride) * matrix.element_bytes,
+                                   static_cast<cuuint64_t>(matrix_stride) * matrix.element_bytes};
+    const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1};
+    const cuuint32_t element_strides[3] = {1, 1, 1};
     CUtensorMap map;
     const CUresult result =
-        encode(&map, matrix.type, 2, const_cast<void*>(matrix.data), dims, strides, box, element_strides,
+        encode(&map, matrix.type, rank, const_cast<void*>(matrix.data), dims, strides, box, element_strides,
                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         std::ostringstream message;
         message << "deep_gemm: cuTensorMapEncodeTiled failed with error " << static_cast<int>(result)
-                << " for a matrix [" << matrix.rows << ", " << matrix.cols << "] with row stride " << matrix.row_stride << " at "
-                << matrix.data << ", box [" << box_rows << ", " << box_cols << "]";
+                << " for a matrix [" << matrix.rows << ", " << matrix.cols << "] with row stride " << matrix.row_stride;
+        if (rank == 3) message << ", " << count << " times, " << matrix_stride << " apart,";
+        message << " at " << matrix.data << ", box [" << box_rows << ", " << box_cols << "]";
         throw std::runtime_error(message.str());
     }
     return map;
+}
+
+}  // namespace
+
+CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols,
+                            bool swizzled) {
+    return encode_map(encode, matrix, 2, 1, 0, box_rows, box_cols, swizzled);
+}
+
+CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int64_t count, int64_t matrix_stride,
+                            int box_rows, int box_cols, bool swizzled) {
+    return encode_map(encode, matrix, 3, count, matrix_stride, box_rows, box_cols, swizzled);
 }
 
 }  // namespace deep_gemm

@@ -27,4 +27,8 @@ struct MatrixView {
 CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int box_rows, int box_cols,
                             bool swizzled = true);
 
+// `count` such matrices, `matrix_stride` elements apart; a box is part of one of them.
+CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix, int64_t count, int64_t matrix_stride,
+                            int box_rows, int box_cols, bool swizzled = true);
+
 }  // namespace deep_gemm

@@ -33,6 +33,7 @@ DG_WGMMA_SHAPE(144)
 DG_WGMMA_SHAPE(160)
 DG_WGMMA_SHAPE(176)
 DG_WGMMA_SHAPE(192)
+DG_WGMMA_SHAPE(256)
 #undef DG_WGMMA_SHAPE
 
 // Descriptor of a K-major tile of 8-bit values with rows of 128 bytes and 128-byte swizzle, which starts on a multiple

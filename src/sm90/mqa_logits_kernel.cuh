@@ -1,0 +1,571 @@
+// Scores of the lightning indexer for Hopper:
+//
+//   logits[i, j] = sum_h relu(q[i, h] . kv[j] * kv_sf[j]) * weights[i, h],  begin(i) <= j < end(i),  FP8 q and kv
+//
+// Keys are the rows of the wgmma instruction, 64 to a warpgroup's tile; its columns are (token, head) pairs, so that a
+// token's heads are summed inside of a quad of threads. K is the whole head dimension: one tile is head_dim / 32
+// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs a
+// maximum and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
+// Inf or NaN it multiplies each product instead, as the formula says.
+//
+// A CTA works on a run of groups (mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
+// registers, while tiles of keys pass. Tile n of the run belongs to consumer warpgroup n modulo their number. A warpgroup
+// issues the products of its next tile, which may belong to the next group, as soon as an accumulator has been summed, and
+// then reduces across the quad and stores.
+//
+// Warpgroup 0 produces: warp 0 issues the TMA loads, warp 1 walks the groups and stages weights and ranges, warps 2 and 3
+// set logits outside of the ranges to -inf. They write what the consumers do not, so nobody waits for them.
+//
+// barrier        arrivals                      guards
+// group_full[g]  1 (warp 1)                    group, weights and ranges of query stage g are there, for warp 0
+// q_full[g]      1 (warp 0), and the bytes     the same and the queries, for the consumers
+// q_empty[g]     consumer warps                query stage g may be overwritten
+// kv_full[s]     1 (warp 0), and the bytes     keys and scales of stage s are there
+// kv_empty[s]    4 (warps of its warpgroup)    stage s may be overwritten
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "../device/pipeline.cuh"
+#include "../device/ptx_tma.cuh"
+#include "mqa_logits_instances.h"
+#include "mqa_logits_schedule.cuh"
+#include "mqa_logits_traits.h"
+#include "wgmma.cuh"
+
+namespace deep_gemm::sm90 {
+
+template <int kRowIndex>
+struct MqaTraits {
+    static constexpr MqaLayout kLayout{kMqaRows[kRowIndex]};
+};
+
+template <class Traits>
+struct alignas(1024) MqaStorage {
+    static constexpr MqaLayout kLayout = Traits::kLayout;
+    static constexpr int kStages = kLayout.num_stages();
+
+    uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
+    uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise
+    alignas(128) float kv_sf[kStages][kMqaTileKeys];
+    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];
+    KeyRange ranges[kMqaQueryStages][kLayout.row.tile_tokens()];
+    MqaGroup groups[kMqaQueryStages];
+    DenseWorkStorage dense_work;
+    ptx::Barrier group_full[kMqaQueryStages];
+    ptx::Barrier q_full[kMqaQueryStages];
+    ptx::Barrier q_empty[kMqaQueryStages];
+    ptx::Barrier kv_full[kStages];
+    ptx::Barrier kv_empty[kStages];
+};
+
+// The low and high words of a descriptor of a K-major tile of 8-bit values whose rows are one swizzle span of kSpan bytes.
+template <int kSpan>
+struct SpanDescriptor {
+    static constexpr uint32_t kSwizzle = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3;
+    static constexpr uint32_t kHigh = kSwizzle << 30 | (8 * kSpan) >> 4 /* between groups of 8 rows */;
+
+    // `step`: of 32 values along K.
+    __device__ __forceinline__ static uint64_t make(const void* tile, int step) {
+        return static_cast<uint64_t>(kHigh) << 32 | (1u << 16 | (ptx::smem_address(tile) >> 4)) + step * (32 / 16);
+    }
+};
+
+__device__ __forceinline__ float relu(float x) {
+    float result;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));  // unlike fmaxf it keeps a NaN
+    return result;
+}
+
+template <class Traits>
+class MqaKernel {
+    static constexpr MqaLayout kLayout = Traits::kLayout;
+    static constexpr MqaRow kRow = kLayout.row;
+    static constexpr int kStages = kLayout.num_stages();
+    static constexpr int kWarpgroups = kRow.warpgroups;
+    static constexpr int kHeads = kRow.heads;
+    static constexpr int kHeadDim = kRow.head_dim;
+    static constexpr int kCols = kRow.cols;
+    static constexpr int kParts = kRow.parts;
+    static constexpr int kPartTokens = kRow.part_tokens();
+    static constexpr int kTokens = kRow.tile_tokens();
+    static constexpr int kSums = 2 * kPartTokens;                 // of a thread's columns: a token's, for each of two keys
+    static constexpr int kOutputs = kSums >= 4 ? kSums / 4 : 1;   // of a thread, once a quad's sums are added
+    static constexpr int kOutputTokens = (kOutputs + 1) / 2;
+    static constexpr float kMaxFactored = 0x1p64f;  // scales up to this may be taken out of the sum
+
+    using Storage = MqaStorage<Traits>;
+    using QueryState = PipelineState<kMqaQueryStages>;
+    static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
+
+public:
+    __device__ __forceinline__ static void run(const MqaLogitsParams& params, Storage& shared) {
+        const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+        if (warp == 0 && ptx::elect_one()) {
+            ptx::prefetch_tensor_map(params.q_map);
+            ptx::prefetch_tensor_map(params.kv_map);
+            ptx::prefetch_tensor_map(params.kv_sf_map);
+            for (int i = 0; i < kMqaQueryStages; ++i) {
+                ptx::mbarrier_init(shared.group_full[i], 1);
+                ptx::mbarrier_init(shared.q_full[i], 1);
+                ptx::mbarrier_init(shared.q_empty[i], 4 * kWarpgroups);
+            }
+            for (int i = 0; i < kStages; ++i) {
+                ptx::mbarrier_init(shared.kv_full[i], 1);
+                ptx::mbarrier_init(shared.kv_empty[i], 4);
+            }
+            ptx::fence_mbarrier_init();
+        }
+        __syncthreads();
+        ptx::grid_dependency_launch();
+        ptx::grid_dependency_wait();
+        if constexpr (!kRow.paged) find_dense_work<kLayout.num_threads(), kTokens>(params, shared.dense_work);
+
+        if (warp < 4) {
+            shrink_registers<kLayout.producer_registers()>();
+            if (warp == 0) load_tiles(params, shared);
+            if (warp == 1) stage_groups(params, shared);
+            if (warp >= 2 && params.clean) clean(params, threadIdx.x - 64);
+        } else {
+            grow_registers<kLayout.consumer_registers()>();
+            consume(params, shared, warp / 4 - 1);
+        }
+    }
+
+private:
+    // ---- producer, warp 1 ----
+
+    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared) {
+        if constexpr (kRow.paged) {
+            PagedWalk<kTokens> walk(params);
+            stage_groups(params, shared, walk);
+        } else {
+            DenseWalk<kTokens> walk(params, shared.dense_work.work);
+            stage_groups(params, shared, walk);
+        }
+    }
+
+    template <class Walk>
+    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
+        constexpr int kLoads = kRow.tile_cols() / 32;
+        const int lane = threadIdx.x % 32;
+        QueryState state;
+        MqaGroup group = {};
+        KeyRange range;
+        bool more;
+        do {
+            more = walk.next(group, range);
+            float weights[kLoads];
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const int col = i * 32 + lane, token = col / kHeads;
+                weights[i] = 0;
+                if (more && token < group.num_tokens) {
+                    weights[i] = params.weights[(group.first_token + token) * params.weights_stride + col % kHeads];
+                }
+            }
+            if (!more) group.num_tiles = 0;
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i];
+            if (lane < kTokens) shared.ranges[s][lane] = range;
+            if (lane == 0) shared.groups[s] = group;
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(shared.group_full[s]);
+            state.advance();
+        } while (more);
+    }
+
+    // ---- producer, warp 0 ----
+
+    __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int lane = threadIdx.x % 32;
+        QueryState q_state;
+        PipelineState<kStages> kv_state;
+        while (true) {
+            const int g = q_state.stage_idx;
+            ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
+            const MqaGroup group = shared.groups[g];
+            if (lane == 0) {
+                if (group.num_tiles == 0) {
+                    ptx::mbarrier_arrive(shared.q_full[g]);
+                } else {
+                    ptx::mbarrier_arrive_expect_tx(shared.q_full[g], kLayout.q_bytes());
+                    ptx::tma_load_2d(params.q_map, shared.q_full[g], shared.q[g], 0, group.first_token * kHeads, kHint);
+                }
+            }
+            if (group.num_tiles == 0) return;
+            if constexpr (kRow.paged) {
+                load_paged(params, shared, group, kv_state);
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
+                    if (lane == 0) {
+                        const int s = kv_state.stage_idx;
+                        const int key = group.first_key + i * kMqaTileKeys;
+                        ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
+                        ptx::mbarrier_arrive_expect_tx(shared.kv_full[s], kLayout.kv_bytes() + kLayout.scale_bytes());
+                        ptx::tma_load_2d(params.kv_map, shared.kv_full[s], shared.kv[s], 0, key, kHint);
+                        ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
+                    }
+                }
+                __syncwarp();
+            }
+            q_state.advance();
+        }
+    }
+
+    // A lane holds the table's entry of one block, for 32 blocks at once, and asks for the next 32 before these are used.
+    // TMA reads blocks outside of the cache as zeros, whatever the entry says.
+    __device__ __forceinline__ static void load_paged(const MqaLogitsParams& params, Storage& shared,
+                                                      const MqaGroup& group, PipelineState<kStages>& state) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int lane = threadIdx.x % 32;
+        const int tile_blocks = kMqaTileKeys / params.block_kv;
+        const int block_bytes = params.block_kv * kHeadDim;
+        const int first = group.first_key / params.block_kv;
+        const int num_blocks = group.num_tiles * tile_blocks;
+        const int32_t* table = params.block_table.data + group.table_row * params.block_table.stride;
+        const auto entry = [&](int i) {
+            return table[min(first + i, params.max_blocks - 1) * params.block_table.inner_stride];
+        };
+        int ahead = entry(lane);
+#pragma unroll 1
+        for (int i = 0; i < num_blocks; i += 32) {
+            const int blocks = ahead;
+            if (i + 32 < num_blocks) ahead = entry(i + 32 + lane);
+            const int count = min(32, num_blocks - i);
+#pragma unroll 1
+            for (int j = 0; j < count; j += tile_blocks, state.advance()) {
+                const int upper = __shfl_sync(kAllLanes, blocks, j);
+                const int lower = __shfl_sync(kAllLanes, blocks, j + tile_blocks - 1);
+                if (lane != 0) continue;
+                const int s = state.stage_idx;
+                ptx::Barrier& full = shared.kv_full[s];
+                ptx::mbarrier_wait(shared.kv_empty[s], state.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
+                ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
+                ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
+                if (tile_blocks == 2) {
+                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
+                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                }
+            }
+            __syncwarp();
+        }
+    }
+
+    // ---- producer, warps 2 and 3 ----
+
+    // Rows in pieces, over all CTAs.
+    __device__ __forceinline__ static void clean(const MqaLogitsParams& params, int thread) {
+        constexpr int kPiece = 8192;
+        const int pieces = (params.width + kPiece - 1) / kPiece;
+        const long long count = static_cast<long long>(params.num_tokens) * pieces;
+#pragma unroll 1
+        for (long long i = blockIdx.x; i < count; i += gridDim.x) {
+            const int token = static_cast<int>(i / pieces);
+            const int from = static_cast<int>(i - static_cast<long long>(token) * pieces) * kPiece;
+            const int to = min(params.width - from, kPiece) + from;
+            KeyRange range;
+            if constexpr (kRow.paged) {
+                range = paged_range(params, token);
+            } else {
+                range = dense_range(params, token);
+                if (params.compressed) range = {0, range.end - range.begin};
+            }
+            const long long row = token * params.logits_stride;
+            fill(params, row, from, min(to, range.begin), thread);
+            fill(params, row, max(from, range.end), to, thread);
+        }
+    }
+
+    // Columns [from, to) of a row, 64 threads.
+    __device__ __forceinline__ static void fill(const MqaLogitsParams& params, long long row, int from, int to, int thread) {
+        if (params.logits_is_float) {
+            fill_with(static_cast<uint32_t*>(params.logits) + row, from, to, 0xff800000u, thread);
+        } else {
+            fill_with(static_cast<uint16_t*>(params.logits) + row, from, to, 0xff80ff80u, thread);
+        }
+    }
+
+    // Element stores up to a multiple of 16 bytes and from the last one on.
+    template <class T>
+    __device__ __forceinline__ static void fill_with(T* row, int from, int to, uint32_t value, int thread) {
+        constexpr int kThreads = 64, kVector = 16 / sizeof(T);
+        const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + from) % 16 / sizeof(T));
+        const int head = min(from + (kVector - past) % kVector, to);
+        const int vectors = max(to - head, 0) / kVector;
+        if (from + thread < head) row[from + thread] = static_cast<T>(value);
+        auto* wide = reinterpret_cast<uint4*>(row + head);
+#pragma unroll 4
+        for (int i = thread; i < vectors; i += kThreads) wide[i] = make_uint4(value, value, value, value);
+        const int tail = head + vectors * kVector + thread;
+        if (tail < to) row[tail] = static_cast<T>(value);
+    }
+
+    // ---- consumers ----
+
+    struct Tile {
+        int key;       // the first
+        int stage;     // of keys
+        uint32_t phase;
+        float scale[2];  // of the thread's two keys
+        bool factored;   // whether every scale of the warp may be taken out of the sum
+    };
+
+    // Scales are read before the tile's products are issued: behind them the read would wait until they are done.
+    __device__ __forceinline__ static void wait_for_keys(Storage& shared, int row, Tile& tile) {
+        ptx::mbarrier_wait(shared.kv_full[tile.stage], tile.phase);
+        tile.scale[0] = shared.kv_sf[tile.stage][row];
+        tile.scale[1] = shared.kv_sf[tile.stage][row + 8];
+    }
+
+    __device__ __forceinline__ static void classify(Tile& tile) {
+        const float low = fminf(tile.scale[0], tile.scale[1]), high = fmaxf(tile.scale[0], tile.scale[1]);
+        // Comparisons with a NaN are false, but fminf and fmaxf drop one.
+        const bool usual = low >= 0 && high <= kMaxFactored && tile.scale[0] == tile.scale[0] &&
+                           tile.scale[1] == tile.scale[1];
+        tile.factored = __all_sync(kAllLanes, usual);
+    }
+
+    // What a thread keeps of a group, for one accumulator.
+    struct Part {
+        float weights[kCols / 4];  // of the thread's columns, two of every eight
+        KeyRange ranges[kOutputTokens];
+    };
+
+    __device__ __forceinline__ static int output_token(int part, int lane, int output) {
+        const int index = kSums >= 4 ? lane % 4 * kOutputs + output : lane % 4 / 2;
+        return part * kPartTokens + index / 2;
+    }
+
+    __device__ __forceinline__ static void read_weights(const Storage& shared, int stage, int index, int lane, Part& part) {
+        const auto* weights = reinterpret_cast<const float2*>(shared.weights[stage] + index * kCols) + lane % 4;
+#pragma unroll
+        for (int j = 0; j < kCols / 8; ++j) {
+            const float2 pair = weights[4 * j];
+            part.weights[2 * j] = pair.x;
+            part.weights[2 * j + 1] = pair.y;
+        }
+    }
+
+    __device__ __forceinline__ static void read_ranges(const Storage& shared, int stage, int index, int lane, Part& part) {
+#pragma unroll
+        for (int i = 0; i < kOutputTokens; ++i) {
+            part.ranges[i] = shared.ranges[stage][output_token(index, lane, 2 * i)];
+        }
+    }
+
+    __device__ __forceinline__ static void multiply(const Storage& shared, int kv_stage, int q_stage, int part,
+                                                    float (&accumulator)[kCols / 2]) {
+        using Operand = SpanDescriptor<kHeadDim>;
+        pin_registers(accumulator);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 32; ++step) {
+            wgmma<kCols>(Operand::make(shared.kv[kv_stage], step),
+                         Operand::make(shared.q[q_stage] + part * kCols * kHeadDim, step), accumulator, step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the lower.
+    __device__ __forceinline__ static void add_heads(const Tile& tile, const Part& part, float (&accumulator)[kCols / 2],
+                                                     float (&sums)[kSums]) {
+        pin_registers(accumulator);
+        if (!tile.factored) {
+#pragma unroll
+            for (int i = 0; i < kCols / 2; ++i) accumulator[i] *= tile.scale[i / 2 % 2];
+        }
+#pragma unroll
+        for (int t = 0; t < kPartTokens; ++t) {
+            float upper = 0, lower = 0;
+#pragma unroll
+            for (int i = 0; i < kHeads / 8; ++i) {
+                const int j = t * (kHeads / 8) + i;
+                upper = fmaf(relu(accumulator[4 * j]), part.weights[2 * j], upper);
+                lower = fmaf(relu(accumulator[4 * j + 2]), part.weights[2 * j], lower);
+                upper = fmaf(relu(accumulator[4 * j + 1]), part.weights[2 * j + 1], upper);
+                lower = fmaf(relu(accumulator[4 * j + 3]), part.weights[2 * j + 1], lower);
+            }
+            sums[2 * t] = upper;
+            sums[2 * t + 1] = lower;
+        }
+    }
+
+    // Adds lane pairs `kLane` apart. Each lane keeps half of the sums, the upper half where its bit is set; of one sum both
+    // keep it.
+    template <int kLane, int kCount>
+    __device__ __forceinline__ static void add_lanes(int lane, const float* in, float* out) {
+        if constexpr (kCount == 1) {
+            out[0] = in[0] + __shfl_xor_sync(kAllLanes, in[0], kLane);
+        } else {
+            const bool upper = lane & kLane;
+#pragma unroll
+            for (int i = 0; i < kCount / 2; ++i) {
+                const float keep = upper ? in[kCount / 2 + i] : in[i];
+                const float send = upper ? in[i] : in[kCount / 2 + i];
+                out[i] = keep + __shfl_xor_sync(kAllLanes, send, kLane);
+            }
+        }
+    }
+
+    // Adds the sums of a quad and stores. A warp writes 8 consecutive keys of a token at once.
+    __device__ __forceinline__ static void store(const MqaLogitsParams& params, const Tile& tile, int first_token, int index,
+                                                 int warp, int lane, const Part& part, const float (&sums)[kSums]) {
+        float half[kSums / 2];
+        float outputs[kOutputs];
+        add_lanes<2, kSums>(lane, sums, half);
+        add_lanes<1, kSums / 2>(lane, half, outputs);
+        const bool redundant = kSums == 2 && lane % 2 == 1;  // both lanes of a pair hold the sum
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            const int key_half = kOutputs > 1 ? i % 2 : kSums == 4 ? lane % 2 : lane / 2 % 2;
+            const int key = tile.key + warp * 16 + key_half * 8 + lane / 4;
+            const KeyRange range = part.ranges[i / 2];
+            const float value = tile.factored ? outputs[i] * (key_half ? tile.scale[1] : tile.scale[0]) : outputs[i];
+            if (key < range.begin || key >= range.end || redundant) continue;
+            const int token = first_token + output_token(index, lane, i);
+            const long long at = token * params.logits_stride + (key - (params.compressed ? range.begin : 0));
+            if (params.logits_is_float) {
+                static_cast<float*>(params.logits)[at] = value;
+            } else {
+                static_cast<__nv_bfloat16*>(params.logits)[at] = __float2bfloat16_rn(value);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+    }
+
+    __device__ __forceinline__ static void advance(Tile& tile) {
+        tile.stage += kWarpgroups;
+        if (tile.stage >= kStages) {
+            tile.stage -= kStages;
+            tile.phase ^= 1;
+        }
+    }
+
+    __device__ __forceinline__ static void consume(const MqaLogitsParams& params, Storage& shared, int warpgroup) {
+        const int lane = threadIdx.x % 32;
+        const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32 % 4, 0);
+        const int row = warp * 16 + lane / 4;  // of a tile: the thread's upper key
+        float accumulators[kParts][kCols / 2];
+        Part parts[kParts];
+        QueryState q_state;
+        Tile tile;
+        tile.stage = warpgroup;
+        tile.phase = 0;
+        int in_group = warpgroup;  // the warpgroup's next tile, counted from the group's first
+        while (true) {
+            int q = q_state.stage_idx;
+            ptx::mbarrier_wait(shared.q_full[q], q_state.phase);
+            int num_tiles = shared.groups[q].num_tiles;
+            if (num_tiles == 0) return;
+            if (in_group >= num_tiles) {
+                in_group -= num_tiles;
+                release(shared.q_empty[q], lane);
+                q_state.advance();
+                continue;
+            }
+            int first_key = shared.groups[q].first_key;
+            int first_token = shared.groups[q].first_token;
+            tile.key = first_key + in_group * kMqaTileKeys;
+            wait_for_keys(shared, row, tile);
+#pragma unroll
+            for (int p = 0; p < kParts; ++p) {
+                read_weights(shared, q, p, lane, parts[p]);
+                read_ranges(shared, q, p, lane, parts[p]);
+            }
+            classify(tile);
+            multiply(shared, tile.stage, q, 0, accumulators[0]);
+
+            // On entry the tile's first products are on their way, and nothing else: the assembler takes no more than that
+            // around a loop.
+            while (true) {
+                Tile next = tile;
+                advance(next);
+                in_group += kWarpgroups;
+                bool new_group = false;
+                int next_token = first_token;
+                QueryState next_state = q_state;
+                if (in_group >= num_tiles) {
+                    in_group -= num_tiles;
+                    next_state.advance();
+                    ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
+                    const MqaGroup& group = shared.groups[next_state.stage_idx];
+                    num_tiles = group.num_tiles;
+                    // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
+                    if (in_group >= num_tiles) break;
+                    new_group = true;
+                    first_key = group.first_key;
+                    next_token = group.first_token;
+                }
+                const int next_q = next_state.stage_idx;
+                next.key = first_key + in_group * kMqaTileKeys;
+
+                float sums[kSums];
+                wgmma_wait<0>();
+                pin_registers(accumulators[0]);
+                if constexpr (kParts == 2) multiply(shared, tile.stage, q, 1, accumulators[1]);
+                add_heads(tile, parts[0], accumulators[0], sums);
+                wait_for_keys(shared, row, next);
+                if (new_group) read_weights(shared, next_q, 0, lane, parts[0]);
+                multiply(shared, next.stage, next_q, 0, accumulators[0]);
+                if constexpr (kParts == 1) release(shared.kv_empty[tile.stage], lane);
+                store(params, tile, first_token, 0, warp, lane, parts[0], sums);
+                if (new_group) read_ranges(shared, next_q, 0, lane, parts[0]);
+                if constexpr (kParts == 2) {
+                    wgmma_wait<1>();
+                    add_heads(tile, parts[1], accumulators[1], sums);
+                    release(shared.kv_empty[tile.stage], lane);
+                    if (new_group) read_weights(shared, next_q, 1, lane, parts[1]);
+                    store(params, tile, first_token, 1, warp, lane, parts[1], sums);
+                    if (new_group) read_ranges(shared, next_q, 1, lane, parts[1]);
+                }
+                classify(next);
+                if (new_group) {
+                    release(shared.q_empty[q_state.stage_idx], lane);
+                    q_state = next_state;
+                    first_token = next_token;
+                }
+                q = next_q;
+                tile = next;
+            }
+
+            float sums[kSums];
+            wgmma_wait<0>();
+            pin_registers(accumulators[0]);
+            if constexpr (kParts == 2) multiply(shared, tile.stage, q, 1, accumulators[1]);
+            add_heads(tile, parts[0], accumulators[0], sums);
+            store(params, tile, first_token, 0, warp, lane, parts[0], sums);
+            if constexpr (kParts == 2) {
+                wgmma_wait<0>();
+                add_heads(tile, parts[1], accumulators[1], sums);
+                store(params, tile, first_token, 1, warp, lane, parts[1], sums);
+            }
+            release(shared.kv_empty[tile.stage], lane);
+            advance(tile);
+            release(shared.q_empty[q_state.stage_idx], lane);
+            q_state.advance();
+        }
+    }
+};
+
+// One kernel per row of the table; the row's index is the whole template argument.
+template <int kRowIndex>
+__global__ void __launch_bounds__(MqaTraits<kRowIndex>::kLayout.num_threads(), 1)
+    sm90_fp8_mqa_logits(const __grid_constant__ MqaLogitsParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    using Traits = MqaTraits<kRowIndex>;
+    MqaKernel<Traits>::run(params, *reinterpret_cast<MqaStorage<Traits>*>(shared_memory));
+#endif
+}
+
+}  // namespace deep_gemm::sm90
