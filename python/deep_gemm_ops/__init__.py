@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 
 _library.load()
 
-from . import _cpu, _fakes, knobs, ops  # noqa: E402, F401
+from . import _cpu, _fakes, knobs, mqa_logits, ops  # noqa: E402, F401
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .mqa_logits import *  # noqa: E402, F403
 from .ops import *  # noqa: E402, F403
 
-__all__ = ["__version__", "get_tma_aligned_size", "to_tma_aligned", *knobs.__all__, *ops.__all__]
+__all__ = ["__version__", "get_tma_aligned_size", "to_tma_aligned", *knobs.__all__, *mqa_logits.__all__, *ops.__all__]

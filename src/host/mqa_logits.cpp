@@ -101,7 +101,11 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
     const MatrixView q{problem.q, problem.num_tokens * problem.heads, problem.head_dim, problem.q_stride,
                        CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
     params.q_map = make_tensor_map(encode, q, row.tile_cols(), row.head_dim);
-    if (problem.paged) {
+    // Without keys, or blocks, the maps are of something that is there, and nobody loads through them.
+    const bool no_keys = problem.paged ? problem.num_blocks == 0 : problem.num_keys == 0;
+    if (no_keys) {
+        params.kv_map = params.kv_sf_map = params.q_map;
+    } else if (problem.paged) {
         const int64_t scales = static_cast<int64_t>(problem.block_kv) * problem.head_dim;
         // The stride of a single block is never used, but the tensor map wants a multiple of 16 bytes.
         const int64_t stride = problem.num_blocks > 1 ? problem.cache_stride : scales + problem.block_kv * 4;
@@ -136,7 +140,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
     params.lens_per_token = problem.lens_per_token;
     params.block_table = problem.block_table;
     params.table_rows = static_cast<int>(problem.table_rows);
-    params.max_blocks = static_cast<int>(problem.max_blocks);
+    params.max_blocks = no_keys ? 0 : static_cast<int>(problem.max_blocks);
     params.block_kv = problem.block_kv;
     params.next_n = static_cast<int>(problem.next_n);
     params.indices = problem.indices;

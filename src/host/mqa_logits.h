@@ -81,8 +81,7 @@ int select_mqa_row(const MqaLogitsProblem& problem);
 int forced_mqa_row();
 void force_mqa_row(int row);
 
-// num_tokens, width and num_keys (or num_blocks and max_blocks) must be positive, what TMA reads aligned to 16 bytes (the ops
-// check that). `num_sms` CTAs are launched, with a schedule as many as it is made for. Throws std::runtime_error where no row
+// num_tokens and width must be positive, what TMA reads aligned to 16 bytes (the ops check that). `num_sms` CTAs are launched, with a schedule as many as it is made for. Throws std::runtime_error where no row
 // fits.
 void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row, bool pdl, Backend& backend);
 
