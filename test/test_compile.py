@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import deep_gemm_ops
 
+import mqa_cases
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 
 Sample = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
@@ -82,7 +83,7 @@ def samples(device: str) -> list[Sample]:
         x = torch.randint(0, 127, (rows, cols), generator=generator(0), dtype=torch.uint8).to(device).view(FP8)
         calls.append((ops.transpose_fp8.default, (x,), {}))
         calls.append((ops.transpose_fp8.out, (x,), {"out": torch.empty(cols, rows, dtype=FP8, device=device)}))
-    return calls
+    return calls + mqa_cases.samples(device)
 
 
 def describe(sample: Sample) -> str:
@@ -119,11 +120,17 @@ deep_gemm::fp8_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=
 deep_gemm::fp8_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_mqa_logits(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, ScalarType logits_dtype=6) -> Tensor
+deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, Tensor(d!) out) -> ()
+deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
+deep_gemm::fp8_paged_mqa_logits.out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, *, int gran_k=128) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None) -> Tensor
+deep_gemm::get_paged_mqa_logits_metadata.out(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::per_block_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_block_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_channel_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)

@@ -525,7 +525,7 @@ def test_compile_paged(device: str) -> None:
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for lens in ([130, 7], [64, 65, 0, 200], [5, 6, 7]):
+        for lens in ([200, 7, 64], [64, 65, 0, 300, 9], [70] * 6):
             arguments = paged_arguments(lens, 2, device=device)
             names = ("q", "kv_cache", "weights", "context_lens", "block_table", "max_context_len")
             assert_logits(step(*(arguments[name] for name in names)), expected_paged(arguments, True))
