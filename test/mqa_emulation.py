@@ -30,6 +30,7 @@ from deep_gemm_ops.inspect import find_tool
 
 import ptx_emulator
 from common import FP8, assert_close, ceil_div, generator, same_bits
+from ptx_emulator import mutate
 
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
@@ -49,8 +50,8 @@ def instances() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _modules() -> list[ptx_emulator.Module]:
-    """The PTX for sm_90a in the library, a module for each translation unit that holds these kernels.
+def _texts() -> list[str]:
+    """The PTX for sm_90a in the library, of each translation unit that holds these kernels.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -63,7 +64,22 @@ def _modules() -> list[ptx_emulator.Module]:
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
     units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [ptx_emulator.Module(unit) for unit in units if "mqa_logits" in unit]
+    return [unit for unit in units if "mqa_logits" in unit]
+
+
+@functools.cache
+def _modules() -> list[ptx_emulator.Module]:
+    return [ptx_emulator.Module(unit) for unit in _texts()]
+
+
+def row_ptx(row: dict[str, Any]) -> tuple[str, str]:
+    """A module with a row's kernel alone, and the kernel's name."""
+    return next(
+        (mutate.extract(text, entry), entry)
+        for text, module in zip(_texts(), _modules())
+        for entry in module.entries
+        if row["kernel"] in entry
+    )
 
 
 @functools.cache
@@ -162,9 +178,14 @@ def _region(x: torch.Tensor, name: str, read_only: bool) -> tuple[int, int, str,
 
 
 def _launch(
-    call: Callable[[Any, Any, Any, Any], int], inputs: dict[str, torch.Tensor | None], result: torch.Tensor, **options: int
+    call: Callable[[Any, Any, Any, Any], int],
+    inputs: dict[str, torch.Tensor | None],
+    result: torch.Tensor,
+    other: ptx_emulator.Module | None = None,
+    **options: int,
 ) -> ptx_emulator.Stats:
-    """Runs what `call(encode, launch, error, error_size)` launches; it may read the inputs and write the result."""
+    """Runs what `call(encode, launch, error, error_size)` launches; it may read the inputs and write the result. ``other``
+    holds another version of the kernel."""
     buffers = [_region(result, "result", False)]
     buffers += [_region(x, name, True) for name, x in inputs.items() if x is not None and x.numel() > 0]
     stats: list[ptx_emulator.Stats] = []
@@ -174,7 +195,7 @@ def _launch(
         try:
             module, entry = _find(kernel.decode())
             args = [ctypes.string_at(params, params_bytes)]
-            run = module.launch(
+            run = (other or module).launch(
                 entry, grid, block, args, (cluster, 1, 1), shared_bytes, buffers, **{"budget": BUDGET, **options}
             )
             stats.append(run)
@@ -320,7 +341,7 @@ class DenseCase(_Case):
         end = torch.randint(low, high, (self.tokens,), generator=random, dtype=torch.int32)
         return start, end
 
-    def run(self, **options: int) -> torch.Tensor:
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         info, random = self.info, generator(hash((self.tokens, self.keys)) % 2**32)
         heads, dim = info["heads"], info["head_dim"]
         q = _values((self.tokens, heads, dim), self.data, random)
@@ -362,7 +383,7 @@ class DenseCase(_Case):
         )
         inputs = {"q": q, "kv": kv, "kv_sf": kv_sf, "weights": weights, "start": start, "end": end}
         try:
-            _launch(call, inputs, logits, **{"seed": self.seed, **options})
+            _launch(call, inputs, logits, module, **{"seed": self.seed, **options})
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         around = torch.ones_like(buffer, dtype=torch.bool)
@@ -403,7 +424,7 @@ class PagedCase(_Case):
     num_ctas: int = 3
     seed: int = 0
 
-    def run(self, **options: int) -> torch.Tensor:
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         info, random = self.info, generator(hash((self.lens, self.next_n, self.counts)) % 2**32)
         heads, dim, block_kv = info["heads"], info["head_dim"], self.block_kv
         sequences = len(self.lens)
@@ -491,7 +512,7 @@ class PagedCase(_Case):
         inputs = {"q": q, "cache": cache[:, :block_bytes], "weights": weights, "lens": lens, "table": strided_table}
         inputs |= {"schedule": schedule, "indices": indices}
         try:
-            _launch(call, inputs, logits, **{"seed": self.seed, **options})
+            _launch(call, inputs, logits, module, **{"seed": self.seed, **options})
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         around = torch.ones_like(buffer, dtype=torch.bool)

@@ -188,6 +188,7 @@ private:
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
+            __syncwarp();  // all lanes have read it before this one lets the consumers have it
             if (lane == 0) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
@@ -211,7 +212,6 @@ private:
                         ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
                     }
                 }
-                __syncwarp();
             }
             q_state.advance();
         }
@@ -253,7 +253,6 @@ private:
                     ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
                 }
             }
-            __syncwarp();
         }
     }
 
