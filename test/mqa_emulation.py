@@ -4,8 +4,8 @@
 
     python test/mqa_emulation.py "DenseCase('sm90_fp8_mqa_h64d128_n128x2', tokens=9, keys=300, seed=3)"
 
-Queries, keys, scales and weights are small integers or powers of two where nothing but the last rounding may differ, and
-memory between and behind tensors does not exist for the kernel.
+Queries, keys, scales and weights are small integers or powers of two where nothing but the last rounding may differ,
+and memory between and behind tensors does not exist for the kernel.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _launch(
     other: ptx_emulator.Module | None = None,
     **options: int,
 ) -> ptx_emulator.Stats:
-    """Runs what `call(encode, launch, error, error_size)` launches; it may read the inputs and write the result. ``other``
-    holds another version of the kernel."""
+    """Runs what `call(encode, launch, error, error_size)` launches; it may read the inputs and write the result.
+    ``other`` holds another version of the kernel."""
     buffers = [_region(result, "result", False)]
     buffers += [_region(x, name, True) for name, x in inputs.items() if x is not None and x.numel() > 0]
     stats: list[ptx_emulator.Stats] = []
@@ -235,9 +235,7 @@ def run_metadata(
 # Cases
 
 
-def relu_logits(
-    q: torch.Tensor, kv: torch.Tensor, kv_sf: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def relu_logits(q: torch.Tensor, kv: torch.Tensor, kv_sf: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[tokens, keys] in float64: the formula, term by term."""
     scores = torch.einsum("ihd,jd->ihj", q.double(), kv.double()) * kv_sf.double()
     return (scores.relu() * weights.double()[:, :, None]).sum(1)
@@ -378,9 +376,7 @@ class DenseCase(_Case):
             block_kv=64,
             next_n=1,
         )
-        call = functools.partial(
-            _capi.library().dg_run_mqa_logits, ctypes.byref(problem), info["index"], self.num_sms
-        )
+        call = functools.partial(_capi.library().dg_run_mqa_logits, ctypes.byref(problem), info["index"], self.num_sms)
         inputs = {"q": q, "kv": kv, "kv_sf": kv_sf, "weights": weights, "start": start, "end": end}
         try:
             _launch(call, inputs, logits, module, **{"seed": self.seed, **options})
@@ -526,7 +522,9 @@ class PagedCase(_Case):
         expected = torch.zeros(tokens, max_len, dtype=torch.float64)
         for i, sequence in enumerate(sequence_of.tolist()):
             keys = values[table[sequence]].view(-1, dim)[:max_len]
-            row = relu_logits(q[i : i + 1].float(), keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1])
+            row = relu_logits(
+                q[i : i + 1].float(), keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1]
+            )
             expected[i, : row.shape[1]] = row
         inside = torch.arange(max_len) < ends[:, None]
         self.compare(logits, expected, inside, self.clean)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from test_bad_input import WHERE, changed, messages
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 from deep_gemm_ops import mqa_logits
 
-from common import FP8, assert_close, cuda_condition, generator, same_bits
+from common import FP8, assert_close, generator, same_bits
 from mqa_cases import dense_arguments, expected_dense, expected_paged, make_cache, paged_arguments, samples
-from test_bad_input import WHERE, changed, messages
 
 
 def assert_logits(actual: torch.Tensor, expected: torch.Tensor, hint: str = "") -> None:
@@ -351,7 +351,9 @@ def test_bad_dense_input(where: str) -> None:
                 "shape of out": changed(out=lambda a: a["weights"].new_empty(4, 11)),
                 "compressed out": changed(out=lambda a: a["weights"].new_empty(4, 10), max_seqlen_k=lambda a: 5),
                 "stride of out": changed(out=lambda a: a["weights"].new_empty(10, 4).t()),
-                "dtype of out": changed(out=lambda a: a["weights"].new_empty(4, 10), logits_dtype=lambda a: torch.bfloat16),
+                "dtype of out": changed(
+                    out=lambda a: a["weights"].new_empty(4, 10), logits_dtype=lambda a: torch.bfloat16
+                ),
             },
         ),
         """\
@@ -402,7 +404,9 @@ def test_bad_paged_input(where: str) -> None:
                 "block_kv": changed(kv_cache=lambda a: a["kv_cache"][:, :16]),
                 "columns of the cache": changed(kv_cache=lambda a: a["kv_cache"][..., :64]),
                 "a sparse block": changed(kv_cache=lambda a: a["kv_cache"].new_empty(5, 64, 1, 72)[..., :68]),
-                "block stride": changed(kv_cache=lambda a: a["kv_cache"].new_empty(5, 4360)[:, :4352].view(5, 64, 1, 68)),
+                "block stride": changed(
+                    kv_cache=lambda a: a["kv_cache"].new_empty(5, 4360)[:, :4352].view(5, 64, 1, 68)
+                ),
                 "weights": changed(weights=lambda a: a["weights"][:2]),
                 "int64 lengths": changed(context_lens=lambda a: a["context_lens"].long()),
                 "lengths": changed(context_lens=lambda a: a["context_lens"][:, :2]),
@@ -410,7 +414,9 @@ def test_bad_paged_input(where: str) -> None:
                 "rows of the table": changed(block_table=lambda a: a["block_table"][:1]),
                 "dtype of the table": changed(block_table=lambda a: a["block_table"].long()),
                 "schedule": changed(schedule_metadata=lambda a: a["schedule_metadata"][:1]),
-                "strides of the schedule": changed(schedule_metadata=lambda a: a["schedule_metadata"].new_empty(2, 8).t()),
+                "strides of the schedule": changed(
+                    schedule_metadata=lambda a: a["schedule_metadata"].new_empty(2, 8).t()
+                ),
                 "max_context_len": changed(max_context_len=lambda a: -1),
                 "indices": changed(indices=lambda a: a["block_table"][:, 0]),
                 "dtype of indices": changed(indices=lambda a: a["block_table"][:, 0].long()),
@@ -484,7 +490,9 @@ def test_alignment(device: str) -> None:
         "kv_sf": torch.zeros(11, device=device)[1:],
     }
     for name, x in odd.items():
-        with pytest.raises(RuntimeError, match=rf"fp8_mqa_logits: {name} has base address \d+ modulo 16 bytes, expected 0"):
+        with pytest.raises(
+            RuntimeError, match=rf"fp8_mqa_logits: {name} has base address \d+ modulo 16 bytes, expected 0"
+        ):
             deep_gemm_ops.fp8_mqa_logits(**{**arguments, name: x})
     paged = plain_paged(device)
     flat = torch.zeros(5 * 64 * 68 + 4, dtype=torch.uint8, device=device)

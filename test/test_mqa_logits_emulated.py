@@ -288,7 +288,13 @@ def test_schedules(size: int) -> None:
     indices = torch.randint(0, 3, (size,), generator=random).cumsum(0).to(torch.int32) // 2
     lens = torch.randint(-10, 700, (size,), generator=random, dtype=torch.int32)
     per_token = torch.randint(-10, 700, (size, 3), generator=random, dtype=torch.int32).t().contiguous().t()
-    for context_lens, of_tokens in [(lens, None), (per_token, None), (lens, indices), (lens * 0, None), (lens[::2], None)]:
+    for context_lens, of_tokens in [
+        (lens, None),
+        (per_token, None),
+        (lens, indices),
+        (lens * 0, None),
+        (lens[::2], None),
+    ]:
         for num_ctas in (1, 5, 132, 1500):
             expected = mqa_logits.reference_metadata(context_lens, num_ctas, of_tokens)
             for seed in range(SEEDS):
@@ -314,11 +320,12 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     lines = ptx.splitlines()
     before, after = lines[: mutant.line - 1], lines[mutant.line :]
     if mutant.kind == "warp barrier":
-        meets = r"wgmma\.wait_group|bar\.warp\.sync|shfl\.sync|vote\.sync"
+        meets = r"wgmma\.(wait|commit)_group|bar\.warp\.sync|shfl\.sync|vote\.sync"
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st)\b.*\.shared", line) for line in before[met:]):
             return "the warp has met since it last touched what the arrive that follows frees"
-    if mutant.kind == "barrier" and any("bar.sync" in line for line in after[:400]):
+    roles = next((i for i, line in enumerate(after) if "setmaxnreg" in line), 0)
+    if mutant.kind == "barrier" and any("bar.sync" in line for line in after[:roles]):
         return "another barrier of all threads follows before anybody waits for an mbarrier"
     return ""
 

@@ -201,7 +201,9 @@ def fp8_paged_mqa_logits(
         "schedule_metadata": schedule_metadata,
         "max_context_len": max_context_len,
     }
-    return _call("fp8_paged_mqa_logits", arguments, {"clean_logits": clean_logits, "indices": indices}, logits_dtype, out)
+    return _call(
+        "fp8_paged_mqa_logits", arguments, {"clean_logits": clean_logits, "indices": indices}, logits_dtype, out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +320,9 @@ def check_mqa_logits(
     _check_out(op, out, logits_dtype, names, [tokens, columns if compressed else keys])
 
 
-def check_metadata(context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor | None, out: Tensor | None) -> None:
+def check_metadata(
+    context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor | None, out: Tensor | None
+) -> None:
     """Check the arguments of ``get_paged_mqa_logits_metadata``."""
     op = "get_paged_mqa_logits_metadata"
     check_dtype(op, "context_lens", context_lens, (torch.int32,))

@@ -188,7 +188,6 @@ private:
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
-            __syncwarp();  // all lanes have read it before this one lets the consumers have it
             if (lane == 0) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
@@ -201,6 +200,9 @@ private:
             if constexpr (kRow.paged) {
                 load_paged(params, shared, group, kv_state);
             } else {
+                // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
+                // shuffles see to that.)
+                __syncwarp();
 #pragma unroll 1
                 for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
                     if (lane == 0) {
