@@ -4,8 +4,8 @@
 //
 // Keys are the rows of the wgmma instruction, 64 to a warpgroup's tile; its columns are (token, head) pairs, so that a
 // token's heads are summed inside of a quad of threads. K is the whole head dimension: one tile is head_dim / 32
-// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs a
-// maximum and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
+// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs an
+// addition and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
 // Inf or NaN it multiplies each product instead, as the formula says.
 //
 // A CTA works on a run of groups (mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
@@ -25,6 +25,8 @@
 #pragma once
 
 #include <cuda_bf16.h>
+
+#include <type_traits>
 
 #include "../device/pipeline.cuh"
 #include "../device/ptx_tma.cuh"
@@ -48,7 +50,7 @@ struct alignas(1024) MqaStorage {
     uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
     uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise
     alignas(128) float kv_sf[kStages][kMqaTileKeys];
-    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];
+    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];  // halved, see add_heads()
     KeyRange ranges[kMqaQueryStages][kLayout.row.tile_tokens()];
     MqaGroup groups[kMqaQueryStages];
     DenseWorkStorage dense_work;
@@ -65,17 +67,13 @@ struct SpanDescriptor {
     static constexpr uint32_t kSwizzle = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3;
     static constexpr uint32_t kHigh = kSwizzle << 30 | (8 * kSpan) >> 4 /* between groups of 8 rows */;
 
+    __device__ __forceinline__ static uint32_t low(const void* tile) { return 1u << 16 | ptx::smem_address(tile) >> 4; }
+
     // `step`: of 32 values along K.
-    __device__ __forceinline__ static uint64_t make(const void* tile, int step) {
-        return static_cast<uint64_t>(kHigh) << 32 | (1u << 16 | (ptx::smem_address(tile) >> 4)) + step * (32 / 16);
+    __device__ __forceinline__ static uint64_t at(uint32_t low, int step) {
+        return static_cast<uint64_t>(kHigh) << 32 | (low + step * (32 / 16));
     }
 };
-
-__device__ __forceinline__ float relu(float x) {
-    float result;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));  // unlike fmaxf it keeps a NaN
-    return result;
-}
 
 template <class Traits>
 class MqaKernel {
@@ -100,7 +98,7 @@ class MqaKernel {
 
 public:
     __device__ __forceinline__ static void run(const MqaLogitsParams& params, Storage& shared) {
-        const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.q_map);
             ptx::prefetch_tensor_map(params.kv_map);
@@ -168,7 +166,7 @@ private:
             const int s = state.stage_idx;
             ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i];
+            for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
             if (lane < kTokens) shared.ranges[s][lane] = range;
             if (lane == 0) shared.groups[s] = group;
             __syncwarp();
@@ -309,42 +307,49 @@ private:
 
     // ---- consumers ----
 
-    struct Tile {
-        int key;       // the first
-        int stage;     // of keys
-        uint32_t phase;
-        float scale[2];  // of the thread's two keys
-        bool factored;   // whether every scale of the warp may be taken out of the sum
+    // What the sums of a thread's keys, two of a tile, 8 apart, are multiplied by.
+    struct Scales {
+        float upper, lower;
+        bool factored;  // whether every scale of the warp may be taken out of the sum
     };
 
-    // Scales are read before the tile's products are issued: behind them the read would wait until they are done.
-    __device__ __forceinline__ static void wait_for_keys(Storage& shared, int row, Tile& tile) {
-        ptx::mbarrier_wait(shared.kv_full[tile.stage], tile.phase);
-        tile.scale[0] = shared.kv_sf[tile.stage][row];
-        tile.scale[1] = shared.kv_sf[tile.stage][row + 8];
-    }
-
-    __device__ __forceinline__ static void classify(Tile& tile) {
-        const float low = fminf(tile.scale[0], tile.scale[1]), high = fmaxf(tile.scale[0], tile.scale[1]);
-        // Comparisons with a NaN are false, but fminf and fmaxf drop one.
-        const bool usual = low >= 0 && high <= kMaxFactored && tile.scale[0] == tile.scale[0] &&
-                           tile.scale[1] == tile.scale[1];
-        tile.factored = __all_sync(kAllLanes, usual);
-    }
+    // Where one of the thread's results goes: a row of logits, and the keys that it has.
+    struct Output {
+        char* row;       // address of key 0
+        int begin;
+        unsigned count;  // from `begin` on; 0 where another lane stores the same
+    };
 
     // What a thread keeps of a group, for one accumulator.
     struct Part {
         float weights[kCols / 4];  // of the thread's columns, two of every eight
-        KeyRange ranges[kOutputTokens];
+        Output outputs[kOutputTokens];
     };
 
-    __device__ __forceinline__ static int output_token(int part, int lane, int output) {
-        const int index = kSums >= 4 ? lane % 4 * kOutputs + output : lane % 4 / 2;
-        return part * kPartTokens + index / 2;
+    // Scales are read before the tile's products are issued: behind them the read would wait until they are done.
+    __device__ __forceinline__ static void read_scales(const Storage& shared, int stage, int row, Scales& scales) {
+        scales.upper = shared.kv_sf[stage][row];
+        scales.lower = shared.kv_sf[stage][row + 8];
     }
 
-    __device__ __forceinline__ static void read_weights(const Storage& shared, int stage, int index, int lane, Part& part) {
-        const auto* weights = reinterpret_cast<const float2*>(shared.weights[stage] + index * kCols) + lane % 4;
+    __device__ __forceinline__ static void classify(Scales& scales) {
+        // Comparisons with a NaN are false.
+        const bool usual = scales.upper >= 0 && scales.upper <= kMaxFactored && scales.lower >= 0 &&
+                           scales.lower <= kMaxFactored;
+        scales.factored = __all_sync(kAllLanes, usual);
+        if (!scales.factored) scales.upper = scales.lower = 2;  // see scaled_relu
+    }
+
+    // relu(x s) / 2, for scales that cannot be taken out: halved so that add_heads cannot make it infinite.
+    __device__ __forceinline__ static float scaled_relu(float x, float scale) {
+        float result;
+        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x * scale));  // unlike fmaxf it keeps a NaN
+        return result * 0.5f;
+    }
+
+    __device__ __forceinline__ static void read_weights(const Storage& shared, int q_stage, int index, int lane,
+                                                        Part& part) {
+        const auto* weights = reinterpret_cast<const float2*>(shared.weights[q_stage] + index * kCols) + lane % 4;
 #pragma unroll
         for (int j = 0; j < kCols / 8; ++j) {
             const float2 pair = weights[4 * j];
@@ -353,33 +358,48 @@ private:
         }
     }
 
-    __device__ __forceinline__ static void read_ranges(const Storage& shared, int stage, int index, int lane, Part& part) {
+    __device__ __forceinline__ static void read_outputs(const MqaLogitsParams& params, const Storage& shared, int q_stage,
+                                                        int index, int lane, Part& part) {
+        const int bytes = params.logits_is_float ? 4 : 2;
 #pragma unroll
         for (int i = 0; i < kOutputTokens; ++i) {
-            part.ranges[i] = shared.ranges[stage][output_token(index, lane, 2 * i)];
+            const int sum = kSums >= 4 ? lane % 4 * kOutputs + 2 * i : lane % 4 / 2;  // see store()
+            const int token = index * kPartTokens + sum / 2;
+            const KeyRange range = shared.ranges[q_stage][token];
+            const long long row = (shared.groups[q_stage].first_token + token) * params.logits_stride;
+            Output& output = part.outputs[i];
+            output.row = static_cast<char*>(params.logits) + (row - (params.compressed ? range.begin : 0)) * bytes;
+            output.begin = range.begin;
+            output.count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
         }
     }
 
-    __device__ __forceinline__ static void multiply(const Storage& shared, int kv_stage, int q_stage, int part,
+    __device__ __forceinline__ static void multiply(const Storage& shared, int stage, int q_stage, int part,
                                                     float (&accumulator)[kCols / 2]) {
         using Operand = SpanDescriptor<kHeadDim>;
+        const uint32_t rows = Operand::low(shared.kv[0]) + stage * (kLayout.kv_bytes() / 16);
+        const uint32_t cols = Operand::low(shared.q[0]) + q_stage * (kLayout.q_bytes() / 16) + part * (kCols * kHeadDim / 16);
         pin_registers(accumulator);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 32; ++step) {
-            wgmma<kCols>(Operand::make(shared.kv[kv_stage], step),
-                         Operand::make(shared.q[q_stage] + part * kCols * kHeadDim, step), accumulator, step > 0);
+            wgmma<kCols>(Operand::at(rows, step), Operand::at(cols, step), accumulator, step > 0);
         }
         wgmma_commit();
     }
 
-    // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the lower.
-    __device__ __forceinline__ static void add_heads(const Tile& tile, const Part& part, float (&accumulator)[kCols / 2],
-                                                     float (&sums)[kSums]) {
+    // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
+    // lower. x + |x| is 2 relu(x), and the weights are halved: an addition and an FMA go to the same pipe, which is twice as
+    // wide as that of maxima.
+    __device__ __forceinline__ static void add_heads(const float* raw_scales, const Scales& scales, const Part& part,
+                                                     float (&accumulator)[kCols / 2], float (&sums)[kSums]) {
         pin_registers(accumulator);
-        if (!tile.factored) {
+        if (!scales.factored) {
+            const float upper = raw_scales[0], lower = raw_scales[8];
 #pragma unroll
-            for (int i = 0; i < kCols / 2; ++i) accumulator[i] *= tile.scale[i / 2 % 2];
+            for (int i = 0; i < kCols / 2; ++i) {
+                accumulator[i] = scaled_relu(accumulator[i], i / 2 % 2 == 0 ? upper : lower);
+            }
         }
 #pragma unroll
         for (int t = 0; t < kPartTokens; ++t) {
@@ -387,13 +407,14 @@ private:
 #pragma unroll
             for (int i = 0; i < kHeads / 8; ++i) {
                 const int j = t * (kHeads / 8) + i;
-                upper = fmaf(relu(accumulator[4 * j]), part.weights[2 * j], upper);
-                lower = fmaf(relu(accumulator[4 * j + 2]), part.weights[2 * j], lower);
-                upper = fmaf(relu(accumulator[4 * j + 1]), part.weights[2 * j + 1], upper);
-                lower = fmaf(relu(accumulator[4 * j + 3]), part.weights[2 * j + 1], lower);
+                const float* x = accumulator + 4 * j;
+                upper = fmaf(x[0] + fabsf(x[0]), part.weights[2 * j], upper);
+                lower = fmaf(x[2] + fabsf(x[2]), part.weights[2 * j], lower);
+                upper = fmaf(x[1] + fabsf(x[1]), part.weights[2 * j + 1], upper);
+                lower = fmaf(x[3] + fabsf(x[3]), part.weights[2 * j + 1], lower);
             }
-            sums[2 * t] = upper;
-            sums[2 * t + 1] = lower;
+            sums[2 * t] = upper * scales.upper;
+            sums[2 * t + 1] = lower * scales.lower;
         }
     }
 
@@ -414,27 +435,26 @@ private:
         }
     }
 
-    // Adds the sums of a quad and stores. A warp writes 8 consecutive keys of a token at once.
-    __device__ __forceinline__ static void store(const MqaLogitsParams& params, const Tile& tile, int first_token, int index,
-                                                 int warp, int lane, const Part& part, const float (&sums)[kSums]) {
+    // Adds the sums of a quad and stores: lane q of it ends up with the q-th quarter of the sums, with a half of one token's
+    // where there are two. A warp writes 8 consecutive keys of a token at once. `key`: the upper one of this thread, or the
+    // only one that it is left with. `bytes`: of a logit.
+    __device__ __forceinline__ static void store(int bytes, int key, int lane, const Part& part,
+                                                 const float (&sums)[kSums]) {
         float half[kSums / 2];
-        float outputs[kOutputs];
+        float values[kOutputs];
         add_lanes<2, kSums>(lane, sums, half);
-        add_lanes<1, kSums / 2>(lane, half, outputs);
-        const bool redundant = kSums == 2 && lane % 2 == 1;  // both lanes of a pair hold the sum
+        add_lanes<1, kSums / 2>(lane, half, values);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
-            const int key_half = kOutputs > 1 ? i % 2 : kSums == 4 ? lane % 2 : lane / 2 % 2;
-            const int key = tile.key + warp * 16 + key_half * 8 + lane / 4;
-            const KeyRange range = part.ranges[i / 2];
-            const float value = tile.factored ? outputs[i] * (key_half ? tile.scale[1] : tile.scale[0]) : outputs[i];
-            if (key < range.begin || key >= range.end || redundant) continue;
-            const int token = first_token + output_token(index, lane, i);
-            const long long at = token * params.logits_stride + (key - (params.compressed ? range.begin : 0));
-            if (params.logits_is_float) {
-                static_cast<float*>(params.logits)[at] = value;
-            } else {
-                static_cast<__nv_bfloat16*>(params.logits)[at] = __float2bfloat16_rn(value);
+            const Output& output = part.outputs[i / 2];
+            const int at = key + i % 2 * 8;
+            if (static_cast<unsigned>(at - output.begin) < output.count) {
+                char* address = output.row + static_cast<uint64_t>(static_cast<unsigned>(at)) * static_cast<unsigned>(bytes);
+                if (bytes == 4) {
+                    *reinterpret_cast<float*>(address) = values[i];
+                } else {
+                    *reinterpret_cast<__nv_bfloat16*>(address) = __float2bfloat16_rn(values[i]);
+                }
             }
         }
     }
@@ -444,114 +464,118 @@ private:
         if (lane == 0) ptx::mbarrier_arrive(empty);
     }
 
-    __device__ __forceinline__ static void advance(Tile& tile) {
-        tile.stage += kWarpgroups;
-        if (tile.stage >= kStages) {
-            tile.stage -= kStages;
-            tile.phase ^= 1;
+    // A number that all lanes share, known to be shared: in a uniform register, as descriptors are.
+    __device__ __forceinline__ static int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
+
+    // The stage of this warpgroup's next tile.
+    struct Position {
+        int stage;
+        uint32_t phase;
+
+        __device__ __forceinline__ Position next() const {
+            const int further = stage + kWarpgroups;
+            return further >= kStages ? Position{further - kStages, phase ^ 1} : Position{further, phase};
         }
-    }
+    };
 
     __device__ __forceinline__ static void consume(const MqaLogitsParams& params, Storage& shared, int warpgroup) {
+        constexpr int kKeyStep = kWarpgroups * kMqaTileKeys;  // between the tiles of a warpgroup
         const int lane = threadIdx.x % 32;
-        const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32 % 4, 0);
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32 % 4);
         const int row = warp * 16 + lane / 4;  // of a tile: the thread's upper key
+        const int bytes = params.logits_is_float ? 4 : 2;
+        const int lower = kOutputs > 1 ? 0 : kSums == 4 ? lane % 2 : lane / 2 % 2;  // which of two keys it is left with
         float accumulators[kParts][kCols / 2];
         Part parts[kParts];
+        Scales scales;
         QueryState q_state;
-        Tile tile;
-        tile.stage = warpgroup;
-        tile.phase = 0;
-        int in_group = warpgroup;  // the warpgroup's next tile, counted from the group's first
+        Position position = {uniform(warpgroup), 0};
+        int in_group = position.stage;  // the warpgroup's next tile, counted from the group's first
+        int key;                   // of the thread, in the tile at `position`
+
+        // One tile, whose first products are on their way, and nothing else: the assembler takes no more than that around
+        // a loop. Issues those of the next tile, in query stage `next_q`.
+        const auto step = [&](auto is_new_group, int next_q) {
+            constexpr bool kNewGroup = decltype(is_new_group)::value;
+            const Position next = position.next();
+            Scales next_scales;
+            float sums[kSums];
+            wgmma_wait<0>();
+            pin_registers(accumulators[0]);
+            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
+            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
+            ptx::mbarrier_wait(shared.kv_full[next.stage], next.phase);
+            read_scales(shared, next.stage, row, next_scales);
+            if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
+            multiply(shared, next.stage, next_q, 0, accumulators[0]);
+            if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
+            store(bytes, key, lane, parts[0], sums);
+            if constexpr (kNewGroup) read_outputs(params, shared, next_q, 0, lane, parts[0]);
+            if constexpr (kParts == 2) {
+                wgmma_wait<1>();
+                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
+                release(shared.kv_empty[position.stage], lane);
+                if constexpr (kNewGroup) read_weights(shared, next_q, 1, lane, parts[1]);
+                store(bytes, key, lane, parts[1], sums);
+                if constexpr (kNewGroup) read_outputs(params, shared, next_q, 1, lane, parts[1]);
+            }
+            classify(next_scales);
+            scales = next_scales;
+            position = next;
+        };
+
         while (true) {
-            int q = q_state.stage_idx;
-            ptx::mbarrier_wait(shared.q_full[q], q_state.phase);
-            int num_tiles = shared.groups[q].num_tiles;
+            ptx::mbarrier_wait(shared.q_full[q_state.stage_idx], q_state.phase);
+            int num_tiles = uniform(shared.groups[q_state.stage_idx].num_tiles);
             if (num_tiles == 0) return;
             if (in_group >= num_tiles) {
                 in_group -= num_tiles;
-                release(shared.q_empty[q], lane);
+                release(shared.q_empty[q_state.stage_idx], lane);
                 q_state.advance();
                 continue;
             }
-            int first_key = shared.groups[q].first_key;
-            int first_token = shared.groups[q].first_token;
-            tile.key = first_key + in_group * kMqaTileKeys;
-            wait_for_keys(shared, row, tile);
+            key = shared.groups[q_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
+            ptx::mbarrier_wait(shared.kv_full[position.stage], position.phase);
+            read_scales(shared, position.stage, row, scales);
 #pragma unroll
             for (int p = 0; p < kParts; ++p) {
-                read_weights(shared, q, p, lane, parts[p]);
-                read_ranges(shared, q, p, lane, parts[p]);
+                read_weights(shared, q_state.stage_idx, p, lane, parts[p]);
+                read_outputs(params, shared, q_state.stage_idx, p, lane, parts[p]);
             }
-            classify(tile);
-            multiply(shared, tile.stage, q, 0, accumulators[0]);
+            classify(scales);
+            multiply(shared, position.stage, q_state.stage_idx, 0, accumulators[0]);
 
-            // On entry the tile's first products are on their way, and nothing else: the assembler takes no more than that
-            // around a loop.
             while (true) {
-                Tile next = tile;
-                advance(next);
-                in_group += kWarpgroups;
-                bool new_group = false;
-                int next_token = first_token;
+#pragma unroll 1
+                for (; in_group + kWarpgroups < num_tiles; in_group += kWarpgroups, key += kKeyStep) {
+                    step(std::false_type(), q_state.stage_idx);
+                }
+                in_group += kWarpgroups - num_tiles;
                 QueryState next_state = q_state;
-                if (in_group >= num_tiles) {
-                    in_group -= num_tiles;
-                    next_state.advance();
-                    ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
-                    const MqaGroup& group = shared.groups[next_state.stage_idx];
-                    num_tiles = group.num_tiles;
-                    // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
-                    if (in_group >= num_tiles) break;
-                    new_group = true;
-                    first_key = group.first_key;
-                    next_token = group.first_token;
-                }
-                const int next_q = next_state.stage_idx;
-                next.key = first_key + in_group * kMqaTileKeys;
-
-                float sums[kSums];
-                wgmma_wait<0>();
-                pin_registers(accumulators[0]);
-                if constexpr (kParts == 2) multiply(shared, tile.stage, q, 1, accumulators[1]);
-                add_heads(tile, parts[0], accumulators[0], sums);
-                wait_for_keys(shared, row, next);
-                if (new_group) read_weights(shared, next_q, 0, lane, parts[0]);
-                multiply(shared, next.stage, next_q, 0, accumulators[0]);
-                if constexpr (kParts == 1) release(shared.kv_empty[tile.stage], lane);
-                store(params, tile, first_token, 0, warp, lane, parts[0], sums);
-                if (new_group) read_ranges(shared, next_q, 0, lane, parts[0]);
-                if constexpr (kParts == 2) {
-                    wgmma_wait<1>();
-                    add_heads(tile, parts[1], accumulators[1], sums);
-                    release(shared.kv_empty[tile.stage], lane);
-                    if (new_group) read_weights(shared, next_q, 1, lane, parts[1]);
-                    store(params, tile, first_token, 1, warp, lane, parts[1], sums);
-                    if (new_group) read_ranges(shared, next_q, 1, lane, parts[1]);
-                }
-                classify(next);
-                if (new_group) {
-                    release(shared.q_empty[q_state.stage_idx], lane);
-                    q_state = next_state;
-                    first_token = next_token;
-                }
-                q = next_q;
-                tile = next;
+                next_state.advance();
+                ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
+                num_tiles = uniform(shared.groups[next_state.stage_idx].num_tiles);
+                // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
+                if (in_group >= num_tiles) break;
+                step(std::true_type(), next_state.stage_idx);
+                key = shared.groups[next_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
+                release(shared.q_empty[q_state.stage_idx], lane);
+                q_state = next_state;
             }
 
             float sums[kSums];
             wgmma_wait<0>();
             pin_registers(accumulators[0]);
-            if constexpr (kParts == 2) multiply(shared, tile.stage, q, 1, accumulators[1]);
-            add_heads(tile, parts[0], accumulators[0], sums);
-            store(params, tile, first_token, 0, warp, lane, parts[0], sums);
+            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
+            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
+            store(bytes, key, lane, parts[0], sums);
             if constexpr (kParts == 2) {
                 wgmma_wait<0>();
-                add_heads(tile, parts[1], accumulators[1], sums);
-                store(params, tile, first_token, 1, warp, lane, parts[1], sums);
+                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
+                store(bytes, key, lane, parts[1], sums);
             }
-            release(shared.kv_empty[tile.stage], lane);
-            advance(tile);
+            release(shared.kv_empty[position.stage], lane);
+            position = position.next();
             release(shared.q_empty[q_state.stage_idx], lane);
             q_state.advance();
         }
