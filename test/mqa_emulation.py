@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import json
 import math
 import os
 import subprocess
@@ -41,12 +40,7 @@ BUDGET = 500_000_000
 
 @functools.cache
 def instances() -> list[dict[str, Any]]:
-    """The rows of the table of kernels, see dg_mqa_instances in src/host/mqa_logits_c_api.cpp."""
-    library = _capi.library()
-    if library is None:
-        return []
-    library.dg_mqa_instances.restype = ctypes.c_char_p
-    return json.loads(library.dg_mqa_instances())
+    return _capi.mqa_instances()
 
 
 @functools.cache

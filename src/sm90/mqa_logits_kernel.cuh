@@ -17,8 +17,8 @@
 // set logits outside of the ranges to -inf. They write what the consumers do not, so nobody waits for them.
 //
 // barrier        arrivals                      guards
-// group_full[g]  1 (warp 1)                    group, weights and ranges of query stage g are there, for warp 0
-// q_full[g]      1 (warp 0), and the bytes     the same and the queries, for the consumers
+// group_full[g]  1 (warp 1)                    query stage g says which group it is for, to warp 0
+// q_full[g]      2 (warps 0, 1), and the bytes queries, weights and ranges of the group are there
 // q_empty[g]     consumer warps                query stage g may be overwritten
 // kv_full[s]     1 (warp 0), and the bytes     keys and scales of stage s are there
 // kv_empty[s]    4 (warps of its warpgroup)    stage s may be overwritten
@@ -105,7 +105,7 @@ public:
             ptx::prefetch_tensor_map(params.kv_sf_map);
             for (int i = 0; i < kMqaQueryStages; ++i) {
                 ptx::mbarrier_init(shared.group_full[i], 1);
-                ptx::mbarrier_init(shared.q_full[i], 1);
+                ptx::mbarrier_init(shared.q_full[i], 2);
                 ptx::mbarrier_init(shared.q_empty[i], 4 * kWarpgroups);
             }
             for (int i = 0; i < kStages; ++i) {
@@ -165,12 +165,15 @@ private:
             if (!more) group.num_tiles = 0;
             const int s = state.stage_idx;
             ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
+            if (lane < kTokens) shared.ranges[s][lane] = range;
+            if (lane == 0) {
+                shared.groups[s] = group;
+                ptx::mbarrier_arrive(shared.group_full[s]);  // keys are loaded while the weights are on their way
+            }
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
-            if (lane < kTokens) shared.ranges[s][lane] = range;
-            if (lane == 0) shared.groups[s] = group;
             __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(shared.group_full[s]);
+            if (lane == 0) ptx::mbarrier_arrive(shared.q_full[s]);
             state.advance();
         } while (more);
     }
@@ -182,6 +185,8 @@ private:
         const int lane = threadIdx.x % 32;
         QueryState q_state;
         PipelineState<kStages> kv_state;
+        TableEntries entries;
+        if constexpr (kRow.paged) entries.load_first(params, lane);
         while (true) {
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
@@ -196,7 +201,7 @@ private:
             }
             if (group.num_tiles == 0) return;
             if constexpr (kRow.paged) {
-                load_paged(params, shared, group, kv_state);
+                load_paged(params, shared, group, entries, kv_state);
             } else {
                 // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
                 // shuffles see to that.)
@@ -217,25 +222,44 @@ private:
         }
     }
 
-    // A lane holds the table's entry of one block, for 32 blocks at once, and asks for the next 32 before these are used.
-    // TMA reads blocks outside of the cache as zeros, whatever the entry says.
+    // A lane holds the block table's entry of one block, for 32 blocks at once.
+    struct TableEntries {
+        int row = -1;
+        int first = -1;  // block of lane 0
+        int block;
+
+        __device__ __forceinline__ void load(const MqaLogitsParams& params, int table_row, int first_block, int lane) {
+            row = table_row;
+            first = first_block;
+            const int column = min(first_block + lane, params.max_blocks - 1);
+            block = params.block_table.data[row * params.block_table.stride + column * params.block_table.inner_stride];
+        }
+
+        // Those that the CTA starts with, by its schedule: before the lengths are known, which take as long to read.
+        __device__ __forceinline__ void load_first(const MqaLogitsParams& params, int lane) {
+            const int index = params.schedule[2 * blockIdx.x], tile = params.schedule[2 * blockIdx.x + 1];
+            if (params.indices.data != nullptr || params.max_blocks == 0) return;
+            if (index < 0 || index >= params.table_rows || tile < 0 || tile >= params.max_blocks) return;
+            load(params, index, tile * (kMqaTileKeys / params.block_kv), lane);
+        }
+    };
+
+    // Asks for the next 32 entries before it uses these. TMA reads blocks outside of the cache as zeros, whatever the entry
+    // says.
     __device__ __forceinline__ static void load_paged(const MqaLogitsParams& params, Storage& shared,
-                                                      const MqaGroup& group, PipelineState<kStages>& state) {
+                                                      const MqaGroup& group, TableEntries& entries,
+                                                      PipelineState<kStages>& state) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
         const int tile_blocks = kMqaTileKeys / params.block_kv;
         const int block_bytes = params.block_kv * kHeadDim;
         const int first = group.first_key / params.block_kv;
         const int num_blocks = group.num_tiles * tile_blocks;
-        const int32_t* table = params.block_table.data + group.table_row * params.block_table.stride;
-        const auto entry = [&](int i) {
-            return table[min(first + i, params.max_blocks - 1) * params.block_table.inner_stride];
-        };
-        int ahead = entry(lane);
+        if (entries.row != group.table_row || entries.first != first) entries.load(params, group.table_row, first, lane);
 #pragma unroll 1
         for (int i = 0; i < num_blocks; i += 32) {
-            const int blocks = ahead;
-            if (i + 32 < num_blocks) ahead = entry(i + 32 + lane);
+            const int blocks = entries.block;
+            if (i + 32 < num_blocks) entries.load(params, group.table_row, first + i + 32, lane);
             const int count = min(32, num_blocks - i);
 #pragma unroll 1
             for (int j = 0; j < count; j += tile_blocks, state.advance()) {
@@ -557,8 +581,10 @@ private:
                 num_tiles = uniform(shared.groups[next_state.stage_idx].num_tiles);
                 // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
                 if (in_group >= num_tiles) break;
+                const int next_key =
+                    shared.groups[next_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
                 step(std::true_type(), next_state.stage_idx);
-                key = shared.groups[next_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
+                key = next_key;
                 release(shared.q_empty[q_state.stage_idx], lane);
                 q_state = next_state;
             }

@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "casts", "host", "rows")
+SUITES = ("gemm", "casts", "mqa", "host", "rows")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -150,6 +150,11 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
         for rows, cols in cases.BENCH_CASTS[:1] if quick else cases.BENCH_CASTS:
             for record in suites.cast_records(rows, cols, limits=limits, repeats=repeats):
                 yield record, report.cast_line(record, run["device"])
+    elif suite == "mqa":
+        from . import mqa_logits
+
+        for record in mqa_logits.mqa_records(limits, repeats=repeats, references=references, quick=quick):
+            yield record, report.mqa_line(record, run["device"])
     else:
         for record in suites.host_records(references=references):
             yield record, report.host_line(record)
