@@ -16,7 +16,7 @@ import torch
 from expecttest import assert_expected_inline
 
 from deep_gemm_ops import prenorm_gemm, reference
-from deep_gemm_ops.bench import cli, plot, products, report, suites
+from deep_gemm_ops.bench import cli, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -370,6 +370,34 @@ def test_host_records(on_cpu):
     assert report.goals(run)[-1]["met"] is None
     assert "ZeroDivisionError" in report.text(run)
     report.markdown(run)
+
+
+def test_mqa_records(on_cpu):
+    """Ours and the public package over small problems of each kind; a wrong result is not timed."""
+    on_cpu.setattr(
+        mqa_logits, "DENSE", [mqa_logits.Dense(8, 24, 16, split=True), mqa_logits.Dense(6, 30, compressed=True)]
+    )
+    on_cpu.setattr(mqa_logits, "PAGED", [mqa_logits.Paged(3, 2, 90, 32)])
+    module = fake_deep_gemm()
+    module.get_num_sms = lambda: 132
+    module.get_paged_mqa_logits_metadata = torch.ops.deep_gemm.get_paged_mqa_logits_metadata
+
+    def dense(q, kv, weights, start, end, **options):
+        return torch.ops.deep_gemm.fp8_mqa_logits(q, *kv, weights, start, end, **options)
+
+    module.fp8_mqa_logits = dense
+    module.fp8_paged_mqa_logits = lambda *inputs, **options: torch.ops.deep_gemm.fp8_paged_mqa_logits(*inputs) * 2
+    on_cpu.setitem(sys.modules, "deep_gemm", module)
+    records = list(mqa_logits.mqa_records(LIMITS, repeats=3))
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm", "deep_gemm_ops"]] * 2 + [["deep_gemm_ops"]]
+    assert records[0]["flops"] == 2 * 16 * 128 * sum([4, 5, 6, 7][i % 4] - 4 + [4, 16][i // 4] for i in range(8))
+    assert records[2]["failed"]["deep_gemm"].startswith("wrong result")
+    run = {"mqa": records, "device": {"copy_gbps": 4000.0}}
+    assert report.failures(run) == []
+    text = report.text(run)
+    assert "S 8, S_kv 24, H 16, split" in text and "geometric mean over DeepGEMM 1.20x" in text
+    records[0]["failed"]["deep_gemm_ops"] = "wrong result: off"
+    assert report.failures(run) == ["S 8, S_kv 24, H 16, split, deep_gemm_ops: wrong result: off"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import deep_gemm_ops
 
+import mqa_cases
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 from grouped import BF16Case, EinsumCase, HeadsCase, KGroupedCase, MaskedCase, MGroupedCase, small_cases
 
@@ -120,7 +121,7 @@ def samples(device: str) -> list[Sample]:
         outs = {"out": torch.zeros(*lead, m, n, device=device), "out_sqr_sum": torch.zeros(*lead, m, device=device)}
         calls.append((ops.tf32_hc_prenorm_gemm.default, (a, b), {"num_splits": splits}))
         calls.append((ops.tf32_hc_prenorm_gemm.out, (a, b), {"num_splits": splits, **outs}))
-    return calls
+    return calls + mqa_cases.samples(device)
 
 
 def describe(sample: Sample) -> str:
@@ -171,11 +172,17 @@ deep_gemm::fp8_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=
 deep_gemm::fp8_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_mqa_logits(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, ScalarType logits_dtype=6) -> Tensor
+deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, Tensor(d!) out) -> ()
+deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
+deep_gemm::fp8_paged_mqa_logits.out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, *, int gran_k=128) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None) -> Tensor
+deep_gemm::get_paged_mqa_logits_metadata.out(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::k_grouped_bf16_gemm_tn_contiguous(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
 deep_gemm::k_grouped_bf16_gemm_tn_contiguous.out(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
 deep_gemm::k_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor

@@ -18,6 +18,7 @@ from . import (  # noqa: E402, F401
     fused_casts,
     grouped_gemm,
     knobs,
+    mqa_logits,
     ops,
     prenorm_gemm,
     skip_head,
@@ -28,6 +29,7 @@ from .fused_casts import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .mqa_logits import *  # noqa: E402, F403
 from .ops import *  # noqa: E402, F403
 from .prenorm_gemm import *  # noqa: E402, F403
 from .skip_head import *  # noqa: E402, F403
@@ -41,6 +43,7 @@ __all__ = [
     *fused_casts.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
+    *mqa_logits.__all__,
     *ops.__all__,
     *prenorm_gemm.__all__,
     *skip_head.__all__,

@@ -153,6 +153,7 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, 
     KernelLaunch launch = {};
     launch.kernel = product_kernel(tiles.layout);
     launch.name = &kernel_name;
+    launch.symbol = &kernel_name;
     launch.row = row_of(tiles.layout);
     launch.grid = std::min(params.num_tiles, num_sms);
     launch.block = tiles.layout.num_threads();

@@ -170,6 +170,10 @@ def failures(run: Record) -> list[str]:
     for record in run.get("prenorm", []):
         if OURS in record.get("failed", {}):
             lines.append(f"pre-norm M={record['m']} N={record['n']} K={record['k']}: {record['failed'][OURS]}")
+    for record in run.get("mqa", []):
+        for name, why in record["failed"].items():
+            if name != "deep_gemm":
+                lines.append(f"{record['op']}, {name}: {why}")
     for record in run.get("host", []):
         if "failed" in record and _is_ours(record):
             lines.append(f"host time of {record['name']}: {record['failed']}")
@@ -262,6 +266,10 @@ def text(run: Record) -> str:
     if run.get("prenorm"):
         lines += ["", f"{'pre-norm, M':>26} {'N':>6} {'K':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
         lines += [prenorm_line(record, device) for record in run["prenorm"]]
+    if run.get("mqa"):
+        lines += ["", *(mqa_line(record, device) for record in run["mqa"])]
+        ratios = [ratio for record in run["mqa"] if (ratio := speedup(record, "deep_gemm"))]
+        lines += [f"geometric mean over DeepGEMM {geomean(ratios):.2f}x"] if ratios else []
     if run.get("host"):
         lines += ["", "host time of a call", *(host_line(record) for record in run["host"])]
     if run.get("rows"):
@@ -315,6 +323,23 @@ def prenorm_line(record: Record, device: Record) -> str:
     for name in ("deep_gemm", "torch_tf32", "copy"):
         us, ratio = median_us(record, name), speedup(record, name)
         text += f" | {LABELS[name]} {us:9.2f} us {ratio:5.2f}x" if us and ratio else ""
+    return text
+
+
+def mqa_line(record: Record, device: Record) -> str:
+    """MQA logits: ours, the reference, and each kernel that could have run it."""
+    text = f"{record['op']:<48}"
+    us = median_us(record, OURS)
+    if us:
+        gbps = record["bytes"] / us * 1e-3
+        text += f" {us:9.2f} us {record['flops'] / us * 1e-6:6.0f} TFLOPS {gbps:6.0f} GB/s"
+        text += f" {_percent(gbps / device['copy_gbps']):>5} of copy" if device.get("copy_gbps") else ""
+    reference = median_us(record, "deep_gemm")
+    if us and reference:
+        text += f" | DeepGEMM {reference:9.2f} us {speedup(record, 'deep_gemm'):5.2f}x"
+    for name in record["times"]:
+        if name not in (OURS, "deep_gemm"):
+            text += f"\n       {name:<40} {median_us(record, name):9.2f} us"
     return text + _failed(record)
 
 
