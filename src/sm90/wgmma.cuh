@@ -33,6 +33,7 @@ DG_WGMMA_SHAPE(144)
 DG_WGMMA_SHAPE(160)
 DG_WGMMA_SHAPE(176)
 DG_WGMMA_SHAPE(192)
+DG_WGMMA_SHAPE(256)
 #undef DG_WGMMA_SHAPE
 
 #define DG_WGMMA_SHAPE(N)                                                                                             \

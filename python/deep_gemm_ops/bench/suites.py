@@ -14,14 +14,14 @@ import torch
 
 import deep_gemm_ops
 
-from .. import fused_casts, reference
+from .. import fused_casts, prenorm_gemm, reference
 from ..scaled_mm import to_scaled_mm_scales
 from ..testing import bench as timing
 from ..testing.cases import GemmCase, GemmOperands, make_gemm_operands
 from ..testing.numeric import compare, error_bar
 from .report import OURS
 
-__all__ = ["cast_records", "environment", "gemm_record", "host_records", "layer_record", "rows_record"]
+__all__ = ["cast_records", "environment", "gemm_record", "host_records", "prenorm_record", "rows_record"]
 
 DEVICE = "cuda"
 RECIPES = {"1d2d": (1, 128, 128), "1d1d": (1, 1, 128)}
@@ -392,80 +392,63 @@ def check_equal(actual: Any, expected: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training layers
+# Pre-norm
 
 
-class _PlainExperts(torch.nn.Module):
-    """What GroupedExperts computes for sorted tokens, with PyTorch's grouped product in BF16."""
-
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        super().__init__()
-        self.gate_up, self.down = torch.nn.Parameter(gate_up.clone()), torch.nn.Parameter(down.clone())
-
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        functional = torch.nn.functional
-        gate, up = functional.grouped_mm(x, self.gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=1)
-        return functional.grouped_mm(functional.silu(gate) * up, self.down.transpose(1, 2), offs=offsets)
-
-
-def layer_record(
-    tokens: int,
-    n: int,
-    k: int,
-    experts: int,
-    *,
-    limits: timing.DeviceLimits,
-    repeats: int = 20,
-    references: bool = True,
+def prenorm_record(
+    m: int, n: int, k: int, *, limits: timing.DeviceLimits, repeats: int = 20, references: bool = True
 ) -> dict[str, Any]:
-    """Check and time a training step's forward and backward pass through one BF16 layer, in FP8 beside PyTorch in BF16.
-
-    ``experts`` 0 is a linear layer ``k`` to ``n``, otherwise so many experts ``k`` to ``n`` and back, tokens spread
-    evenly. The casts of weights and activations are part of the time.
-    """
-    from ..nn import FP8Linear, GroupedExperts
-
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
-    x = torch.randn(tokens, k, **options).requires_grad_()
-    if experts:
-        ours = GroupedExperts(k, n, experts, **options)
-        plain: torch.nn.Module = _PlainExperts(ours.gate_up.detach(), ours.down.detach())
-        offsets = (torch.arange(1, experts + 1, device=DEVICE) * tokens // experts).to(torch.int32)
-        forwards = {OURS: lambda: ours.experts(x, offsets), "bf16": lambda: plain(x, offsets)}
-        grad, flops = torch.randn(tokens, k, **options), 3 * 2 * tokens * 3 * n * k
-    else:
-        ours = FP8Linear(k, n, bias=False, **options)
-        plain = torch.nn.Linear(k, n, bias=False, **options)
-        plain.load_state_dict(ours.state_dict())
-        forwards = {OURS: lambda: ours(x), "bf16": lambda: plain(x)}
-        grad, flops = torch.randn(tokens, n, **options), 3 * 2 * tokens * n * k
-    record: dict[str, Any] = {"tokens": tokens, "n": n, "k": k, "experts": experts, "flops": flops}
+    """Check and time ``tf32_hc_prenorm_gemm`` beside the public one, PyTorch, and a copy that moves as many bytes."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.randn(m, k, device=DEVICE, generator=generator).to(torch.bfloat16)
+    b = torch.randn(n, k, device=DEVICE, generator=generator)
+    outs = [(torch.empty(m, n, device=DEVICE), torch.empty(m, device=DEVICE))]
+    record: dict[str, Any] = {"m": m, "n": n, "k": k, "bytes": timing.count_bytes(a, b, outs)}
     record |= {"times": {}, "failed": {}, "errors": {}}
-    inputs = {OURS: (x, *ours.parameters()), "bf16": (x, *plain.parameters())}
+    floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
+    calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
+    sets = [(a, b)] + [(a.clone(), b.clone()) for _ in range(count - 1)]
+    outs += [(torch.empty_like(outs[0][0]), torch.empty_like(outs[0][1])) for _ in range(count - 1)]
+    expected = prenorm_gemm.reference(a, b, dtype=torch.float64)
 
-    def step(name: str) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forwards[name](), inputs[name], grad)
+    def ours(i: int) -> None:
+        torch.ops.deep_gemm.tf32_hc_prenorm_gemm.out(*sets[i], out=outs[i][0], out_sqr_sum=outs[i][1])
 
-    contenders: dict[str, Callable[[int], Any]] = {}
-    results: dict[str, tuple[torch.Tensor, ...]] = {}
-    for name in ("bf16", OURS) if references else (OURS,):
-        try:
-            results[name] = step(name)
-            contenders[name] = lambda i, name=name: step(name)
-        except Exception as why:
-            record["failed"][name] = _note(f"layer {tokens} {n} {k} {name}", why)
-    if OURS in results and "bf16" in results:
-        pairs = zip(results[OURS], results["bf16"])
-        error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
-        record["errors"][OURS] = error
-        if not error < 0.1:  # one FP8 layer costs 0.04, two behind each other 0.065
-            record["failed"][OURS] = f"a gradient differs from BF16's by {error:.3f}"
-            del contenders[OURS]
-    floor_us = 20.0 + flops / limits.fp8_tflops * 1e-6
-    samples = timing.time_interleaved(
-        contenders, calls=max(1, round(1000 / floor_us)), sets=1, l2_bytes=limits.l2_bytes, repeats=repeats
-    )
+    def pytorch(i: int) -> None:
+        x = sets[i][0].float()
+        torch.matmul(x, sets[i][1].t(), out=outs[i][0])
+        torch.sum(x.square_(), dim=1, out=outs[i][1])
+
+    contenders: dict[str, Callable[[int], Any]] = {OURS: ours}
+    if references:
+        contenders["torch_tf32"] = pytorch
+        public = _public_deep_gemm()
+        if public is not None and hasattr(public, "tf32_hc_prenorm_gemm"):
+            contenders["deep_gemm"] = lambda i: public.tf32_hc_prenorm_gemm(*sets[i], *outs[i])
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # PyTorch's word for TF32
+    try:
+        for name, call in list(contenders.items()):
+            try:
+                for out in outs[0]:
+                    out.fill_(torch.nan)
+                call(0)
+                verdicts = [compare(x, y, tol=error_bar(torch.float32, "tf32")) for x, y in zip(outs[0], expected)]
+                record["errors"][name] = max(verdict.rel_error for verdict in verdicts)
+                wrong = "; ".join(f"wrong result: {verdict.describe()}" for verdict in verdicts if not verdict.ok)
+            except Exception as why:
+                wrong = _note(f"pre-norm M={m} N={n} K={k} {name}", why)
+            if wrong:
+                record["failed"][name] = wrong
+                del contenders[name]
+        half = record["bytes"] // 2
+        buffers = [torch.empty(2, half, dtype=torch.uint8, device=DEVICE).fill_(1) for _ in range(count)]
+        contenders["copy"] = lambda i: buffers[i][0].copy_(buffers[i][1])
+        samples = timing.time_interleaved(
+            contenders, calls=calls, sets=count, l2_bytes=limits.l2_bytes, repeats=repeats
+        )
+    finally:
+        torch.set_float32_matmul_precision(precision)
     record["times"] = {name: summary(values) for name, values in samples.items()}
     return record
 
