@@ -296,15 +296,8 @@ def test_einsum(deep_gemm: ModuleType, device: str) -> None:
     assert same_bits(d, ops.fp8_einsum("bhr,hdr->bhd", *qa, *qb, recipe=[1, 128, 128]))
 
 
-def needs(deep_gemm: ModuleType, *names: str) -> None:
-    for name in names:
-        if not hasattr(deep_gemm, name):
-            pytest.skip(f"there is no {name} yet")
-
-
 def test_logits(deep_gemm: ModuleType, device: str) -> None:
     """vLLM and SGLang: keys and scales as a pair, queries with or without scales."""
-    needs(deep_gemm, "fp8_mqa_logits", "fp8_fp4_mqa_logits")
     q = normal(9, 8, 64, seed=0, device=device).to(torch.float8_e4m3fn)
     kv = normal(70, 64, seed=1, device=device).to(torch.float8_e4m3fn)
     kv_sf = torch.rand(70, generator=generator(2)).to(device)
@@ -321,8 +314,6 @@ def test_logits(deep_gemm: ModuleType, device: str) -> None:
 
 
 def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
-    names = ("fp8_paged_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata")
-    needs(deep_gemm, *names)
     q = normal(3, 2, 8, 64, seed=0, device=device).to(torch.float8_e4m3fn)
     values = normal(6, 64, 64, seed=1, device=device).to(torch.float8_e4m3fn)
     scales = torch.rand(6, 64, generator=generator(2)).to(device)
@@ -340,7 +331,6 @@ def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
 
 
 def test_hyper_connections(deep_gemm: ModuleType, device: str) -> None:
-    needs(deep_gemm, "tf32_hc_prenorm_gemm")
     a, b = normal(20, 256, seed=0, device=device), normal(24, 256, seed=1, device=device, dtype=torch.float32)
     d, sqr_sum = torch.empty(20, 24, device=device), torch.empty(20, device=device)
     deep_gemm.tf32_hc_prenorm_gemm(a, b, d, sqr_sum, num_splits=None)
@@ -350,7 +340,6 @@ def test_hyper_connections(deep_gemm: ModuleType, device: str) -> None:
 
 
 def test_fp4_cast(deep_gemm: ModuleType, device: str) -> None:
-    needs(deep_gemm, "per_token_cast_to_fp4")
     x = normal(20, 256, seed=0, device=device)
     expected = ops.per_token_cast_to_fp4(x, gran_k=128, use_ue8m0=True)
     for cast in (deep_gemm.per_token_cast_to_fp4, deep_gemm.utils.per_token_cast_to_fp4):
@@ -508,18 +497,11 @@ def test_names_on_gpus(deep_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     assert hasattr(deep_gemm, "ceil_div")
 
 
-def test_every_name_is_one_of_an_operator_that_is_meant() -> None:
-    """A misspelt operator would hide its names forever: what is not registered yet is listed here."""
-    later = {
-        "fp8_mqa_logits",
-        "fp8_paged_mqa_logits",
-        "get_paged_mqa_logits_metadata",
-        "per_token_cast_to_fp4",
-        "tf32_hc_prenorm_gemm",
-    }
+def test_every_name_is_one_of_an_operator_that_there_is() -> None:
+    """A misspelt operator would hide its names forever."""
     registered = {name.removeprefix("deep_gemm::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     for name, entry in _names.ENTRIES.items():
-        assert set(entry.needs) <= registered | later, name
+        assert set(entry.needs) <= registered, name
 
 
 def test_star_import_and_dir(deep_gemm: ModuleType) -> None:
