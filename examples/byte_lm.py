@@ -153,10 +153,12 @@ def train(
     """
     config = model.config
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    experts = [p for p in model.parameters() if p.ndim == 3]  # of train_fp8.py; Muon takes matrices only
+    others = [p for p in model.parameters() if all(p is not other for other in matrices + experts)]
+    groups = [{"params": others}, *({"params": [p], "lr": 0.3 / p.shape[2]} for p in experts)]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
