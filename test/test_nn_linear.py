@@ -159,6 +159,19 @@ def test_inference_mode(device: str) -> None:
     assert same_bits(y, layer(x).detach())
 
 
+@pytest.mark.parametrize(("size", "limit"), [(1.0, FP8_ERROR), (1e-4, FP8_ERROR), (1e-8, FP8_ERROR), (1e-9, 0.2)])
+def test_small_gradients(device: str, size: float, limit: float) -> None:
+    """Down to 1e-8 the floor of the scales costs nothing; below, scaling the loss is the remedy."""
+    x = normal(256, 256, seed=0, device=device).requires_grad_()
+    weight = normal(128, 256, seed=1, device=device).requires_grad_()
+    grad = size * normal(256, 128, seed=2, device=device)
+    fp8_linear(x, weight).backward(grad)
+    expected = grad.double() @ weight.detach().double(), grad.double().t() @ x.detach().double()
+    for actual, exact in zip((x.grad, weight.grad), expected):
+        assert relative(actual, exact) < limit
+        assert size >= 1e-8 or relative(actual, exact) > FP8_ERROR
+
+
 def test_no_second_derivative() -> None:
     x, weight = normal(9, 32, seed=0).requires_grad_(), normal(8, 32, seed=1).requires_grad_()
     (first,) = torch.autograd.grad(fp8_linear(x, weight).square().sum(), x, create_graph=True)
