@@ -25,8 +25,8 @@ def _one_thread() -> None:
 
 
 def test_fp8_trains_as_bf16_does(device: str, tmp_path: pathlib.Path) -> None:
-    """Dense and experts, the same seed: losses within 1 %, curves drawn, every step on record."""
-    arguments = ["--size", "tiny", "--steps", "40", "--eval-bytes", "8192", "--device", device]
+    """Dense and experts, the same seed: losses agree, curves are drawn, every step is on record."""
+    arguments = ["--size", "tiny", "--eval-bytes", "8192", "--device", device]
     files = ["--plot", str(tmp_path / "loss.svg"), "--json", str(tmp_path / "loss.json")]
     outcome = train_fp8.main([*arguments, *files])
     assert outcome["failures"] == []
@@ -35,24 +35,24 @@ def test_fp8_trains_as_bf16_does(device: str, tmp_path: pathlib.Path) -> None:
         result = outcome["results"][name]
         assert result["fp8_modules"] == modules
         bf16, fp8 = result["bf16"], result["fp8"]
-        assert len(bf16["bits"]) == len(fp8["bits"]) == 40
+        assert len(bf16["bits"]) == len(fp8["bits"]) == 60
         # The same initial weights and batch, and a head that starts at zero: the first loss is 8 bits in both.
         assert bf16["bits"][0] == pytest.approx(8, abs=1e-3) == fp8["bits"][0]
         assert fp8["bits"] != bf16["bits"]
         assert max(bf16["held_out_bits"], fp8["held_out_bits"]) < outcome["byte_entropy"]
     tree = xml.etree.ElementTree.parse(tmp_path / "loss.svg")
     lines = tree.getroot().findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [40] * 4
+    assert [len(line.attrib["points"].split()) for line in lines] == [60] * 4
 
 
 def test_a_wrong_weight_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     original = _linear.weight_gradient
 
-    def halved(*arguments: object) -> torch.Tensor | None:
+    def rows_moved(*arguments: object) -> torch.Tensor | None:
         gradient = original(*arguments)
-        return None if gradient is None else torch.where(torch.arange(len(gradient))[:, None] % 2 == 0, gradient, 0)
+        return None if gradient is None else gradient.roll(1, 0)
 
-    monkeypatch.setattr(_linear, "weight_gradient", halved)
+    monkeypatch.setattr(_linear, "weight_gradient", rows_moved)
     arguments = ["--size", "tiny", "--only", "dense", "--steps", "40", "--eval-bytes", "8192", "--device", "cpu"]
     failures = train_fp8.main(arguments)["failures"]
     assert any("dense: FP8 changes the held out loss by" in failure for failure in failures)
