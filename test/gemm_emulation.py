@@ -40,8 +40,8 @@ BUDGET = 500_000_000
 
 
 @functools.cache
-def _units() -> list[tuple[str, ptx_emulator.Module]]:
-    """The PTX for sm_90a in the library, a module for each translation unit that holds GEMM kernels.
+def units(part: str = "sm90_gemm") -> list[tuple[str, ptx_emulator.Module]]:
+    """The PTX for sm_90a in the library, a module for each unit that has ``part`` in its kernels' names.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -53,18 +53,18 @@ def _units() -> list[tuple[str, ptx_emulator.Module]]:
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
-    units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [(unit, ptx_emulator.Module(unit)) for unit in units if "sm90_gemm" in unit]
+    texts = [".version" + unit for unit in text.split(".version")[1:]]
+    return [(unit, ptx_emulator.Module(unit)) for unit in texts if part in unit]
 
 
 def entries() -> list[str]:
     """Mangled names of all GEMM kernels in the library."""
-    return [entry for _, module in _units() for entry in module.entries]
+    return [entry for _, module in units() for entry in module.entries]
 
 
 @functools.cache
 def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
-    found = [(text, module, entry) for text, module in _units() for entry in module.entries if kernel in entry]
+    found = [(text, module, entry) for text, module in units() for entry in module.entries if kernel in entry]
     if len(found) != 1:
         raise KeyError(f"the library has {len(found)} kernels with {kernel!r} in their names")
     return found[0]

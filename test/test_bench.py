@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 
-from deep_gemm_ops import reference
-from deep_gemm_ops.bench import cli, plot, report, suites
+from deep_gemm_ops import prenorm_gemm, reference
+from deep_gemm_ops.bench import cli, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -239,7 +240,12 @@ def fake_deep_gemm(wrong: bool = False) -> types.ModuleType:
     def fp8_gemm_nt(a, b, d, recipe=None, disable_ue8m0_cast=False):
         d.copy_(reference.fp8_gemm_nt(*a, *b, recipe=recipe) * (2 if wrong else 1))
 
+    def tf32_hc_prenorm_gemm(a, b, d, sqr_sum, num_splits=None):
+        for out, value in zip((d, sqr_sum), prenorm_gemm.reference(a, b)):
+            out.copy_(value * (2 if wrong else 1))
+
     module.fp8_gemm_nt = fp8_gemm_nt
+    module.tf32_hc_prenorm_gemm = tf32_hc_prenorm_gemm
     return module
 
 
@@ -319,6 +325,13 @@ def test_cast_records_are_checked_to_the_bit(on_cpu):
         "per_channel_cast_to_fp8",
         "per_block_cast_to_fp8",
         "transpose_fp8",
+        "per_token_cast_to_fp4",
+        "swiglu_cast_to_fp8",
+        "swiglu_cast_to_fp8 clamp 10",
+        "per_token_cast_to_fp8_with_transpose",
+        "per_block_cast_to_fp8_with_transpose",
+        "k_grouped_per_channel_cast_to_fp8",
+        "k_grouped_per_channel_cast_to_fp8_k_major",
     ]
     for record in records:
         assert record["failed"] == {}
@@ -332,6 +345,20 @@ def test_cast_records_are_checked_to_the_bit(on_cpu):
         suites.check_equal(values, (-values.float()).to(values.dtype))
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_prenorm_record(on_cpu, wrong: bool):
+    on_cpu.setitem(sys.modules, "deep_gemm", fake_deep_gemm(wrong))
+    record = suites.prenorm_record(70, 24, 272, limits=LIMITS, repeats=3)
+    assert set(record["times"]) == {"deep_gemm_ops", "torch_tf32", "copy"} | (set() if wrong else {"deep_gemm"})
+    assert ("wrong result" in record["failed"].get("deep_gemm", "")) == wrong
+    assert record["bytes"] == 70 * 272 * 2 + 24 * 272 * 4 + 70 * 25 * 4
+    assert set(suites.prenorm_record(8, 3, 64, limits=LIMITS, references=False)["times"]) == {"deep_gemm_ops", "copy"}
+    run = {"device": vars(LIMITS), "prenorm": [record | {"failed": {"deep_gemm_ops": "wrong result"}}]}
+    assert report.failures(run) == ["pre-norm M=70 N=24 K=272: wrong result"]
+    assert "pre-norm, M" in report.text(run)
+    assert "| 70 | 24 | 272 |" in report.markdown(run)
+
+
 def test_host_records(on_cpu):
     on_cpu.setitem(sys.modules, "deep_gemm", fake_deep_gemm())
     names = [record["name"] for record in suites.host_records()]
@@ -343,6 +370,34 @@ def test_host_records(on_cpu):
     assert report.goals(run)[-1]["met"] is None
     assert "ZeroDivisionError" in report.text(run)
     report.markdown(run)
+
+
+def test_mqa_records(on_cpu):
+    """Ours and the public package over small problems of each kind; a wrong result is not timed."""
+    on_cpu.setattr(
+        mqa_logits, "DENSE", [mqa_logits.Dense(8, 24, 16, split=True), mqa_logits.Dense(6, 30, compressed=True)]
+    )
+    on_cpu.setattr(mqa_logits, "PAGED", [mqa_logits.Paged(3, 2, 90, 32)])
+    module = fake_deep_gemm()
+    module.get_num_sms = lambda: 132
+    module.get_paged_mqa_logits_metadata = torch.ops.deep_gemm.get_paged_mqa_logits_metadata
+
+    def dense(q, kv, weights, start, end, **options):
+        return torch.ops.deep_gemm.fp8_mqa_logits(q, *kv, weights, start, end, **options)
+
+    module.fp8_mqa_logits = dense
+    module.fp8_paged_mqa_logits = lambda *inputs, **options: torch.ops.deep_gemm.fp8_paged_mqa_logits(*inputs) * 2
+    on_cpu.setitem(sys.modules, "deep_gemm", module)
+    records = list(mqa_logits.mqa_records(LIMITS, repeats=3))
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm", "deep_gemm_ops"]] * 2 + [["deep_gemm_ops"]]
+    assert records[0]["flops"] == 2 * 16 * 128 * sum([4, 5, 6, 7][i % 4] - 4 + [4, 16][i // 4] for i in range(8))
+    assert records[2]["failed"]["deep_gemm"].startswith("wrong result")
+    run = {"mqa": records, "device": {"copy_gbps": 4000.0}}
+    assert report.failures(run) == []
+    text = report.text(run)
+    assert "S 8, S_kv 24, H 16, split" in text and "geometric mean over DeepGEMM 1.20x" in text
+    records[0]["failed"]["deep_gemm_ops"] = "wrong result: off"
+    assert report.failures(run) == ["S 8, S_kv 24, H 16, split, deep_gemm_ops: wrong result: off"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,6 +422,10 @@ def full_run(ours: float = 1.0) -> dict:
         {"op": "per_token_cast_to_fp8", "rows": 4096, "cols": 7168, "bytes": 88080384, "failed": {}}
         | {"times": {"deep_gemm_ops": {"median": 24.0 * ours}, "copy": {"median": 22.0}}}
     ]
+    run["prenorm"] = [
+        {"m": 8192, "n": 24, "k": 7168, "bytes": 118925312, "failed": {}}
+        | {"times": {"deep_gemm_ops": {"median": 32.0 * ours}, "copy": {"median": 30.0}, "deep_gemm": {"median": 40.0}}}
+    ]
     run["host"] = [{"name": "deep_gemm_ops.fp8_gemm_nt", "us": 5.0 * ours}, {"name": "reference deep_gemm", "us": 21.0}]
     return run
 
@@ -383,7 +442,7 @@ def test_figures():
 def test_goals_met_missed_and_unmeasured():
     assert all(goal["met"] is True for goal in report.goals(full_run()))
     missed = [goal["goal"] for goal in report.goals(full_run(ours=1.4)) if goal["met"] is False]
-    assert len(missed) == 9
+    assert len(missed) == 10
     nothing = report.goals({"device": vars(LIMITS)})
     assert all(goal["met"] is None for goal in nothing)
     # One shape without a reference leaves the mean unmeasured rather than flattered.
@@ -466,20 +525,73 @@ def test_cpu_smoke_and_output_files(tmp_path: Path, capsys):
     assert cli.main(["--from-json", str(tmp_path / "missing.json")]) == 2
 
 
+def small_products(monkeypatch) -> None:
+    """The same products at sizes that a CPU can do."""
+    monkeypatch.setattr(products, "CONTIGUOUS", ((2, 128),))
+    monkeypatch.setattr(products, "CONTIGUOUS_SHAPES", ((128, 256),))
+    monkeypatch.setattr(products, "MASKED", ((3, 20),))
+    monkeypatch.setattr(products, "MASKED_MAX", 64)
+    monkeypatch.setattr(products, "K_GROUPED", ((128, 64, 48),))
+    monkeypatch.setattr(products, "BATCHED", ((16, 2, 128, 64),))
+    monkeypatch.setattr(products, "BENCH_SHAPES", ((64, 128),))
+
+
+def test_products(on_cpu):
+    small_products(on_cpu)
+    records = [products.product_record(problem, limits=LIMITS, repeats=3) for problem in products.problems()]
+    assert {record["op"] for record in records} == {
+        *[f"m_grouped_{kind}_gemm_nt_{form}" for kind in ("fp8", "bf16") for form in ("contiguous", "masked")],
+        *[f"k_grouped_{kind}_gemm_tn_contiguous" for kind in ("fp8", "bf16")],
+        "bf16_gemm_nt",
+        "einsum",
+        "fp8_einsum",
+    }
+    for record in records:
+        ours = [name for name in record["failed"] if name.startswith("deep_gemm_ops")]
+        assert not ours, record
+        assert record["times"]["deep_gemm_ops"]["median"] == 10.0
+    run = {"products": records}
+    assert report.failures(run) == []
+    contiguous = [record for record in records if record["op"] == "m_grouped_fp8_gemm_nt_contiguous"]
+    line = report.product_line(contiguous[0])
+    assert_expected_inline(
+        "\n".join([*line.split(" | "), *report.product_means({"products": contiguous})]),
+        """\
+m_grouped_fp8_gemm_nt_contiguous   2 x 128, N 128, K 256                    10.00 us      2 TFLOPS
+psum 50.00 5.00x
+offsets 50.00 5.00x
+  m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops psum       5.000x of 1
+  m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops offsets    5.000x of 1""",
+    )
+
+
+def test_wrong_products_are_not_timed(on_cpu):
+    small_products(on_cpu)
+    problem = next(products.problems())
+    call = problem.ours["deep_gemm_ops psum"]
+    problem.ours["deep_gemm_ops psum"] = lambda p: call(p) * 2
+    record = products.product_record(problem, limits=LIMITS, repeats=3)
+    assert "deep_gemm_ops psum" not in record["times"]
+    (line,) = report.failures({"products": [record]})
+    assert line.startswith("m_grouped_fp8_gemm_nt_contiguous 2 x 128, N 128, K 256 deep_gemm_ops psum: wrong result")
+
+
 def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, capsys):
     on_cpu.setattr(suites, "_capi", fake_capi)
     on_cpu.setattr(timing, "device_limits", lambda: LIMITS)
     on_cpu.setattr(torch.cuda, "is_available", lambda: True)
     on_cpu.setattr(cases, "BENCH_CASTS", ((8, 128),))
     path = tmp_path / "run.json"
-    arguments = ["--suite", "gemm,casts,host,rows", "--shapes", "128x256,136x384", "--m", "3,16", "--quick"]
+    on_cpu.setattr(cases, "BENCH_PRENORM", ((8, 24, 128),))
+    arguments = ["--suite", "gemm,casts,host,rows,prenorm", "--shapes", "128x256,136x384", "--m", "3,16", "--quick"]
     assert cli.main([*arguments, "--no-references", "--json", str(path)]) == 0
     run = json.loads(path.read_text())
     problems = [(3, 128, 256), (3, 136, 384), (16, 128, 256), (16, 136, 384)]
     assert [(r["m"], r["n"], r["k"]) for r in run["gemm"]] == problems
     assert len(run["rows"]) == 4
-    assert len(run["casts"]) == 5
+    assert len(run["casts"]) == len(suites.CASTS)
     assert len(run["host"]) == 4
+    assert len(run["prenorm"]) == 1
     assert run["device"]["name"] == "Test GPU"
     assert "selected   0" in capsys.readouterr().out
 

@@ -40,6 +40,9 @@ def library() -> ctypes.CDLL | None:
     lib.dg_set_block_size_multiple_of.restype = None
     lib.dg_force_instance.argtypes = [ctypes.c_int]
     lib.dg_force_instance.restype = None
+    lib.dg_mqa_instances.restype = ctypes.c_char_p
+    lib.dg_force_mqa_row.argtypes = [ctypes.c_int]
+    lib.dg_force_mqa_row.restype = None
     return lib
 
 
@@ -99,6 +102,26 @@ def select(
     groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
     bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
     return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16))
+
+
+def mqa_instances() -> list[dict[str, Any]]:
+    """The rows of the table of kernels for MQA logits, in its order. Each is a dict with ``index``, ``name``, ``arch``,
+    ``family``, ``kernel``, ``heads``, ``head_dim``, ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``,
+    ``shared_bytes`` and ``num_threads``. Empty without the library."""
+    lib = library()
+    return [] if lib is None else json.loads(lib.dg_mqa_instances())
+
+
+@contextlib.contextmanager
+def force_mqa_row(index: int) -> Iterator[None]:
+    """While the context is open, MQA logits run on row ``index`` of their table, or raise where that does not fit."""
+    lib = _require()
+    before = lib.dg_get_forced_mqa_row()
+    lib.dg_force_mqa_row(index)
+    try:
+        yield
+    finally:
+        lib.dg_force_mqa_row(before)
 
 
 @contextlib.contextmanager

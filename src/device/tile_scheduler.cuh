@@ -115,6 +115,7 @@ template <int kBlockRows, int kBlockCols, int kRowCtas, int kColCtas, int kStage
 class KGroupedScheduler : DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1> {
     using Dense = DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1>;
 
+    // Elements of K, or, padded, blocks.
     struct Part {
         int start;
         int size;
@@ -152,9 +153,10 @@ public:
             }
             if (kPadded || groups.is_sizes) start = before + up_to - span;
             start = min(start, static_cast<int64_t>(groups.k));
-            size = min(size, groups.k - start);
+            size = min(kPadded ? span : size, groups.k - start);
             if (group >= groups.first_group && group < end) {
-                table.parts[group - groups.first_group] = {static_cast<int>(start), static_cast<int>(size)};
+                constexpr int kUnit = kPadded ? kStageK : 1;
+                table.parts[group - groups.first_group] = {static_cast<int>(start / kUnit), static_cast<int>(size / kUnit)};
             }
             before += __shfl_sync(0xffffffff, up_to, 31);
         }
@@ -167,8 +169,8 @@ public:
         const Part part = table_.parts[group];
         work.token_group = group;
         work.group_end = part.start + part.size;
-        work.k_block = kPadded ? part.start / kStageK : part.start;
-        work.num_k_blocks = (part.size + kStageK - 1) / kStageK;
+        work.k_block = part.start;
+        work.num_k_blocks = kPadded ? part.size : (part.size + kStageK - 1) / kStageK;
         this->tile_ += this->step_;
         return true;
     }

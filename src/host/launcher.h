@@ -13,6 +13,7 @@ namespace deep_gemm {
 struct KernelLaunch {
     const void* kernel;      // host handle
     std::string (*name)(int row);
+    std::string (*symbol)(int row);  // a part of its mangled name
     int row;                 // in its table
     int grid;
     int block;

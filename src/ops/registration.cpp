@@ -2,7 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cast_ops.h"
+#include "fused_cast_ops.h"
 #include "gemm_ops.h"
+#include "mqa_logits_ops.h"
+#include "prenorm_gemm_ops.h"
 
 namespace {
 
@@ -15,14 +18,7 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
-    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
-    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
-    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
-    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
-    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
-    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
-    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
+#include "product_impls.inc"
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));
@@ -30,6 +26,18 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("per_channel_cast_to_fp8.out", TORCH_BOX(&per_channel_cast_to_fp8_out));
     m.impl("per_block_cast_to_fp8", TORCH_BOX(&per_block_cast_to_fp8));
     m.impl("per_block_cast_to_fp8.out", TORCH_BOX(&per_block_cast_to_fp8_out));
+    m.impl("per_token_cast_to_fp4", TORCH_BOX(&per_token_cast_to_fp4));
+    m.impl("per_token_cast_to_fp4.out", TORCH_BOX(&per_token_cast_to_fp4_out));
+    m.impl("swiglu_cast_to_fp8", TORCH_BOX(&swiglu_cast_to_fp8));
+    m.impl("swiglu_cast_to_fp8.out", TORCH_BOX(&swiglu_cast_to_fp8_out));
+    m.impl("per_token_cast_to_fp8_with_transpose", TORCH_BOX(&per_token_cast_to_fp8_with_transpose));
+    m.impl("per_token_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_token_cast_to_fp8_with_transpose_out));
+    m.impl("per_block_cast_to_fp8_with_transpose", TORCH_BOX(&per_block_cast_to_fp8_with_transpose));
+    m.impl("per_block_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_block_cast_to_fp8_with_transpose_out));
+    m.impl("k_grouped_per_channel_cast_to_fp8", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8));
+    m.impl("k_grouped_per_channel_cast_to_fp8.out", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_out));
+    m.impl("k_grouped_per_channel_cast_to_fp8_k_major", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_k_major));
+    m.impl("k_grouped_per_channel_cast_to_fp8_k_major.out", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_k_major_out));
     m.impl("transpose_fp8", TORCH_BOX(&transpose_fp8));
     m.impl("transpose_fp8.out", TORCH_BOX(&transpose_fp8_out));
     m.impl("get_mn_major_tma_aligned_tensor", TORCH_BOX(&get_mn_major_tma_aligned_tensor));
@@ -42,6 +50,15 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("transform_sf_into_required_layout", TORCH_BOX(&transform_sf_into_required_layout));
     m.impl("expand_ue8m0", TORCH_BOX(&expand_ue8m0));
     m.impl("expand_ue8m0.out", TORCH_BOX(&expand_ue8m0_out));
+
+    m.impl("tf32_hc_prenorm_gemm", TORCH_BOX(&tf32_hc_prenorm_gemm));
+    m.impl("tf32_hc_prenorm_gemm.out", TORCH_BOX(&tf32_hc_prenorm_gemm_out));
+    m.impl("fp8_mqa_logits", TORCH_BOX(&fp8_mqa_logits));
+    m.impl("fp8_mqa_logits.out", TORCH_BOX(&fp8_mqa_logits_out));
+    m.impl("get_paged_mqa_logits_metadata", TORCH_BOX(&get_paged_mqa_logits_metadata));
+    m.impl("get_paged_mqa_logits_metadata.out", TORCH_BOX(&get_paged_mqa_logits_metadata_out));
+    m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));
+    m.impl("fp8_paged_mqa_logits.out", TORCH_BOX(&fp8_paged_mqa_logits_out));
 }
 
 }  // namespace

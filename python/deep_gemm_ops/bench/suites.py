@@ -14,23 +14,31 @@ import torch
 
 import deep_gemm_ops
 
-from .. import reference
+from .. import fused_casts, prenorm_gemm, reference
 from ..testing import bench as timing
 from ..testing.cases import GemmCase, GemmOperands, make_gemm_operands
 from ..testing.numeric import compare, error_bar
 from .report import OURS
 
-__all__ = ["cast_records", "environment", "gemm_record", "host_records", "rows_record"]
+__all__ = ["cast_records", "environment", "gemm_record", "host_records", "prenorm_record", "rows_record"]
 
 DEVICE = "cuda"
 RECIPES = {"1d2d": (1, 128, 128), "1d1d": (1, 1, 128)}
-CASTS: tuple[tuple[str, dict[str, bool]], ...] = (
+CASTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("per_token_cast_to_fp8", {}),
     ("per_token_cast_to_fp8", {"use_packed_ue8m0": True}),
     ("per_channel_cast_to_fp8", {}),
     ("per_block_cast_to_fp8", {}),
     ("transpose_fp8", {}),
+    ("per_token_cast_to_fp4", {}),
+    ("swiglu_cast_to_fp8", {}),
+    ("swiglu_cast_to_fp8", {"clamp": 10.0}),
+    ("per_token_cast_to_fp8_with_transpose", {}),
+    ("per_block_cast_to_fp8_with_transpose", {}),
+    ("k_grouped_per_channel_cast_to_fp8", {}),
+    ("k_grouped_per_channel_cast_to_fp8_k_major", {}),
 )
+K_GROUPS = 8  # of K-grouped casts, all but equal
 METHOD = (
     "Bursts of back-to-back calls over operand sets that do not fit the L2, enqueued while the stream is held, the L2 "
     "evicted before each burst; contenders in turns, medians. Times include the gap between two kernels. Results are "
@@ -319,25 +327,27 @@ def rows_record(
 # ---------------------------------------------------------------------------------------------------------------------
 # Casts
 
+_CAST_OUTS = ("out", "out_sf", "out_t", "out_t_sf")
+
 
 def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: int = 20) -> Iterator[dict[str, Any]]:
     """Check (to the bit) and time each cast of a BF16 ``[rows, cols]`` beside a copy that moves as many bytes."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(rows, cols, device=DEVICE, generator=generator).to(torch.bfloat16)
     for op, options in CASTS:
-        source = reference.per_token_cast_to_fp8(x)[0] if op == "transpose_fp8" else x
+        source, *more = cast_inputs(op, x)
         record: dict[str, Any] = {"op": cast_label(op, options), "rows": rows, "cols": cols, "times": {}, "failed": {}}
         overload = getattr(torch.ops.deep_gemm, op)
-        expected = getattr(reference, op)(source, **options)
+        expected = cast_reference(op)(source, *more, **options)
         record["bytes"] = timing.count_bytes(source, expected)
         floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
         calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
         sources = [source] + [source.clone() for _ in range(count - 1)]
         contenders: dict[str, Callable[[int], Any]] = {}
         try:
-            outs = [overload(s, **options) for s in sources]
+            outs = [overload(s, *more, **options) for s in sources]
             check_equal(outs[0], expected)
-            contenders[OURS] = _cast_call(overload.out, sources, outs, options)
+            contenders[OURS] = _cast_call(overload.out, sources, more, outs, options)
         except Exception as why:
             record["failed"][OURS] = _note(f"{record['op']} {rows}x{cols}", why)
         half = record["bytes"] // 2
@@ -350,24 +360,104 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
         yield record
 
 
-def cast_label(op: str, options: dict[str, bool]) -> str:
-    return op + (" packed UE8M0" if options.get("use_packed_ue8m0") else "")
+def cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that a cast takes where ``x`` is the matrix to quantise."""
+    if op == "transpose_fp8":
+        return (reference.per_token_cast_to_fp8(x)[0],)
+    if op.startswith("k_grouped"):
+        ends = torch.arange(1, K_GROUPS + 1) * x.shape[0] // K_GROUPS
+        return x, ends.diff(prepend=torch.zeros(1)).to(torch.int32).to(x.device)
+    return (x,)
 
 
-def _cast_call(op: Any, sources: Sequence[torch.Tensor], outs: Sequence[Any], options: dict[str, bool]) -> Any:
-    if isinstance(outs[0], torch.Tensor):
-        return lambda i: op(sources[i], out=outs[i])
-    return lambda i: op(sources[i], out=outs[i][0], out_sf=outs[i][1], **options)
+def cast_reference(op: str) -> Callable[..., Any]:
+    """The specification of a cast."""
+    return getattr(fused_casts, f"reference_{op}", None) or getattr(reference, op)
+
+
+def cast_label(op: str, options: dict[str, Any]) -> str:
+    clamp = options.get("clamp")
+    label = op if clamp is None else f"{op} clamp {clamp:g}"
+    return label + (" packed UE8M0" if options.get("use_packed_ue8m0") else "")
+
+
+def _cast_call(
+    op: Any, sources: Sequence[torch.Tensor], more: Sequence[torch.Tensor], outs: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    keywords = [dict(zip(_CAST_OUTS, (out,) if isinstance(out, torch.Tensor) else out)) | options for out in outs]
+    return lambda i: op(sources[i], *more, **keywords[i])
 
 
 def check_equal(actual: Any, expected: Any) -> None:
     pairs = [(actual, expected)] if isinstance(actual, torch.Tensor) else zip(actual, expected)
-    for name, (got, want) in zip(("values", "scales"), pairs):
+    for name, (got, want) in zip(("values", "scales", "transposed values", "transposed scales"), pairs):
         if got.element_size() == 1:
             got, want = got.view(torch.uint8), want.view(torch.uint8)
         if not torch.equal(got, want):
             wrong = int((got != want).sum())
             raise RuntimeError(f"{name} differ from the reference in {wrong} of {got.numel()} places")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-norm
+
+
+def prenorm_record(
+    m: int, n: int, k: int, *, limits: timing.DeviceLimits, repeats: int = 20, references: bool = True
+) -> dict[str, Any]:
+    """Check and time ``tf32_hc_prenorm_gemm`` beside the public one, PyTorch, and a copy that moves as many bytes."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.randn(m, k, device=DEVICE, generator=generator).to(torch.bfloat16)
+    b = torch.randn(n, k, device=DEVICE, generator=generator)
+    outs = [(torch.empty(m, n, device=DEVICE), torch.empty(m, device=DEVICE))]
+    record: dict[str, Any] = {"m": m, "n": n, "k": k, "bytes": timing.count_bytes(a, b, outs)}
+    record |= {"times": {}, "failed": {}, "errors": {}}
+    floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
+    calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
+    sets = [(a, b)] + [(a.clone(), b.clone()) for _ in range(count - 1)]
+    outs += [(torch.empty_like(outs[0][0]), torch.empty_like(outs[0][1])) for _ in range(count - 1)]
+    expected = prenorm_gemm.reference(a, b, dtype=torch.float64)
+
+    def ours(i: int) -> None:
+        torch.ops.deep_gemm.tf32_hc_prenorm_gemm.out(*sets[i], out=outs[i][0], out_sqr_sum=outs[i][1])
+
+    def pytorch(i: int) -> None:
+        x = sets[i][0].float()
+        torch.matmul(x, sets[i][1].t(), out=outs[i][0])
+        torch.sum(x.square_(), dim=1, out=outs[i][1])
+
+    contenders: dict[str, Callable[[int], Any]] = {OURS: ours}
+    if references:
+        contenders["torch_tf32"] = pytorch
+        public = _public_deep_gemm()
+        if public is not None and hasattr(public, "tf32_hc_prenorm_gemm"):
+            contenders["deep_gemm"] = lambda i: public.tf32_hc_prenorm_gemm(*sets[i], *outs[i])
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # PyTorch's word for TF32
+    try:
+        for name, call in list(contenders.items()):
+            try:
+                for out in outs[0]:
+                    out.fill_(torch.nan)
+                call(0)
+                verdicts = [compare(x, y, tol=error_bar(torch.float32, "tf32")) for x, y in zip(outs[0], expected)]
+                record["errors"][name] = max(verdict.rel_error for verdict in verdicts)
+                wrong = "; ".join(f"wrong result: {verdict.describe()}" for verdict in verdicts if not verdict.ok)
+            except Exception as why:
+                wrong = _note(f"pre-norm M={m} N={n} K={k} {name}", why)
+            if wrong:
+                record["failed"][name] = wrong
+                del contenders[name]
+        half = record["bytes"] // 2
+        buffers = [torch.empty(2, half, dtype=torch.uint8, device=DEVICE).fill_(1) for _ in range(count)]
+        contenders["copy"] = lambda i: buffers[i][0].copy_(buffers[i][1])
+        samples = timing.time_interleaved(
+            contenders, calls=calls, sets=count, l2_bytes=limits.l2_bytes, repeats=repeats
+        )
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    record["times"] = {name: summary(values) for name, values in samples.items()}
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
