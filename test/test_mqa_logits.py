@@ -5,6 +5,9 @@ a GPU."""
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -635,6 +638,18 @@ def test_nothing_waits_for_the_device(cuda: str) -> None:
         assert not torch.cuda.current_stream().query(), "a call waited for the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_configurations_are_printed_once(cuda: str) -> None:
+    code = (
+        "import mqa_cases, deep_gemm_ops as d\n"
+        "x = mqa_cases.dense_arguments(device='cuda')\n"
+        "for _ in range(3): d.fp8_mqa_logits(**x)\n"
+    )
+    environment = {**os.environ, "DG_PRINT_CONFIGS": "1", "PYTHONPATH": f"{ROOT / 'python'}:{ROOT / 'test'}"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("deep_gemm: MQA logits, 5 tokens")]
+    assert len(lines) == 1, run.stderr
 
 
 def test_samples_run(device: str) -> None:
