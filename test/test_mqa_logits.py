@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_bad_input import WHERE, changed, messages
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 from deep_gemm_ops import mqa_logits
 
-from common import FP8, assert_close, generator, same_bits
+from common import FP8, ROOT, assert_close, generator, same_bits
 from mqa_cases import dense_arguments, expected_dense, expected_paged, make_cache, paged_arguments, samples
+from test_bad_input import WHERE, changed, messages
 
 
 def assert_logits(actual: torch.Tensor, expected: torch.Tensor, hint: str = "") -> None:
