@@ -8,20 +8,18 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 from deep_gemm_ops import mqa_logits
 
 from common import FP8, ROOT, assert_close, generator, same_bits
 from mqa_cases import dense_arguments, expected_dense, expected_paged, make_cache, paged_arguments, samples
-from test_bad_input import WHERE, changed, messages
+from test_bad_input import changed, messages
 
 
 def assert_logits(actual: torch.Tensor, expected: torch.Tensor, hint: str = "") -> None:
@@ -309,16 +307,6 @@ def test_schedules_equal_the_reference(device: str) -> None:
 # Bad input
 
 
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the operator gets the wrong arguments; "fake" ones have no memory."""
-    if not request.param.startswith("fake"):
-        yield request.param
-        return
-    with FakeTensorMode():
-        yield "cuda" if request.param == "fake cuda" else "cpu"
-
-
 def plain_dense(device: str) -> dict[str, Any]:
     return {
         "q": torch.zeros(4, 16, 64, device=device).to(FP8),
@@ -330,11 +318,11 @@ def plain_dense(device: str) -> dict[str, Any]:
     }
 
 
-def test_bad_dense_input(where: str) -> None:
+def test_bad_dense_input(device_or_fake: str) -> None:
     assert_expected_inline(
         messages(
             deep_gemm_ops.fp8_mqa_logits,
-            lambda: plain_dense(where),
+            lambda: plain_dense(device_or_fake),
             {
                 "dtype of q": changed(q=lambda a: a["q"].float()),
                 "rank of q": changed(q=lambda a: a["q"][0]),
@@ -394,11 +382,11 @@ def plain_paged(device: str) -> dict[str, Any]:
     }
 
 
-def test_bad_paged_input(where: str) -> None:
+def test_bad_paged_input(device_or_fake: str) -> None:
     assert_expected_inline(
         messages(
             deep_gemm_ops.fp8_paged_mqa_logits,
-            lambda: plain_paged(where),
+            lambda: plain_paged(device_or_fake),
             {
                 "rank of q": changed(q=lambda a: a["q"][0]),
                 "heads": changed(q=lambda a: a["q"][:, :, :12]),
@@ -450,10 +438,10 @@ out: fp8_paged_mqa_logits: out has shape [6, 255], expected [B * next_n, max_con
     )
 
 
-def test_bad_schedule_input(where: str) -> None:
+def test_bad_schedule_input(device_or_fake: str) -> None:
     def plain() -> dict[str, Any]:
         return {
-            "context_lens": torch.zeros(4, 2, dtype=torch.int32, device=where),
+            "context_lens": torch.zeros(4, 2, dtype=torch.int32, device=device_or_fake),
             "block_kv": 64,
             "num_sms": 8,
         }
