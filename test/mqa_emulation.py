@@ -252,6 +252,8 @@ def _scales(count: int, data: str, random: torch.Generator) -> torch.Tensor:
         odd = torch.tensor([math.nan, math.inf, -math.inf, -2.0, 2.0**80, 0.0, -0.0])
         at = torch.randint(count, (len(odd),), generator=random)
         scales[at] = odd
+    if data == "negative":
+        scales = -scales
     return scales
 
 
@@ -306,7 +308,10 @@ class _Case:
 
 @dataclasses.dataclass(frozen=True)
 class DenseCase(_Case):
-    """``ranges``: ``causal``, ``random`` (empty ones, beyond both ends), ``full``, ``empty`` or ``last``."""
+    """``ranges``: ``causal``, ``random`` (empty ones, beyond both ends), ``full``, ``empty`` or ``last``.
+
+    ``data``: ``integer`` (results are exact), ``normal``, ``special`` (integers, with NaN, Inf and huge ones among
+    values and scales) or ``negative`` (integers, every scale negative: no tile's can be taken out of its sums)."""
 
     tokens: int
     keys: int

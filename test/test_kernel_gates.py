@@ -171,6 +171,10 @@ def test_sass_of_a_k_block(row: Row) -> None:
     limit = 41 + 14 * (parts - 1) + fp32_instructions(row) + choices_of_scale(row)
     if row["swap_ab"]:
         limit += cols // 16  # more scales are read
+    if row["grouping"] == "m_grouped":
+        # The compiler does not know that a warp's threads have the same tile: 16 words of descriptors are computed in
+        # vector registers and moved.
+        limit += 20
     if row["row_ctas"] * row["col_ctas"] > 1:
         limit += 3 if row["split_k"] == 1 else 6  # which CTAs of the cluster a stage is free for
     assert instructions <= limit, f"python -m deep_gemm_ops.inspect row {row['index']} --sass"

@@ -5,20 +5,21 @@ a GPU."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_bad_input import WHERE, changed, messages
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 from deep_gemm_ops import mqa_logits
 
-from common import FP8, assert_close, generator, same_bits
+from common import FP8, ROOT, assert_close, generator, same_bits
 from mqa_cases import dense_arguments, expected_dense, expected_paged, make_cache, paged_arguments, samples
+from test_bad_input import changed, messages
 
 
 def assert_logits(actual: torch.Tensor, expected: torch.Tensor, hint: str = "") -> None:
@@ -306,16 +307,6 @@ def test_schedules_equal_the_reference(device: str) -> None:
 # Bad input
 
 
-@pytest.fixture(params=WHERE)
-def where(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the operator gets the wrong arguments; "fake" ones have no memory."""
-    if not request.param.startswith("fake"):
-        yield request.param
-        return
-    with FakeTensorMode():
-        yield "cuda" if request.param == "fake cuda" else "cpu"
-
-
 def plain_dense(device: str) -> dict[str, Any]:
     return {
         "q": torch.zeros(4, 16, 64, device=device).to(FP8),
@@ -327,11 +318,11 @@ def plain_dense(device: str) -> dict[str, Any]:
     }
 
 
-def test_bad_dense_input(where: str) -> None:
+def test_bad_dense_input(device_or_fake: str) -> None:
     assert_expected_inline(
         messages(
             deep_gemm_ops.fp8_mqa_logits,
-            lambda: plain_dense(where),
+            lambda: plain_dense(device_or_fake),
             {
                 "dtype of q": changed(q=lambda a: a["q"].float()),
                 "rank of q": changed(q=lambda a: a["q"][0]),
@@ -391,11 +382,11 @@ def plain_paged(device: str) -> dict[str, Any]:
     }
 
 
-def test_bad_paged_input(where: str) -> None:
+def test_bad_paged_input(device_or_fake: str) -> None:
     assert_expected_inline(
         messages(
             deep_gemm_ops.fp8_paged_mqa_logits,
-            lambda: plain_paged(where),
+            lambda: plain_paged(device_or_fake),
             {
                 "rank of q": changed(q=lambda a: a["q"][0]),
                 "heads": changed(q=lambda a: a["q"][:, :, :12]),
@@ -447,10 +438,10 @@ out: fp8_paged_mqa_logits: out has shape [6, 255], expected [B * next_n, max_con
     )
 
 
-def test_bad_schedule_input(where: str) -> None:
+def test_bad_schedule_input(device_or_fake: str) -> None:
     def plain() -> dict[str, Any]:
         return {
-            "context_lens": torch.zeros(4, 2, dtype=torch.int32, device=where),
+            "context_lens": torch.zeros(4, 2, dtype=torch.int32, device=device_or_fake),
             "block_kv": 64,
             "num_sms": 8,
         }
@@ -635,6 +626,18 @@ def test_nothing_waits_for_the_device(cuda: str) -> None:
         assert not torch.cuda.current_stream().query(), "a call waited for the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_configurations_are_printed_once(cuda: str) -> None:
+    code = (
+        "import mqa_cases, deep_gemm_ops as d\n"
+        "x = mqa_cases.dense_arguments(device='cuda')\n"
+        "for _ in range(3): d.fp8_mqa_logits(**x)\n"
+    )
+    environment = {**os.environ, "DG_PRINT_CONFIGS": "1", "PYTHONPATH": f"{ROOT / 'python'}:{ROOT / 'test'}"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("deep_gemm: MQA logits, 5 tokens")]
+    assert len(lines) == 1, run.stderr
 
 
 def test_samples_run(device: str) -> None:

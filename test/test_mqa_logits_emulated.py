@@ -333,21 +333,25 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
 @pytest.mark.parametrize("row", mutated_rows(), ids=lambda row: row["name"])
 def test_missing_synchronisation_is_reported(row: Row) -> None:
     """Each wait, arrive, fence and barrier of a kernel, left out or wrong."""
-    name, tokens, stages = row["name"], tile_tokens(row), row["num_stages"]
+    name, tokens, stages, warpgroups = row["name"], tile_tokens(row), row["num_stages"], row["warpgroups"]
     cases: list[DenseCase | PagedCase]
     if row["paged"]:
         lens = (64 * (stages + 7) + 3, 100, 0, 200, 70, 1)
         cases = [
-            PagedCase(name, lens, next_n=2, num_ctas=2, clean=True),
-            PagedCase(name, (64 * 9, 64 * 3), block_kv=32, num_ctas=1, next_n=4, per_token=True),
-            PagedCase(name, (40,) * (2 * stages + 3), num_ctas=1),
-            PagedCase(name, (64 * 70,), num_ctas=1, block_kv=32),
+            PagedCase(name, lens, next_n=2, num_ctas=2, clean=True, data="negative"),
+            PagedCase(name, (64 * (stages + 7) + 3,) * 3, num_ctas=1, data="negative"),
+            PagedCase(name, (64 * 9, 64 * 3), block_kv=32, num_ctas=1, next_n=4, per_token=True, data="negative"),
+            PagedCase(name, (40,) * (2 * stages + 3), num_ctas=1, data="negative"),
+            PagedCase(name, (64 * 70,), num_ctas=1, block_kv=32, data="negative"),
+            PagedCase(name, (64 * warpgroups,) * (stages + 3), num_ctas=1, data="negative"),
         ]
     else:
         cases = [
-            DenseCase(name, 4 * tokens + 1, 64 * (stages + 6) + 3, "random", num_sms=2),
-            DenseCase(name, 3 * tokens, 90, "full", num_sms=1),
-            DenseCase(name, tokens * (2 * stages + 5), 40, "full", num_sms=1),
+            DenseCase(name, 4 * tokens + 1, 64 * (stages + 6) + 3, "random", num_sms=2, data="negative"),
+            DenseCase(name, 4 * tokens + 1, 64 * (stages + 6) + 3, "full", num_sms=1, data="negative"),
+            # Each tile of a warpgroup belongs to another group than the one before.
+            DenseCase(name, tokens * (stages + 3), 64 * warpgroups - 10, "full", num_sms=1, data="negative"),
+            DenseCase(name, tokens * (2 * stages + 5), 40, "full", num_sms=1, data="negative"),
         ]
 
     def run(text: str) -> None:

@@ -27,7 +27,7 @@ struct DenseSchedule {
 
 // Products that are alike, one after the other: `schedule` is that of one of them.
 struct BatchSchedule {
-    int num_batches;
+    int num_tiles;  // of all
     FastDivisor tiles_per_batch;
 };
 

@@ -91,8 +91,10 @@ public:
         : Dense(schedule, 0), batch_(batch) {}
 
     __device__ __forceinline__ bool next(WorkTile& work) {
+        // A comparison of numbers that the compiler knows to be the same in all threads: otherwise descriptors leave the
+        // uniform registers.
+        if (this->tile_ >= batch_.num_tiles) return false;
         const int group = divide(this->tile_, batch_.tiles_per_batch);
-        if (group >= batch_.num_batches) return false;
         this->locate(this->tile_ - group * batch_.tiles_per_batch.divisor, work);
         work.group = work.token_group = group;
         this->tile_ += this->step_;

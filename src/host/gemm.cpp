@@ -107,7 +107,7 @@ int choose_row_group(double row_bytes, double col_bytes, int row_tiles, int col_
 // What the kernels count on; the ops see to it.
 void check_groups(const GemmProblem& problem) {
     const auto check = [](bool fine, const char* text) {
-        if (!fine) throw std::runtime_error(std::string("fp8_gemm: ") + text);
+        if (!fine) throw std::runtime_error(std::string("gemm: ") + text);
     };
     if (problem.grouping == Grouping::kMGrouped) {
         check(problem.num_groups >= 1 && (problem.layout == GroupLayout::kIndices || problem.num_groups <= kMaxGroups),
@@ -211,7 +211,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         return;
     }
     if (row.grouping != grouping_of(problem) || !fits_alignment(row, problem)) {
-        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these groups");
+        throw std::runtime_error("gemm: row " + row_name(row) + " was forced, but it does not take these groups");
     }
     check_groups(problem);
     const sm90::GemmLayout layout{row};
@@ -294,8 +294,9 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         params.groups = make_group_schedule(problem, row, num_k_blocks, limits.num_sms);
         num_tiles = most_tiles(problem, params.groups, row.block_m());
     } else if (row.grouping == Grouping::kBatched) {
-        params.batch = {static_cast<int>(problem.num_groups), make_divisor(static_cast<int>(num_tiles))};
+        const int of_one = static_cast<int>(num_tiles);
         num_tiles *= problem.num_groups;
+        params.batch = {static_cast<int>(num_tiles), make_divisor(of_one)};
     } else if (row.grouping == Grouping::kKGrouped) {
         params.k_groups = make_k_group_schedule(problem, row_tiles * col_tiles);
         num_tiles *= problem.num_groups;

@@ -2,12 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <mutex>
+#include <set>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
 #include "../sm90/mqa_logits_dispatch.h"
 #include "../sm90/mqa_logits_instances.h"
 #include "../sm90/mqa_logits_traits.h"
+#include "knobs.h"
 
 namespace deep_gemm {
 
@@ -40,6 +45,17 @@ std::atomic<int> forced_row{-1};
 // Tokens that share a pass over the keys, where the cache is read.
 int64_t atom_tokens(const MqaLogitsProblem& problem) {
     return problem.indices.data != nullptr ? std::min<int64_t>(kMqaAtomTokens, problem.num_tokens) : problem.next_n;
+}
+
+void print_config(const MqaLogitsProblem& problem, const MqaRow& row, const MqaRowResources& resources, int grid) {
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    std::ostringstream line;
+    line << "deep_gemm: MQA logits, " << problem.num_tokens << " tokens, " << problem.heads << " heads of "
+         << problem.head_dim << ", " << problem.width << " columns: " << row_name(row) << ", " << resources.num_stages
+         << " stages, " << resources.shared_bytes << " bytes shared, grid " << grid << "\n";
+    std::lock_guard lock(mutex);
+    if (printed.insert(line.str()).second) std::fputs(line.str().c_str(), stderr);
 }
 
 bool fits(const MqaRow& row, const MqaLogitsProblem& problem) {
@@ -159,6 +175,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
     launch.params = &params;
     launch.params_bytes = sizeof(params);
     launch.pdl = pdl;
+    if (print_configs()) print_config(problem, row, resources, launch.grid);
     backend.launch(launch);
 }
 

@@ -189,17 +189,14 @@ private:
         const int count = end_of_rows(params, work) - row;
         // TMA leaves out what lies outside of D.
         const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
-        if (is_whole) {
-            if (count <= 0 || thread != 0) return;
-            if constexpr (kLayout.stages_float()) {
-                if (params.output_mode == kAddTma) {
-                    ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
-                    return;
-                }
+        if (is_whole && count > 0 && thread == 0) {
+            if (kLayout.stages_float() && params.output_mode == kAddTma) {
+                ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
+            } else {
+                ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
             }
-            ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
-            return;
         }
+        if (is_whole) return;
         auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
 #pragma unroll 1
         for (int i = thread; i < count * kChunks; i += 128) {
