@@ -30,6 +30,9 @@ struct CostModel {
     double epilogue_column = 1.8;   // more of them per column of 64 BF16 rows
     double reduce = 690;            // split K: clocks to meet the other CTAs of a tile
     double reduce_column = 15.6;    // more of them per column of the tile
+    double turns = 0.8;             // what a further warpgroup that takes turns at the K blocks is worth
+    double combine = 150;           // clocks to add up what they have
+    double combine_column = 4;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
 };
@@ -61,7 +64,7 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
     if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
-    const double warpgroups = row.block_rows == 256 ? 2 : row.block_rows / 64;
+    const double warpgroups = row.block_rows == 256 ? 2 : row.block_rows / 64;  // of one K block
     const double parts = row.block_rows / 64 / warpgroups;  // of 64 rows, one after the other
     const double multiply = tensor / (row.block_rows / 64);
     const double promotions = 128 / row.gran_k;
@@ -74,7 +77,9 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     if (row.swap_ab) column += model.promotion_load;
     const double work = multiply + promotions * column * row.block_cols;
     const double part = promotions * model.result_latency + work * (1 + model.contention * (warpgroups - 1));
-    return std::max({model.block_latency + parts * part, tensor, bytes / kFillBytes});
+    // Warpgroups that take turns each work through their own K blocks.
+    const double chain = (model.block_latency + parts * part) / (1 + model.turns * (row.k_warpgroups - 1));
+    return std::max({chain, tensor, bytes / kFillBytes});
 }
 
 // M-grouped: tiles of all groups along M, on average where groups have 0.7 to 1.3 times the rows that are expected.
@@ -120,6 +125,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
                                (problem.d_type == DataType::kFloat32 ? 2 : 1);
     double tile = k_blocks * block + model.epilogue + model.epilogue_column * stored_cols;
     if (row.split_k > 1) tile += model.reduce + model.reduce_column * row.block_cols;
+    if (row.k_warpgroups > 1) tile += model.combine + model.combine_column * row.block_cols;
     const double busy = tensor / block * tiles / ((full_waves + (left > 0)) * resident);
     tile *= 1 + model.power * busy * busy * busy;
 
