@@ -30,6 +30,8 @@ from common import FP8, arrange_scales, assert_close, assert_equal, ceil_div, er
 from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
+# What the names of an architecture's kernels have in common.
+KERNELS = {"sm_90a": "sm90_fp8_gemm", "sm_100a": "sm100_gemm"}
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -38,8 +40,8 @@ BUDGET = 500_000_000
 
 
 @functools.cache
-def _units() -> list[tuple[str, ptx_emulator.Module]]:
-    """The PTX for sm_90a in the library, a module for each translation unit that holds GEMM kernels.
+def _units(arch: str) -> list[tuple[str, ptx_emulator.Module]]:
+    """The library's PTX for an architecture, a module for each translation unit that holds GEMM kernels.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -47,22 +49,23 @@ def _units() -> list[tuple[str, ptx_emulator.Module]]:
         text = Path(override).read_text()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            command = [find_tool("cuobjdump"), "-arch", "sm_90a", "-xptx", "all", _capi.library()._name]
+            command = [find_tool("cuobjdump"), "-arch", arch, "-xptx", "all", _capi.library()._name]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
     units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [(unit, ptx_emulator.Module(unit)) for unit in units if "fp8_gemm" in unit]
+    return [(unit, ptx_emulator.Module(unit)) for unit in units if KERNELS[arch] in unit]
 
 
-def entries() -> list[str]:
-    """Mangled names of all GEMM kernels in the library."""
-    return [entry for _, module in _units() for entry in module.entries]
+def entries(arch: str = "sm_90a") -> list[str]:
+    """Mangled names of all GEMM kernels in the library for an architecture."""
+    return [entry for _, module in _units(arch) for entry in module.entries]
 
 
 @functools.cache
 def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
-    found = [(text, module, entry) for text, module in _units() for entry in module.entries if kernel in entry]
+    arch = next(arch for arch, name in KERNELS.items() if name in kernel)
+    found = [(text, module, entry) for text, module in _units(arch) for entry in module.entries if kernel in entry]
     if len(found) != 1:
         raise KeyError(f"the library has {len(found)} kernels with {kernel!r} in their names")
     return found[0]
@@ -126,6 +129,8 @@ class _Problem(ctypes.Structure):
         ("head_left", ctypes.c_int),
         ("head_mid", ctypes.c_int),
         ("head_right", ctypes.c_int),
+        ("a_is_fp4", ctypes.c_bool),
+        ("b_is_fp4", ctypes.c_bool),
     ]
 
 
@@ -183,9 +188,22 @@ def run_row(
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
     )
-    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
-    if c is not None and c.data_ptr() != d.data_ptr():
-        inputs["c"] = c
+    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "c": c}
+    return launch_problem(problem, row, inputs, d, num_sms=num_sms, module=module, **options)
+
+
+def launch_problem(
+    problem: _Problem,
+    row: int,
+    inputs: dict[str, torch.Tensor | None],
+    d: torch.Tensor,
+    *,
+    num_sms: int,
+    module: ptx_emulator.Module | None = None,
+    **options: int,
+) -> ptx_emulator.Stats:
+    """Runs a problem on a row through the library's host code; `inputs` are what the kernel may read."""
+    inputs = {name: x for name, x in inputs.items() if x is not None and x.data_ptr() != d.data_ptr()}
     buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []

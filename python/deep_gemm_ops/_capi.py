@@ -56,15 +56,15 @@ def _instances() -> tuple[dict[str, Any], ...]:
     return () if lib is None else tuple(json.loads(lib.dg_instances()))
 
 
-def instances() -> list[dict[str, Any]]:
-    """The rows of the table of compiled kernels, in its order.
+def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
+    """The rows of an architecture's table of compiled kernels, in its order; with None of all tables.
 
     Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel`` (a part of the mangled kernel name),
     ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``,
-    ``scaling`` ("1d2d" or "1d1d"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
+    ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
     library.
     """
-    return [dict(row) for row in _instances()]
+    return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 
 
 def select(

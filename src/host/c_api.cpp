@@ -4,6 +4,7 @@
 #include <string>
 
 #include "gemm.h"
+#include "gemm_sm100.h"
 #include "knobs.h"
 
 #define DG_EXPORT extern "C" __attribute__((visibility("default")))
@@ -12,16 +13,22 @@ namespace {
 
 using namespace deep_gemm;
 
-std::string json_row(int index, const GemmRow& row) {
-    const RowResources resources = row_resources(row);
+std::string json_row(int index, int row_idx, const GemmRow& row) {
+    const bool sm100 = row.arch == 100;
+    const RowResources resources = sm100 ? sm100_row_resources(row) : row_resources(row);
+    const char* scaling = row.scaling == kScaling1D2D    ? "1d2d"
+                          : row.scaling == kScaling1D1D  ? "1d1d"
+                          : row.scaling == kUE8M0Scaling ? "ue8m0"
+                                                         : "none";
     std::ostringstream json;
-    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"sm_90a\""
-         << ", \"family\": \"fp8_gemm\", \"kernel\": \"sm90_fp8_gemmILi" << index << "E\""
-         << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n() << ", \"block_k\": 128"
+    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \""
+         << (sm100 ? "sm_100a" : "sm_90a") << "\", \"family\": \"" << (sm100 ? "gemm" : "fp8_gemm") << "\", \"kernel\": \""
+         << (sm100 ? "sm100_gemmILi" : "sm90_fp8_gemmILi") << row_idx << "E\""
+         << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
+         << ", \"block_k\": " << (row.operands == OperandType::kBF16 ? 64 : 128)
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"scaling\": \""
-         << (row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
+         << row.split_k << ", \"scaling\": \"" << scaling << "\", \"gran_k\": " << row.gran_k
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
     return json.str();
@@ -44,7 +51,7 @@ public:
     CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
     EncodeTiledFunction encode_tiled() override { return encode_; }
     void launch(const KernelLaunch& launch) override {
-        const std::string kernel = "sm90_fp8_gemmILi" + std::to_string(launch.row) + "E";
+        const std::string kernel = launch.symbol + ("ILi" + std::to_string(launch.row)) + "E";
         if (launch_(kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.params,
                     launch.params_bytes) != 0) {
             throw std::runtime_error("the launch callback failed");
@@ -75,14 +82,16 @@ DG_EXPORT void dg_set_block_size_multiple_of(int m, int n) {
 DG_EXPORT int dg_get_forced_instance() { return knobs().forced_row; }
 DG_EXPORT void dg_force_instance(int index) { knobs().forced_row = index; }
 
-// JSON array with one object per row of the table; lives as long as the library.
+// JSON array with one object per row of the tables, those of SM100 behind those of SM90; lives as long as the library.
 DG_EXPORT const char* dg_instances() {
     static const std::string json = [] {
         std::string text = "[";
-        const auto rows = fp8_gemm_rows();
-        for (size_t i = 0; i < rows.size(); ++i) {
-            if (i > 0) text += ",\n ";
-            text += json_row(static_cast<int>(i), rows[i]);
+        int index = 0;
+        for (const auto rows : {fp8_gemm_rows(), sm100_gemm_rows()}) {
+            for (size_t i = 0; i < rows.size(); ++i, ++index) {
+                if (index > 0) text += ",\n ";
+                text += json_row(index, static_cast<int>(i), rows[i]);
+            }
         }
         return text + "]";
     }();
@@ -124,12 +133,17 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     return json.c_str();
 }
 
-// Runs a problem on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
+// Runs a problem on host memory through the callbacks; `row` counts as in dg_instances(). Returns 0, or 1 with the message in `error`.
 DG_EXPORT int dg_run_fp8_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
                               LaunchCallback launch, char* error, size_t error_size) {
     try {
         CallbackBackend backend(encode, launch);
-        run_fp8_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        const int sm90_rows = static_cast<int>(fp8_gemm_rows().size());
+        if (row < sm90_rows) {
+            run_fp8_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        } else {
+            run_sm100_gemm(*problem, limits_from_knobs(num_sms), row - sm90_rows, false, backend);
+        }
         return 0;
     } catch (const std::exception& exception) {
         std::strncpy(error, exception.what(), error_size - 1);

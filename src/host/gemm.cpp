@@ -1,10 +1,7 @@
 #include "gemm.h"
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdio>
-#include <limits>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -17,6 +14,7 @@
 #include "../sm90/gemm_instances.h"
 #include "../sm90/gemm_traits.h"
 #include "knobs.h"
+#include "schedule.h"
 
 namespace deep_gemm {
 
@@ -41,8 +39,9 @@ std::string kernel_name(int row) { return row_name(fp8_gemm_rows()[row]); }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-[[noreturn]] void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem,
-                               const SelectionLimits& limits) {
+}  // namespace
+
+void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     std::ostringstream message;
     message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k
             << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
@@ -52,6 +51,8 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
     if (rows.empty()) message << ": this build of deep_gemm_ops has no kernels for sm_90a";
     throw std::runtime_error(message.str());
 }
+
+namespace {
 
 // Scales per row, as a matrix [K groups, MN].
 CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
@@ -65,23 +66,7 @@ CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales
     return make_tensor_map(encode, view, box_groups, box_mn, false);
 }
 
-FastDivisor make_divisor(int divisor) {
-    if (divisor == 1) return {1, 0, 0};
-    uint32_t shift = 1;
-    while ((int64_t{1} << shift) < divisor) ++shift;
-    const uint64_t power = uint64_t{1} << (31 + shift);
-    return {divisor, static_cast<uint32_t>((power + divisor - 1) / divisor), shift - 1};
-}
-
-// Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side.
-int choose_row_group(const GemmRow& row, int row_tiles, int col_tiles, int clusters) {
-    const double row_bytes = row.block_rows * row.row_ctas;
-    const double col_bytes = row.block_cols * row.col_ctas;
-    if (col_tiles == 1) return row_tiles;
-    const double ideal = std::sqrt(clusters * col_bytes / row_bytes);
-    const int groups = std::max(1, static_cast<int>(std::lround(row_tiles / ideal)));
-    return (row_tiles + groups - 1) / groups;
-}
+}  // namespace
 
 void print_config(const GemmProblem& problem, const GemmRow& row, const RowResources& resources, int grid) {
     static std::mutex mutex;
@@ -93,8 +78,6 @@ void print_config(const GemmProblem& problem, const GemmRow& row, const RowResou
                  static_cast<long long>(problem.m), static_cast<long long>(problem.n),
                  static_cast<long long>(problem.k), name.c_str(), resources.num_stages, resources.shared_bytes, grid);
 }
-
-}  // namespace
 
 std::span<const GemmRow> fp8_gemm_rows() {
 #if DG_WITH_SM90
@@ -155,20 +138,8 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
                                static_cast<int>((problem.n + 127) / 128)};
     }
 
-    const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
-    const int row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
-    const int col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
-    const int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
-    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("fp8_gemm: more than 2^30 output tiles");
-    const int clusters =
-        static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
-    const int row_group = choose_row_group(row, row_tiles, col_tiles, clusters);
-    params.schedule.num_tiles = static_cast<int>(num_tiles);
-    params.schedule.num_row_tiles = row_tiles;
-    params.schedule.num_k_blocks = tiles(problem.k, sm90::kBlockK);
-    params.schedule.row_group = make_divisor(row_group);
-    params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
-    params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);
+    const int num_k_blocks = static_cast<int>((problem.k + sm90::kBlockK - 1) / sm90::kBlockK);
+    const int clusters = fill_dense_schedule(params.schedule, row, rows.rows, cols.rows, num_k_blocks, limits.num_sms);
 
     params.d = problem.d;
     params.c = problem.c;
@@ -180,6 +151,7 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     const RowResources resources = row_resources(row);
     KernelLaunch launch;
     launch.kernel = find_kernel(row_idx);
+    launch.symbol = "sm90_fp8_gemm";
     launch.name = &kernel_name;
     launch.row = row_idx;
     launch.grid = clusters * row.cluster_size();

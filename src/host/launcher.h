@@ -12,6 +12,7 @@ namespace deep_gemm {
 
 struct KernelLaunch {
     const void* kernel;      // host handle
+    const char* symbol;      // the kernel's name in the source; its template argument is the row
     std::string (*name)(int row);
     int row;                 // in its table
     int grid;

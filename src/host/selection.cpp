@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "gemm_sm100.h"
+
 namespace deep_gemm {
 
 namespace {
@@ -38,6 +40,7 @@ constexpr CostModel kModel;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
+    if (row.arch == 100) return sm100_reason_against(row, problem, limits);
     if (row.gran_k != problem.gran_k) return "another gran_k";
     if (row.scaling != scaling_of(problem)) {
         return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
@@ -77,6 +80,7 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
 }
 
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
+    if (row.arch == 100) return sm100_cost_us(row, problem, limits);
     const int64_t rows = row.swap_ab ? problem.n : problem.m;
     const int64_t cols = row.swap_ab ? problem.m : problem.n;
     const int64_t tile_rows = row.block_rows * row.row_ctas;  // of a cluster
@@ -130,6 +134,7 @@ Scaling scaling_of(const GemmProblem& problem) {
 }
 
 std::string row_name(const GemmRow& row) {
+    if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
     if (row.gran_k != 128) name += "_gran" + std::to_string(row.gran_k);

@@ -10,6 +10,9 @@ namespace {
 
 // All that selection may look at of a problem and its limits.
 struct Key {
+    const GemmRow* table;
+    OperandType operands;
+    bool a_mn_major, b_mn_major, a_is_fp4, b_is_fp4;
     int64_t m, n, k;
     int gran_m, gran_n, gran_k;
     DataType d_type;
@@ -36,7 +39,10 @@ static_assert(kEntries == 1 << (64 - 56));
 
 int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
-    const Key key = {problem.m,       problem.n,
+    const Key key = {rows.data(),     problem.operands,
+                     problem.a_mn_major, problem.b_mn_major,
+                     problem.a_is_fp4, problem.b_is_fp4,
+                     problem.m,       problem.n,
                      problem.k,       problem.sfa.gran_mn,
                      problem.sfb.gran_mn, problem.gran_k,
                      problem.d_type,  problem.c != nullptr,

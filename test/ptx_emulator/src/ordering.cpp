@@ -88,6 +88,13 @@ void orderFence(Warp& w, u32 lanes) {
         if (s.mask & lanes) s.fenced = c;
 }
 
+void orderIssue(Warp& w, int lane, Clock& into) {
+    if (!w.order) return;
+    Clock seen = w.order->of(lane).seen;
+    seen.warps[w.order->index] = {};
+    into.join(seen);
+}
+
 void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into) {
     for (auto& s : w.order->sets)
         if (s.mask & lanes) into.join(s.fenced);

@@ -123,6 +123,8 @@ void orderStart(Cluster* cl);
 void orderRelease(Warp& w, u32 lanes, Clock& into);
 void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into);  // publishes the last fence only
 void orderAcquire(Warp& w, u32 lanes, const Clock& c);
+// What the lane has seen, its own accesses apart: what it issues now completes after all of that.
+void orderIssue(Warp& w, int lane, Clock& into);
 void orderFence(Warp& w, u32 lanes);
 void orderWarpSync(Warp& w, u32 lanes);
 void orderProxyFence(Warp& w, u32 lanes);

@@ -278,6 +278,7 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
         auto keep = w.cta->cluster->shared_from_this();
         Cta* issuer = w.cta;
         if (issuer->tensorQueue == ~0u) issuer->tensorQueue = issuer->cluster->queues++;
+        auto issued = std::make_shared<Clock>(tmemOf(issuer).issued);
         push(M, issuer, [=, &M] {
             u32 commit = ++issuer->tensorCommits;
             for (auto& f : *releases) f(commit);
@@ -287,6 +288,7 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
                     Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "tcgen05.commit");
                     b.asyncPending--;
                     b.arriving.see(issuer->tensorQueue, commit);
+                    b.arriving.join(*issued);
                     if (c != issuer) orderTouch(c, ptx_emulator::Access::byQueue(issuer->tensorQueue, commit));
                     c->pendingCommits--;
                     mbarrierArrive(M, nullptr, -1, c, off, 1, "tcgen05.commit");
@@ -330,6 +332,7 @@ Status cpExec(Warp& w, const Inst& in, u32 m) {
                     std::memcpy(&(*data)[(r * bytes + b) / 4], &c->smem[at], 16);
                 }
             holdUntilCommit(M, w.cta, c, std::move(granules), col, bytes / 4, 0, 0);
+            orderIssue(w, l, tmemOf(w.cta).issued);
             push(M, w.cta, [=] {
                 Tmem& t = *c->tmem;
                 u32 n = bytes / 4;
@@ -600,6 +603,7 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
                 checkColumns(M, &w, c, o->sfb & 0xffff, (o->n + 31) / 32, "tcgen05.mma scale factors of B");
             }
             holdUntilCommit(M, w.cta, c, std::move(granules), o->dCol, dCols, aCol, aCols);
+            orderIssue(w, l, tmemOf(w.cta).issued);
         }
         M.stats.tensorOps++;
         push(M, w.cta, [&M, o] { mmaRun(M, *o); });

@@ -19,6 +19,7 @@ struct Tmem {
     std::deque<std::function<void()>> pipe;
     bool pipeBusy = false;
     std::vector<std::function<void(u32)>> uncommitted;  // releases to run at the next commit, given its number
+    Clock issued;  // what the threads that issued operations had seen: before the completion of these
     u32 at(u32 lane, u32 col) const { return cell[lane * kTmemCols + col]; }
     void set(u32 lane, u32 col, u32 v) { cell[lane * kTmemCols + col] = v, init[lane * kTmemCols + col] = 1; }
 };
