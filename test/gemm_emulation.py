@@ -71,9 +71,9 @@ def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
     return found[0]
 
 
-def row_ptx(row: int) -> tuple[str, str]:
-    """A module with a row's kernel alone, and the kernel's name."""
-    text, _, entry = _find(_capi.instances()[row]["kernel"])
+def row_ptx(row: int | dict[str, Any]) -> tuple[str, str]:
+    """A module with a row's kernel alone, and the kernel's name; `row`: an index in the SM90 table, or any row."""
+    text, _, entry = _find((_capi.instances()[row] if isinstance(row, int) else row)["kernel"])
     return mutate.extract(text, entry), entry
 
 

@@ -111,8 +111,11 @@ public:
 
 private:
     __device__ __forceinline__ static void sync_pair() {
-        __syncthreads();
-        if constexpr (kCtas > 1) ptx::cluster_sync();
+        if constexpr (kCtas > 1) {
+            ptx::cluster_sync();
+        } else {
+            __syncthreads();
+        }
     }
 
     // Arrives in the pair's first CTA.
@@ -297,8 +300,10 @@ private:
             }
             state.advance();
         }
-        // The boxes must outlive the stores that read them.
-        if (lane == 0) ptx::tma_store_wait_read<0>();
+        if constexpr (!kRow.swap_ab) {
+            // The boxes must outlive the stores that read them.
+            if (lane == 0) ptx::tma_store_wait_read<0>();
+        }
     }
 };
 
