@@ -22,6 +22,7 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 GRANULARITIES = (1, 128)  # of scales along M and N
 GRANULARITIES_K = (128, 32)
 OUT_DTYPES = (torch.bfloat16, torch.float32)
+SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.int32)
 CAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Kernels count rows, columns and K in 32 bits; offsets in 64.
 MAX_SIZE = 2**31 - 1
@@ -139,25 +140,35 @@ def check_inner_stride(op: str, arg: str, x: torch.Tensor, helper: str | None = 
 
 
 def check_rows_apart(op: str, arg: str, x: torch.Tensor) -> None:
-    """Rows of a matrix that is written do not overlap."""
-    (rows, cols), (row_stride, _) = shape_of(x), strides_of(x)
-    if rows > 1 and cols > 0 and not row_stride >= cols:
-        fail(op, arg, "row stride", row_stride, f"at least {cols}")
+    """Rows of a tensor that is written do not overlap."""
+    shape, strides = shape_of(x), strides_of(x)
+    if 0 in shape:
+        return
+    # From the dimension whose elements are closest to the one whose are farthest apart.
+    extent = shape[-1]
+    for i in sorted(range(x.dim() - 1), key=lambda i: strides[i]):
+        if shape[i] > 1:
+            if not strides[i] >= extent:
+                what = "row stride" if x.dim() == 2 else f"dimension-{i} stride"
+                fail(op, arg, what, strides[i], f"at least {extent}")
+            extent += (shape[i] - 1) * strides[i]
 
 
 def check_tma_readable(op: str, arg: str, x: torch.Tensor, real: bool) -> None:
-    """A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address."""
+    """What TMA reads as it lies: dense rows, 16-byte outer strides and base address, no two rows overlapping."""
     check_inner_stride(op, arg, x)
-    (rows, cols), (row_stride, _) = shape_of(x), strides_of(x)
+    shape, strides = shape_of(x), strides_of(x)
     helper = "use deep_gemm_ops.to_tma_aligned"
-    if cols == 0 or rows == 0:
+    if 0 in shape:
         return
-    if rows > 1:
-        row_bytes = row_stride * x.element_size()
-        if not row_bytes % TMA_ALIGNMENT_BYTES == 0:
-            fail(op, arg, "row stride", f"{row_bytes} bytes", f"a multiple of {TMA_ALIGNMENT_BYTES} bytes", helper)
-        if not row_stride >= cols:
-            fail(op, arg, "row stride", row_stride, f"at least {cols}", helper)
+    for i in range(x.dim() - 1):
+        if shape[i] > 1:
+            what = "row stride" if x.dim() == 2 else f"dimension-{i} stride"
+            stride_bytes = strides[i] * x.element_size()
+            if not stride_bytes % TMA_ALIGNMENT_BYTES == 0:
+                fail(op, arg, what, f"{stride_bytes} bytes", f"a multiple of {TMA_ALIGNMENT_BYTES} bytes", helper)
+            if not strides[i] >= shape[-1]:
+                fail(op, arg, what, strides[i], f"at least {shape[-1]}", helper)
     if real and x.data_ptr() % TMA_ALIGNMENT_BYTES != 0:
         past = x.data_ptr() % TMA_ALIGNMENT_BYTES
         fail(op, arg, "base address", f"{past} modulo {TMA_ALIGNMENT_BYTES} bytes", 0, helper)
@@ -178,33 +189,50 @@ def _scale_columns(k: int, gran_k: int, packed: bool) -> int:
     return ceil_div(columns, 4) if packed else columns
 
 
-def _match_scales(
-    op: str,
-    arg: str,
-    sf: torch.Tensor,
-    mn: int,
-    k: int,
-    name: str,
-    k_first: bool,
-    grans: Sequence[int],
-    grans_k: Sequence[int],
+class Dim(NamedTuple):
+    """A dimension of an operand, which its scales follow: along M or N and along K they are fewer."""
+
+    kind: str  # "mn", "k", or "group": a scale for each
+    name: str
+    size: int
+
+
+def matrix_dims(mn: str, mn_size: int, k_size: int, k_first: bool = False) -> list[Dim]:
+    """The dimensions of ``[MN, K]``, or of ``[K, MN]``."""
+    dims = [Dim("mn", mn, mn_size), Dim("k", "K", k_size)]
+    return dims[::-1] if k_first else dims
+
+
+def match_scales(
+    op: str, arg: str, sf: torch.Tensor, dims: Sequence[Dim], grans: Sequence[int], grans_k: Sequence[int]
 ) -> tuple[int, list[int]]:
     """Granularities that explain the shape of ``sf``: (along MN, all that fit along K)."""
     packed = sf.dtype == torch.int32
     shape = shape_of(sf)
-    rows, columns = reversed(shape) if k_first else shape
-    fit_k = [gran for gran in grans_k if columns == _scale_columns(k, gran, packed)]
-    for gran in grans:
-        if rows == ceil_div(mn, gran) and fit_k:
-            return gran, fit_k
-    rows_names = [name if gran == 1 else f"ceil({name} / {gran})" for gran in grans]
-    columns_names = [f"ceil(K / {gran * 4 if packed else gran})" for gran in grans_k]
-    names = [" or ".join(rows_names), " or ".join(columns_names)]
-    sizes = [one_of(list(dict.fromkeys(ceil_div(mn, gran) for gran in grans)))]
-    sizes.append(one_of(list(dict.fromkeys(_scale_columns(k, gran, packed) for gran in grans_k))))
-    if k_first:
-        names.reverse()
-        sizes.reverse()
+    found = {"mn": [], "k": []}
+    groups_fit = True
+    for dim, size in zip(dims, shape, strict=True):
+        if dim.kind == "mn":
+            found["mn"] = [gran for gran in grans if size == ceil_div(dim.size, gran)]
+        elif dim.kind == "k":
+            found["k"] = [gran for gran in grans_k if size == _scale_columns(dim.size, gran, packed)]
+        elif not size == dim.size:
+            groups_fit = False
+    if groups_fit and found["mn"] and found["k"]:
+        return found["mn"][0], found["k"]
+
+    names, sizes = [], []
+    for dim in dims:
+        if dim.kind == "mn":
+            words = [dim.name if gran == 1 else f"ceil({dim.name} / {gran})" for gran in grans]
+            counts = [ceil_div(dim.size, gran) for gran in grans]
+        elif dim.kind == "k":
+            words = [f"ceil({dim.name} / {gran * 4 if packed else gran})" for gran in grans_k]
+            counts = [_scale_columns(dim.size, gran, packed) for gran in grans_k]
+        else:
+            words, counts = [dim.name], [dim.size]
+        names.append(" or ".join(words))
+        sizes.append(one_of(list(dict.fromkeys(counts))))
     fail(op, arg, "shape", shape, f"{text(names)} = {text(sizes)}")
 
 
@@ -216,37 +244,125 @@ def check_recipe(op: str, recipe: Sequence[int] | None) -> None:
         fail(op, "recipe", "value", list(recipe), "[1 or 128, 1 or 128, 128 or 32]")
 
 
-def check_fp8_gemm(
+def match_recipe(
     op: str,
+    sfa: torch.Tensor,
+    dims_a: Sequence[Dim],
+    sfb: torch.Tensor,
+    dims_b: Sequence[Dim],
+    recipe: Sequence[int] | None,
+) -> tuple[int, int, int]:
+    """The granularities [gran_m, gran_n, gran_k], given or inferred from the shapes of the scales."""
+    check_recipe(op, recipe)
+    grans_m = [recipe[0]] if recipe is not None else GRANULARITIES
+    grans_n = [recipe[1]] if recipe is not None else GRANULARITIES
+    grans_k = [recipe[2]] if recipe is not None else GRANULARITIES_K
+    gran_m, fit_k = match_scales(op, "sfa", sfa, dims_a, grans_m, grans_k)
+    # One granularity along K serves both, so what sfa rules out is no longer on offer.
+    gran_n, fit_k = match_scales(op, "sfb", sfb, dims_b, grans_n, fit_k)
+    # Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
+    # difference.
+    k = next(dim.size for dim in dims_a if dim.kind == "k")
+    if len(fit_k) > 1 and sfa.dtype == sfb.dtype == torch.int32 and not isinstance(k, _Unknown) and k > 32:
+        expected = "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]"
+        fail(op, "recipe", "value", None, expected, "packed scales fit both here")
+    return gran_m, gran_n, fit_k[0]
+
+
+def check_operands(op: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, int]) -> None:
+    for arg, operand, rank in (("a", a, ranks[0]), ("b", b, ranks[1])):
+        check_dtype(op, arg, operand, (dtype,))
+        check_rank(op, arg, operand, (rank,))
+
+
+def check_scales(
+    op: str,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    ranks: tuple[int, int],
+    dtypes: Sequence[torch.dtype] = SCALE_DTYPES,
+) -> None:
+    for arg, scales, rank in (("sfa", sfa, ranks[0]), ("sfb", sfb, ranks[1])):
+        check_dtype(op, arg, scales, dtypes)
+        check_rank(op, arg, scales, (rank,))
+
+
+def check_devices(op: str, a: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for arg, tensor in others.items():
+        if tensor is not None:
+            check_device(op, arg, tensor, a.device, "a")
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype not in OUT_DTYPES:
+        fail(op, "out_dtype", "value", out_dtype, one_of(OUT_DTYPES))
+
+
+def check_operand_layout(op: str, arg: str, x: torch.Tensor, by_tma: bool, real: bool) -> None:
+    """An operand that the kernel reads as it lies, or one that is transposed first."""
+    if by_tma:
+        check_tma_readable(op, arg, x, real)
+    else:
+        check_inner_stride(op, arg, x)
+
+
+def check_result(
+    op: str,
+    names: str,
+    shape: Sequence[int],
+    *,
+    c: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None,
+) -> None:
+    """``out`` of this shape, and ``c`` of it or of its last dimension."""
+    result_dtype = out.dtype if out is not None else out_dtype
+    if out is not None:
+        check_dtype(op, "out", out, OUT_DTYPES)
+        check_shape(op, "out", out, names, shape)
+        check_inner_stride(op, "out", out, None)
+        check_rows_apart(op, "out", out)
+    if c is not None:
+        if c.dtype != result_dtype:
+            fail(op, "c", "dtype", c.dtype, result_dtype, "the dtype of the result")
+        actual, full, bias = shape_of(c), list(shape), [shape[-1]]
+        if not (actual == full or actual == bias):
+            bias_name = names[1:-1].split(", ")[-1]
+            fail(op, "c", "shape", actual, f"{names} or [{bias_name}] = {text(full)} or {text(bias)}")
+        check_inner_stride(op, "c", c, None)
+
+
+def check_gemm(
+    op: str,
+    dtype: torch.dtype,
     layout: str,
     a: torch.Tensor,
-    sfa: torch.Tensor,
     b: torch.Tensor,
-    sfb: torch.Tensor,
     *,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
     c: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     out: torch.Tensor | None,
     recipe: Sequence[int] | None,
     real: bool,
+    heads: Sequence[int] | None = None,
 ) -> GemmShape:
-    """Check the arguments of ``fp8_gemm_<layout>``; ``real`` is False where tensors have no memory (fakes).
+    """Check the arguments of a product of two matrices; ``real`` is False where tensors have no memory (fakes).
+
+    ``scales`` are those of FP8 operands, (sfa, sfb). ``heads`` are [left, mid, right] of columns of the result.
 
     Returns:
         The sizes and the granularities, given or inferred.
     """
-    for arg, operand in (("a", a), ("b", b)):
-        check_dtype(op, arg, operand, (torch.float8_e4m3fn,))
-        check_rank(op, arg, operand, (2,))
-    for arg, scales in (("sfa", sfa), ("sfb", sfb)):
-        check_dtype(op, arg, scales, (torch.float32, torch.float8_e8m0fnu, torch.int32))
-        check_rank(op, arg, scales, (2,))
-    given = {"b": b, "sfa": sfa, "sfb": sfb, "c": c, "out": out}
-    for arg, tensor in given.items():
-        if tensor is not None:
-            check_device(op, arg, tensor, a.device, "a")
-    if out_dtype is not None and out_dtype not in OUT_DTYPES:
-        fail(op, "out_dtype", "value", out_dtype, one_of(OUT_DTYPES))
+    check_operands(op, dtype, a, b, (2, 2))
+    if scales is not None:
+        check_scales(op, *scales, (2, 2))
+        check_devices(op, a, b=b, sfa=scales[0], sfb=scales[1], c=c, out=out)
+    else:
+        check_devices(op, a, b=b, c=c, out=out)
+    check_out_dtype(op, out_dtype)
+    if heads is not None:
+        check_head_splits(op, heads)
 
     a_k_major, b_k_major = layout[0] == "n", layout[1] == "t"
     check_sizes(op, "a", a, ("M", "K") if a_k_major else ("K", "M"))
@@ -255,39 +371,43 @@ def check_fp8_gemm(
     n, k_of_b = shape_of(b) if b_k_major else reversed(shape_of(b))
     if not k_of_b == k:
         fail(op, "b", "K", k_of_b, k, "the K of a")
-    for arg, operand, k_major in (("a", a, a_k_major), ("b", b, b_k_major)):
-        if k_major:
-            check_tma_readable(op, arg, operand, real)
-        else:
-            check_inner_stride(op, arg, operand)
+    # SM90's tensor cores read 16-bit operands in both orders, 8-bit ones K-major only.
+    check_operand_layout(op, "a", a, a_k_major or scales is None, real)
+    check_operand_layout(op, "b", b, b_k_major or scales is None, real)
+    grans = (1, 1, 1)
+    if scales is not None:
+        dims_a, dims_b = matrix_dims("M", m, k, not a_k_major), matrix_dims("N", n, k, not b_k_major)
+        grans = match_recipe(op, scales[0], dims_a, scales[1], dims_b, recipe)
+    if heads is None:
+        check_result(op, "[M, N]", [m, n], c=c, out_dtype=out_dtype, out=out)
+    else:
+        left, mid, right = heads
+        if not n % (left + right) == 0:
+            fail(op, "b", "N", n, f"a multiple of left + right = {left + right}")
+        columns = n // (left + right) * (left + mid + right)
+        if not columns <= MAX_SIZE:
+            fail(op, "head_splits", "columns of the result", columns, f"at most {MAX_SIZE}")
+        names = "[M, N / (left + right) * (left + mid + right)]"
+        check_result(op, names, [m, columns], c=None, out_dtype=out_dtype, out=out)
+    return GemmShape(m, n, k, *grans)
 
-    check_recipe(op, recipe)
-    grans_m = [recipe[0]] if recipe is not None else GRANULARITIES
-    grans_n = [recipe[1]] if recipe is not None else GRANULARITIES
-    grans_k = [recipe[2]] if recipe is not None else GRANULARITIES_K
-    gran_m, fit_k = _match_scales(op, "sfa", sfa, m, k, "M", not a_k_major, grans_m, grans_k)
-    # One granularity along K serves both, so what sfa rules out is no longer on offer.
-    gran_n, fit_k = _match_scales(op, "sfb", sfb, n, k, "N", not b_k_major, grans_n, fit_k)
-    # Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
-    # difference.
-    if len(fit_k) > 1 and sfa.dtype == sfb.dtype == torch.int32 and not isinstance(k, _Unknown) and k > 32:
-        expected = "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]"
-        fail(op, "recipe", "value", None, expected, "packed scales fit both here")
 
-    result_dtype = out.dtype if out is not None else out_dtype
-    if out is not None:
-        check_dtype(op, "out", out, OUT_DTYPES)
-        check_shape(op, "out", out, "[M, N]", [m, n])
-        check_inner_stride(op, "out", out, None)
-        check_rows_apart(op, "out", out)
-    if c is not None:
-        if c.dtype != result_dtype:
-            fail(op, "c", "dtype", c.dtype, result_dtype, "the dtype of the result")
-        shape = shape_of(c)
-        if not (shape == [m, n] or shape == [n]):
-            fail(op, "c", "shape", shape, f"[M, N] or [N] = {[m, n]} or {[n]}")
-        check_inner_stride(op, "c", c, None)
-    return GemmShape(m, n, k, gran_m, gran_n, fit_k[0])
+def check_head_splits(op: str, heads: Sequence[int]) -> None:
+    if len(heads) != 3 or not all(0 <= part <= MAX_SIZE for part in heads) or not 0 < heads[0] + heads[2] <= MAX_SIZE:
+        fail(op, "head_splits", "value", list(heads), "[left, mid, right], none negative, with left + right positive")
+
+
+def check_fp8_gemm(
+    op: str,
+    layout: str,
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    **rest: object,
+) -> GemmShape:
+    """:func:`check_gemm` of ``fp8_gemm_<layout>``."""
+    return check_gemm(op, torch.float8_e4m3fn, layout, a, b, scales=(sfa, sfb), **rest)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,24 +45,26 @@ def to_tma_aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself where TMA can read it, else a copy that it can.
 
     Args:
-        x: ``[R, C]``, any dtype of 1 to 16 bytes, any strides.
+        x: ``[R, C]`` or ``[G, R, C]``, any dtype of 1 to 16 bytes, any strides.
 
     Returns:
         A tensor of the same shape and values with inner stride 1, rows that start at multiples of 16 bytes (the row
         stride may exceed C) and an aligned base address. The padding between rows is uninitialised and never read.
 
     Raises:
-        RuntimeError: ``x`` is not a matrix.
+        RuntimeError: ``x`` has another rank.
     """
-    if x.dim() != 2:
-        raise RuntimeError(f"to_tma_aligned: x has rank {x.dim()}, expected 2")
-    rows, cols = x.shape
-    row_stride, inner_stride = x.stride()
-    dense = inner_stride == 1 or cols <= 1
-    rows_fit = rows <= 1 or (row_stride * x.element_size() % TMA_ALIGNMENT_BYTES == 0 and row_stride >= cols)
+    if x.dim() not in (2, 3):
+        raise RuntimeError(f"to_tma_aligned: x has rank {x.dim()}, expected 2 or 3")
+    cols = x.shape[-1]
+    dense = x.stride(-1) == 1 or cols <= 1
+    rows_fit = all(
+        size <= 1 or (stride * x.element_size() % TMA_ALIGNMENT_BYTES == 0 and stride >= cols)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1])
+    )
     # A traced tensor has no address; PyTorch's allocators align what they hand out to 16 bytes and more.
     base_fits = torch.compiler.is_compiling() or x.data_ptr() % TMA_ALIGNMENT_BYTES == 0
     if x.numel() == 0 or (dense and rows_fit and base_fits):
         return x
     padded = get_tma_aligned_size(cols, x.element_size())
-    return x.new_empty((rows, padded))[:, :cols].copy_(x)
+    return x.new_empty((*x.shape[:-1], padded))[..., :cols].copy_(x)

@@ -40,6 +40,36 @@ def _refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
             )
 
 
+def call_product(
+    op: str,
+    overloads: torch._ops.OpOverloadPacket,
+    operands: dict[str, Any],
+    keywords: dict[str, Any],
+    out_dtype: torch.dtype | None,
+    default_dtype: torch.dtype,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Calls the overload that ``out`` asks for; ``operands`` are the positional arguments, and ``keywords`` those that
+    are None are left out."""
+    given = {name: value for name, value in keywords.items() if value is not None}
+    if torch.is_grad_enabled():
+        tensors = {**operands, "c": given.get("c"), "out": out}
+        _refuse_grad(op, **{name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+    if out is None:
+        if out_dtype is not None and out_dtype is not default_dtype:
+            given["out_dtype"] = out_dtype
+        return overloads.default(*operands.values(), **given)
+    _check_out_dtype(op, out_dtype, out)
+    overloads.out(*operands.values(), out=out, **given)
+    return out
+
+
+def _check_out_dtype(op: str, out_dtype: torch.dtype | None, out: torch.Tensor) -> None:
+    if out_dtype is not None and out.dtype != out_dtype:
+        have, want = str(out.dtype).removeprefix("torch."), str(out_dtype).removeprefix("torch.")
+        raise RuntimeError(f"{op}: out has dtype {have}, expected {want} (out_dtype)")
+
+
 def _gemm(
     op: str,
     overloads: torch._ops.OpOverloadPacket,
@@ -72,9 +102,7 @@ def _gemm(
         if out_dtype is not None and out_dtype is not torch.bfloat16:
             keywords["out_dtype"] = out_dtype
         return overloads.default(a, sfa, b, sfb, **keywords)
-    if out_dtype is not None and out.dtype != out_dtype:
-        have, want = str(out.dtype).removeprefix("torch."), str(out_dtype).removeprefix("torch.")
-        raise RuntimeError(f"{op}: out has dtype {have}, expected {want} (out_dtype)")
+    _check_out_dtype(op, out_dtype, out)
     overloads.out(a, sfa, b, sfb, out=out, **keywords)
     return out
 

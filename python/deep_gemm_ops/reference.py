@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import GRANULARITIES, GRANULARITIES_K, _match_scales, cast_scale_shape, check_recipe, mn_major_strides
+from ._checks import cast_scale_shape, match_recipe, matrix_dims, mn_major_strides
 from .layout import align, ceil_div
 
 __all__ = [
@@ -163,16 +163,9 @@ def fp8_gemm(
     if layout[1] == "n":
         b, sfb = b.t(), sfb.t()
     (m, k), n = a.shape, b.shape[0]
-    check_recipe("fp8_gemm", recipe)
-    grans_k = [recipe[2]] if recipe is not None else GRANULARITIES_K
-    gran_m, grans_k = _match_scales(
-        "fp8_gemm", "sfa", sfa, m, k, "M", False, [recipe[0]] if recipe is not None else GRANULARITIES, grans_k
-    )
-    gran_n, grans_k = _match_scales(
-        "fp8_gemm", "sfb", sfb, n, k, "N", False, [recipe[1]] if recipe is not None else GRANULARITIES, grans_k
-    )
+    gran_m, gran_n, gran_k = match_recipe("fp8_gemm", sfa, matrix_dims("M", m, k), sfb, matrix_dims("N", n, k), recipe)
     dtype = torch.float64 if exact else torch.float32
-    product = dequantize(a, sfa, gran_m, grans_k[0], dtype) @ dequantize(b, sfb, gran_n, grans_k[0], dtype).t()
+    product = dequantize(a, sfa, gran_m, gran_k, dtype) @ dequantize(b, sfb, gran_n, gran_k, dtype).t()
     if c is not None:
         product += c.to(dtype)
     return product.to(out_dtype)
