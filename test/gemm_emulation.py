@@ -31,7 +31,9 @@ from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
 # What the names of an architecture's kernels have in common.
-KERNELS = {"sm_90a": "sm90_fp8_gemm", "sm_100a": "sm100_gemm"}
+KERNELS = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
+GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched")
+LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -187,28 +189,35 @@ def run_row(
         d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
+        num_groups=1,
     )
-    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "c": c}
-    return launch_problem(problem, row, inputs, d, num_sms=num_sms, module=module, **options)
+    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
+    if c is not None and c.data_ptr() != d.data_ptr():
+        inputs["c"] = c
+    problem.grouping = GROUPINGS.index(_capi.instances()[row]["grouping"])
+    if problem.grouping == GROUPINGS.index("m_grouped"):
+        # One group of all rows.
+        inputs["group_layout"] = torch.tensor([a.shape[0]], dtype=torch.int32)
+        problem.layout, problem.group_layout = LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+    return launch(row, problem, d, inputs, num_sms=num_sms, module=module, **options)
 
 
-def launch_problem(
-    problem: _Problem,
+def launch(
     row: int,
-    inputs: dict[str, torch.Tensor | None],
+    problem: _Problem,
     d: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
     *,
-    num_sms: int,
+    num_sms: int = 132,
     module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> ptx_emulator.Stats:
-    """Runs a problem on a row through the library's host code; `inputs` are what the kernel may read."""
-    inputs = {name: x for name, x in inputs.items() if x is not None and x.data_ptr() != d.data_ptr()}
+    """Any problem on one row of the table; ``inputs`` are the tensors that it reads."""
     buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []
 
-    def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
+    def run(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
             _, compiled, entry = _find(kernel.decode())
             stats = (module or compiled).launch(
@@ -229,12 +238,12 @@ def launch_problem(
             return 1
 
     error = ctypes.create_string_buffer(4096)
-    status = _capi.library().dg_run_fp8_gemm(
+    status = _capi.library().dg_run_gemm(
         ctypes.byref(problem),
         row,
         num_sms,
         ctypes.c_void_p(ptx_emulator.encode_tiled_function()),
-        _LAUNCH(launch),
+        _LAUNCH(run),
         error,
         ctypes.c_size_t(len(error)),
     )

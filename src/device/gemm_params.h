@@ -25,6 +25,40 @@ struct DenseSchedule {
     FastDivisor tiles_per_group;
 };
 
+// Products that are alike, one after the other: `schedule` is that of one of them.
+struct BatchSchedule {
+    int num_batches;
+    FastDivisor tiles_per_batch;
+};
+
+// What the numbers at MGroupSchedule::layout are.
+enum GroupTable : int {
+    kGroupOfRow,   // for each row its group, or a number outside [0, num_groups): the row is padding
+    kEndOfGroup,   // for each group where it ends; the next one starts there, rounded up to `alignment`
+    kRowsOfGroup,  // for each group how many of its `rows` rows count
+};
+inline constexpr int kMaxGroups = 1024;  // of kEndOfGroup and kRowsOfGroup
+
+// Work for MGroupedScheduler (tile_scheduler.cuh). "Rows" are those of A and D, whatever the instruction's rows are.
+struct MGroupSchedule {
+    const int32_t* layout;  // in device memory, perhaps written by the kernel before this one
+    GroupTable table;
+    int num_groups;
+    int alignment;
+    int rows;          // of A and D; with kRowsOfGroup of each group
+    int col_tiles;     // tiles along N
+    int row_tiles;     // tiles of a group along M that are walked together before the next along N
+    int num_k_blocks;
+    bool zero_padding; // rows of D that belong to no group are stored as zeros, otherwise left alone
+};
+
+// Heads of `width` columns of the product, the last of which, from `left` on, lie `mid` columns further right in D.
+struct HeadMap {
+    FastDivisor width;  // divisor 0: none
+    int left;
+    int mid;
+};
+
 // FP32 scale factors of blocks, with any strides: entry (i, g) is data[i * stride_mn + g * stride_k].
 struct ScaleSource {
     const float* data;
@@ -55,6 +89,14 @@ struct GemmParams {
     OutputMode output_mode;
     bool d_is_float;
     bool d_pairs;          // two neighbours of a row of D (and of C) may be accessed at once
+
+    // Grouped and batched rows, whose tensor maps have the group as a third dimension.
+    int64_t d_group_stride;  // elements
+    int64_t c_group_stride;
+    int64_t block_scales_group_stride;
+    MGroupSchedule groups;
+    BatchSchedule batch;
+    HeadMap heads;
 };
 
 }  // namespace deep_gemm

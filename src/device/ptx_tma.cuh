@@ -26,7 +26,17 @@ __device__ __forceinline__ void tma_load_2d(const CUtensorMap& map, Barrier& bar
         : "memory");
 }
 
-// As above, into the CTAs of the cluster whose bit is set in `ranks`: same offsets, each CTA's own barrier.
+// As above, from a tensor of three dimensions.
+__device__ __forceinline__ void tma_load_3d(const CUtensorMap& map, Barrier& barrier, void* destination, int x, int y,
+                                            int z, CacheHint hint) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_address(destination)),
+        "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "l"(static_cast<uint64_t>(hint))
+        : "memory");
+}
+
+// As tma_load_2d, into the CTAs of the cluster whose bit is set in `ranks`: same offsets, each CTA's own barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(const CUtensorMap& map, Barrier& barrier, void* destination,
                                                       int x, int y, uint16_t ranks, CacheHint hint) {
     asm volatile(
@@ -40,6 +50,12 @@ __device__ __forceinline__ void tma_load_2d_multicast(const CUtensorMap& map, Ba
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* source, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
                  "r"(smem_address(source)), "r"(x), "r"(y)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, const void* source, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(smem_address(source)), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
 

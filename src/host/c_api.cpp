@@ -13,6 +13,8 @@ namespace {
 
 using namespace deep_gemm;
 
+constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched"};
+
 std::string json_row(int index, int row_idx, const GemmRow& row) {
     const bool sm100 = row.arch == 100;
     const RowResources resources = sm100 ? sm100_row_resources(row) : row_resources(row);
@@ -23,12 +25,13 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \""
          << (sm100 ? "sm_100a" : "sm_90a") << "\", \"family\": \"" << (sm100 ? "gemm" : "fp8_gemm") << "\", \"kernel\": \""
-         << (sm100 ? "sm100_gemmILi" : "sm90_fp8_gemmILi") << row_idx << "E\""
+         << (sm100 ? "sm100_gemmILi" : "sm90_gemmILi") << row_idx << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
          << ", \"block_k\": " << (row.operands == OperandType::kBF16 ? 64 : 128)
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
          << row.split_k << ", \"scaling\": \"" << scaling << "\", \"gran_k\": " << row.gran_k
+         << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
     return json.str();
@@ -87,7 +90,7 @@ DG_EXPORT const char* dg_instances() {
     static const std::string json = [] {
         std::string text = "[";
         int index = 0;
-        for (const auto rows : {fp8_gemm_rows(), sm100_gemm_rows()}) {
+        for (const auto rows : {gemm_rows(), sm100_gemm_rows()}) {
             for (size_t i = 0; i < rows.size(); ++i, ++index) {
                 if (index > 0) text += ",\n ";
                 text += json_row(index, static_cast<int>(i), rows[i]);
@@ -111,7 +114,7 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.sfb.gran_mn = gran_n;
     problem.gran_k = gran_k;
     problem.d_type = d_is_float ? DataType::kFloat32 : DataType::kBFloat16;
-    const auto rows = fp8_gemm_rows();
+    const auto rows = gemm_rows();
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);
     std::ostringstream text;
@@ -134,13 +137,13 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
 }
 
 // Runs a problem on host memory through the callbacks; `row` counts as in dg_instances(). Returns 0, or 1 with the message in `error`.
-DG_EXPORT int dg_run_fp8_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
+DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
                               LaunchCallback launch, char* error, size_t error_size) {
     try {
         CallbackBackend backend(encode, launch);
-        const int sm90_rows = static_cast<int>(fp8_gemm_rows().size());
+        const int sm90_rows = static_cast<int>(gemm_rows().size());
         if (row < sm90_rows) {
-            run_fp8_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+            run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
         } else {
             run_sm100_gemm(*problem, limits_from_knobs(num_sms), row - sm90_rows, false, backend);
         }

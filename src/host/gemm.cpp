@@ -1,7 +1,9 @@
 #include "gemm.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -35,7 +37,7 @@ const void* find_kernel(int row) { return find_kernel(row, std::make_integer_seq
 const void* find_kernel(int) { return nullptr; }
 #endif
 
-std::string kernel_name(int row) { return row_name(fp8_gemm_rows()[row]); }
+std::string kernel_name(int row) { return row_name(gemm_rows()[row]); }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -43,8 +45,9 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 
 void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     std::ostringstream message;
-    message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k
-            << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
+    message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
+    if (problem.grouping != Grouping::kDense) message << " in " << problem.num_groups << " groups";
+    message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
     for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
         message << "\n  " << row_name(rows[candidate.row]) << ": " << candidate.reason;
     }
@@ -54,16 +57,64 @@ void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, con
 
 namespace {
 
-// Scales per row, as a matrix [K groups, MN].
+// Scales per row, as a matrix [K groups, MN], or `groups` of them.
 CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
-                           int box_mn, int box_groups) {
+                           int64_t groups, int box_mn, int box_groups) {
     // The stride of a single row of groups is never used, but the tensor map wants a multiple of 16 bytes.
     const int64_t stride = k_groups > 1 ? scales.stride_k : (mn + 3) / 4 * 4;
     if ((scales.stride_mn != 1 && mn > 1) || stride % 4 != 0 || !aligned(scales.data, 16)) {
         throw std::runtime_error("fp8_gemm: scales per row must be MN-major with a 16-byte aligned stride");
     }
-    const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+    const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, groups,
+                          scales.stride_group};
     return make_tensor_map(encode, view, box_groups, box_mn, false);
+}
+
+
+// What the kernels count on; the ops see to it.
+void check_groups(const GemmProblem& problem) {
+    const auto check = [](bool fine, const char* text) {
+        if (!fine) throw std::runtime_error(std::string("fp8_gemm: ") + text);
+    };
+    if (problem.grouping == Grouping::kMGrouped) {
+        check(problem.num_groups >= 1 && (problem.layout == GroupLayout::kIndices || problem.num_groups <= kMaxGroups),
+              "M-grouped products have 1 to 1024 groups");
+        check(problem.layout != GroupLayout::kNone && problem.layout != GroupLayout::kSizes, "this layout is K-grouped");
+        check(problem.group_alignment >= 1, "the alignment of groups must be positive");
+        check(problem.m + problem.group_alignment <= std::numeric_limits<int>::max(), "M is too large");
+        check(problem.c == nullptr, "M-grouped products add no C");
+    }
+    check(problem.head_left >= 0 && problem.head_mid >= 0 && problem.head_right >= 0, "a part of a head is negative");
+    if (problem.head_left > 0 || problem.head_right > 0) {
+        check(problem.grouping == Grouping::kDense && problem.c == nullptr, "gaps between heads need a dense product, no C");
+        check(problem.n % (problem.head_left + problem.head_right) == 0, "N is no multiple of a head's columns");
+    }
+}
+
+MGroupSchedule make_group_schedule(const GemmProblem& problem, const GemmRow& row, int num_k_blocks, int num_sms) {
+    MGroupSchedule schedule = {};
+    schedule.layout = problem.group_layout;
+    schedule.table = problem.layout == GroupLayout::kIndices  ? kGroupOfRow
+                     : problem.layout == GroupLayout::kMasked ? kRowsOfGroup
+                                                              : kEndOfGroup;
+    schedule.num_groups = static_cast<int>(problem.num_groups);
+    schedule.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
+    schedule.rows = static_cast<int>(problem.m);
+    schedule.num_k_blocks = num_k_blocks;
+    schedule.zero_padding = problem.zero_padding && problem.layout != GroupLayout::kMasked;
+    schedule.col_tiles = static_cast<int>((problem.n + row.block_n() - 1) / row.block_n());
+    const int row_tiles = static_cast<int>((expected_rows(problem) + row.block_m() - 1) / row.block_m());
+    schedule.row_tiles = choose_row_group(row.block_m(), row.block_n(), row_tiles, schedule.col_tiles, num_sms);
+    return schedule;
+}
+
+// Tiles at most, whatever the layout holds.
+int64_t most_tiles(const GemmProblem& problem, const MGroupSchedule& schedule, int block_m) {
+    const int64_t of_all = (problem.m + block_m - 1) / block_m;
+    const int64_t row_tiles = schedule.table == kGroupOfRow    ? of_all
+                              : schedule.table == kRowsOfGroup ? of_all * problem.num_groups
+                                                               : of_all + problem.num_groups;
+    return row_tiles * schedule.col_tiles;
 }
 
 }  // namespace
@@ -79,7 +130,7 @@ void print_config(const GemmProblem& problem, const GemmRow& row, const RowResou
                  static_cast<long long>(problem.k), name.c_str(), resources.num_stages, resources.shared_bytes, grid);
 }
 
-std::span<const GemmRow> fp8_gemm_rows() {
+std::span<const GemmRow> gemm_rows() {
 #if DG_WITH_SM90
     return sm90::kGemmRows;
 #else
@@ -92,19 +143,33 @@ RowResources row_resources(const GemmRow& row) {
     return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
 }
 
-void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row_idx, bool pdl, Backend& backend) {
-    const std::span<const GemmRow> table = fp8_gemm_rows();
+void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row_idx, bool pdl, Backend& backend) {
+    const std::span<const GemmRow> table = gemm_rows();
     if (row_idx < 0) row_idx = select_row(table, problem, limits);
     if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
     const GemmRow& row = table[row_idx];
     if (row.gran_k != problem.gran_k || row.scaling != scaling_of(problem)) {
         throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these scales");
     }
+    if (row.grouping != grouping_of(problem) || !fits_alignment(row, problem)) {
+        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these groups");
+    }
+    check_groups(problem);
     const sm90::GemmLayout layout{row};
 
-    const MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    const MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    const MatrixView d{problem.d, problem.m, problem.n, problem.d_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    const int64_t heads = problem.head_left + problem.head_right > 0 ? problem.n / (problem.head_left + problem.head_right) : 0;
+    MatrixView d{problem.d, problem.m, problem.n + heads * problem.head_mid, problem.d_stride,
+                 CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    if (layout.has_groups()) {
+        b.groups = problem.num_groups;
+        b.group_stride = problem.b_group_stride;
+        const bool own_tokens = row.grouping == Grouping::kBatched || problem.layout == GroupLayout::kMasked;
+        a.groups = d.groups = own_tokens ? problem.num_groups : 1;
+        a.group_stride = problem.a_group_stride;
+        d.group_stride = problem.d_group_stride;
+    }
     const MatrixView& rows = row.swap_ab ? b : a;
     const MatrixView& cols = row.swap_ab ? a : b;
     const EncodeTiledFunction encode = backend.encode_tiled();
@@ -116,9 +181,14 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
 
     const int element_bytes = size_of(problem.d_type);
     params.d_is_float = problem.d_type == DataType::kFloat32;
-    params.d_pairs = problem.d_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
-                     (problem.c == nullptr || (problem.c_stride % 2 == 0 && aligned(problem.c, 2 * element_bytes)));
-    const bool tma_can_store = !params.d_is_float && aligned(problem.d, 16) && problem.d_stride * 2 % 16 == 0;
+    params.d_pairs = problem.d_stride % 2 == 0 && d.group_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
+                     problem.head_left % 2 == 0 && problem.head_mid % 2 == 0 && problem.head_right % 2 == 0 &&
+                     (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
+                                               aligned(problem.c, 2 * element_bytes)));
+    // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
+    const bool tma_can_store = !params.d_is_float && aligned(problem.d, 16) && problem.d_stride * 2 % 16 == 0 &&
+                               d.group_stride * 2 % 16 == 0 && problem.head_left % layout.box_cols() == 0 &&
+                               problem.head_right % layout.box_cols() == 0 && problem.head_mid % 8 == 0;
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
     if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols());
 
@@ -127,19 +197,33 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
         params.row_scales_map =
-            make_scale_map(encode, row_scales, rows.rows, k_groups, row.block_rows, layout.k_groups());
+            make_scale_map(encode, row_scales, rows.rows, k_groups, rows.groups, row.block_rows, layout.k_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =
-            make_scale_map(encode, col_scales, cols.rows, k_groups, row.block_cols, layout.k_groups());
+            make_scale_map(encode, col_scales, cols.rows, k_groups, cols.groups, row.block_cols, layout.k_groups());
     }
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
                                static_cast<int>((problem.n + 127) / 128)};
     }
 
-    const int num_k_blocks = static_cast<int>((problem.k + sm90::kBlockK - 1) / sm90::kBlockK);
-    const int clusters = fill_dense_schedule(params.schedule, row, rows.rows, cols.rows, num_k_blocks, limits.num_sms);
+    const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
+    const int row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
+    const int col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
+    const int num_k_blocks = tiles(problem.k, sm90::kBlockK);
+    int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
+    if (row.grouping == Grouping::kMGrouped) {
+        params.groups = make_group_schedule(problem, row, num_k_blocks, limits.num_sms);
+        num_tiles = most_tiles(problem, params.groups, row.block_m());
+    } else if (row.grouping == Grouping::kBatched) {
+        params.batch = {static_cast<int>(problem.num_groups), make_divisor(row_tiles * col_tiles)};
+        num_tiles *= problem.num_groups;
+    }
+    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("fp8_gemm: more than 2^30 output tiles");
+    const int clusters =
+        static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
+    params.schedule = make_dense_schedule(row, row_tiles, col_tiles, num_k_blocks, clusters);
 
     params.d = problem.d;
     params.c = problem.c;
@@ -147,11 +231,17 @@ void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int
     params.c_stride = problem.c_stride;
     params.m = static_cast<int>(problem.m);
     params.n = static_cast<int>(problem.n);
+    params.d_group_stride = d.group_stride;
+    params.c_group_stride = problem.c_group_stride;
+    params.block_scales_group_stride = problem.sfb.stride_group;
+    if (heads > 0) {
+        params.heads = {make_divisor(problem.head_left + problem.head_right), problem.head_left, problem.head_mid};
+    }
 
     const RowResources resources = row_resources(row);
     KernelLaunch launch;
     launch.kernel = find_kernel(row_idx);
-    launch.symbol = "sm90_fp8_gemm";
+    launch.symbol = "sm90_gemm";
     launch.name = &kernel_name;
     launch.row = row_idx;
     launch.grid = clusters * row.cluster_size();

@@ -11,7 +11,7 @@
 namespace deep_gemm {
 
 // The table of FP8 GEMM kernels that this library was built with; empty where it was built without SM90.
-std::span<const GemmRow> fp8_gemm_rows();
+std::span<const GemmRow> gemm_rows();
 
 // Stages of the shared-memory ring, dynamic shared memory and threads of a row.
 struct RowResources {
@@ -29,6 +29,6 @@ void print_config(const GemmProblem& problem, const GemmRow& row, const RowResou
 
 // M, N and K must be positive, operand rows 16-byte aligned (the ops check that). `row` forces a row of the table, -1
 // selects one. Throws std::runtime_error, naming each row's reason, where none fits.
-void run_fp8_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row, bool pdl, Backend& backend);
+void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

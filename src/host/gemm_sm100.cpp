@@ -1,5 +1,7 @@
 #include "gemm_sm100.h"
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -168,7 +170,15 @@ void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, i
     gemm.c_stride = problem.c_stride;
     gemm.m = static_cast<int>(problem.m);
     gemm.n = static_cast<int>(problem.n);
-    const int clusters = fill_dense_schedule(gemm.schedule, row, rows.mn, cols.mn, num_k_blocks, limits.num_sms);
+    const int64_t row_tiles = (rows.mn + row.tile_rows() - 1) / row.tile_rows();
+    const int64_t col_tiles = (cols.mn + row.tile_cols() - 1) / row.tile_cols();
+    if (row_tiles * col_tiles > std::numeric_limits<int>::max() / 2) {
+        throw std::runtime_error("gemm: more than 2^30 output tiles");
+    }
+    const int clusters = static_cast<int>(
+        std::min<int64_t>(row_tiles * col_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
+    gemm.schedule = make_dense_schedule(row, static_cast<int>(row_tiles), static_cast<int>(col_tiles), num_k_blocks,
+                                        clusters);
 
     const RowResources resources = sm100_row_resources(row);
     KernelLaunch launch;

@@ -19,7 +19,7 @@ std::string sm100_row_name(const GemmRow& row);
 const char* sm100_reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits);
 double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits);
 
-// As run_fp8_gemm(), of the SM100 table. Scales are packed UE8M0 words per row, MN-major (see ScaleTensor).
+// As run_gemm(), of the SM100 table. Scales are packed UE8M0 words per row, MN-major (see ScaleTensor).
 void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

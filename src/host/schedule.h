@@ -8,9 +8,11 @@ namespace deep_gemm {
 
 FastDivisor make_divisor(int divisor);
 
-// The walk over a dense product of `rows` x `cols` (of the instruction). Returns the clusters to launch, at most as many as
-// are resident on `num_sms`. Throws std::runtime_error where there are too many tiles.
-int fill_dense_schedule(DenseSchedule& schedule, const GemmRow& row, int64_t rows, int64_t cols, int num_k_blocks,
-                        int num_sms);
+// Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side;
+// row_bytes and col_bytes: of a tile's panel.
+int choose_row_group(double row_bytes, double col_bytes, int row_tiles, int col_tiles, int clusters);
+
+// The walk of `clusters` clusters over a dense product.
+DenseSchedule make_dense_schedule(const GemmRow& row, int row_tiles, int col_tiles, int num_k_blocks, int clusters);
 
 }  // namespace deep_gemm

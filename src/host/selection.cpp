@@ -41,12 +41,16 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (row.arch == 100) return sm100_reason_against(row, problem, limits);
+    if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.gran_k != problem.gran_k) return "another gran_k";
     if (row.scaling != scaling_of(problem)) {
         return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
                                            : "scales of B per block have kernels of their own";
     }
-    if (row.swap_ab && problem.m > row.block_m()) return "with swapped operands one tile holds all of M";
+    if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
+    if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
+        return "with swapped operands one tile holds all of M";
+    }
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
     if (row.block_m() % limits.block_m_multiple_of != 0) return "block_m is not the multiple asked for";
     if (row.block_n() % limits.block_n_multiple_of != 0) return "block_n is not the multiple asked for";
@@ -81,13 +85,15 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
 
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
     if (row.arch == 100) return sm100_cost_us(row, problem, limits);
-    const int64_t rows = row.swap_ab ? problem.n : problem.m;
-    const int64_t cols = row.swap_ab ? problem.m : problem.n;
+    // With groups, a grid of tiles for each.
+    const int64_t m = expected_rows(problem);
+    const int64_t rows = row.swap_ab ? problem.n : m;
+    const int64_t cols = row.swap_ab ? m : problem.n;
     const int64_t tile_rows = row.block_rows * row.row_ctas;  // of a cluster
     const int64_t tile_cols = row.block_cols * row.col_ctas;
     const int64_t row_tiles = ceil_div(rows, tile_rows);
     const int64_t col_tiles = ceil_div(cols, tile_cols);
-    const int64_t tiles = row_tiles * col_tiles;
+    const int64_t tiles = row_tiles * col_tiles * problem.num_groups;
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const int64_t full_waves = tiles / resident;
     const int64_t left = tiles % resident;
@@ -110,8 +116,9 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = static_cast<double>(problem.m) * problem.k + static_cast<double>(problem.n) * problem.k +
-                         static_cast<double>(problem.m) * problem.n * size_of(problem.d_type);
+    const double bytes = (static_cast<double>(m) * problem.k + static_cast<double>(problem.n) * problem.k +
+                          static_cast<double>(m) * problem.n * size_of(problem.d_type)) *
+                         problem.num_groups;
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
@@ -133,10 +140,26 @@ Scaling scaling_of(const GemmProblem& problem) {
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
 
+Grouping grouping_of(const GemmProblem& problem) {
+    return problem.head_left + problem.head_right > 0 ? Grouping::kBatched : problem.grouping;
+}
+
+bool fits_alignment(const GemmRow& row, const GemmProblem& problem) {
+    return problem.layout != GroupLayout::kIndices || problem.group_alignment % row.block_m() == 0;
+}
+
+int64_t expected_rows(const GemmProblem& problem) {
+    if (problem.grouping != Grouping::kMGrouped) return problem.m;
+    const int64_t most = problem.layout == GroupLayout::kMasked ? problem.m : ceil_div(problem.m, problem.num_groups);
+    return problem.expected_m > 0 ? std::min(problem.expected_m, problem.m) : most;
+}
+
 std::string row_name(const GemmRow& row) {
     if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
+    if (row.grouping == Grouping::kMGrouped) name += "_mgrouped";
+    if (row.grouping == Grouping::kBatched) name += "_batched";
     if (row.gran_k != 128) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);

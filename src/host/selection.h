@@ -25,6 +25,15 @@ struct Candidate {
 // The scaling that a problem's granularities ask for.
 Scaling scaling_of(const GemmProblem& problem);
 
+// The kind of rows that run a problem. Gaps between the heads of a dense product are a matter of the batched ones.
+Grouping grouping_of(const GemmProblem& problem);
+
+// Whether no tile of a row can touch two groups.
+bool fits_alignment(const GemmRow& row, const GemmProblem& problem);
+
+// Rows of a group that selection counts on.
+int64_t expected_rows(const GemmProblem& problem);
+
 // Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2".
 std::string row_name(const GemmRow& row);
 

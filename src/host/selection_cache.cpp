@@ -18,6 +18,10 @@ struct Key {
     DataType d_type;
     bool has_c;
     int num_sms, block_m_multiple_of, block_n_multiple_of;
+    Grouping grouping;
+    GroupLayout layout;
+    int64_t num_groups, expected_m;
+    int group_alignment;
 
     bool operator==(const Key&) const = default;
 };
@@ -31,7 +35,7 @@ constexpr size_t kEntries = 256;
 
 size_t slot_of(const Key& key) {
     const auto mix = [](uint64_t hash, int64_t value) { return (hash ^ value) * 0x9E3779B97F4A7C15u; };
-    return mix(mix(mix(0, key.m), key.n), key.k) >> 56;
+    return mix(mix(mix(mix(0, key.expected_m), key.m), key.n), key.k) >> 56;
 }
 static_assert(kEntries == 1 << (64 - 56));
 
@@ -47,7 +51,9 @@ int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem,
                      problem.sfb.gran_mn, problem.gran_k,
                      problem.d_type,  problem.c != nullptr,
                      limits.num_sms,  limits.block_m_multiple_of,
-                     limits.block_n_multiple_of};
+                     limits.block_n_multiple_of, grouping_of(problem),
+                     problem.layout,  problem.num_groups,
+                     problem.expected_m, problem.group_alignment};
     Entry& entry = entries[slot_of(key)];
     if (entry.key != key) entry = {key, select_row(rows, problem, limits)};
     return entry.row;

@@ -29,20 +29,25 @@ CUtensorMap make_tensor_map(EncodeTiledFunction encode, const MatrixView& matrix
                                        : span_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                        : span_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
-    const cuuint64_t dims[2] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.row_stride) * matrix.element_bytes};
-    const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t element_strides[2] = {1, 1};
+    const int rank = matrix.groups > 0 ? 3 : 2;
+    // The stride of a single group is never used, but has to be one that the driver takes.
+    const int64_t group_stride = matrix.groups > 1 ? matrix.group_stride : matrix.row_stride * matrix.rows;
+    const cuuint64_t dims[3] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows),
+                                static_cast<cuuint64_t>(matrix.groups)};
+    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(matrix.row_stride) * matrix.element_bytes,
+                                   static_cast<cuuint64_t>(group_stride) * matrix.element_bytes};
+    const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1};
+    const cuuint32_t element_strides[3] = {1, 1, 1};
     CUtensorMap map;
     const CUresult result =
-        encode(&map, matrix.type, 2, const_cast<void*>(matrix.data), dims, strides, box, element_strides,
+        encode(&map, matrix.type, rank, const_cast<void*>(matrix.data), dims, strides, box, element_strides,
                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         std::ostringstream message;
         message << "deep_gemm: cuTensorMapEncodeTiled failed with error " << static_cast<int>(result)
                 << " for a matrix [" << matrix.rows << ", " << matrix.cols << "] with row stride " << matrix.row_stride << " at "
-                << matrix.data << ", box [" << box_rows << ", " << box_cols << "]";
+                << matrix.data << ", " << matrix.groups << " groups with stride " << group_stride << ", box [" << box_rows << ", " << box_cols << "]";
         throw std::runtime_error(message.str());
     }
     return map;

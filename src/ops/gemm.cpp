@@ -286,9 +286,9 @@ OwnedTensor run(Layout layout, const TensorInfo& a, const TensorInfo& sfa, const
     limits.block_m_multiple_of = knobs().block_m_multiple_of;
     limits.block_n_multiple_of = knobs().block_n_multiple_of;
     int row = knobs().forced_row;
-    if (row < 0) row = select_row_cached(fp8_gemm_rows(), problem, limits);
+    if (row < 0) row = select_row_cached(gemm_rows(), problem, limits);
     DeviceBackend backend(device, stream);
-    run_fp8_gemm(problem, limits, row, knobs().pdl, backend);
+    run_gemm(problem, limits, row, knobs().pdl, backend);
     return allocated;
 }
 

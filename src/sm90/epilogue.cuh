@@ -6,6 +6,7 @@
 #include "../device/gemm_params.h"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 
 namespace deep_gemm::sm90 {
@@ -22,40 +23,83 @@ public:
     static constexpr int kBoxCols = kLayout.box_cols();
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
+    static constexpr bool kHasGroups = kLayout.has_groups();
+    static constexpr bool kMGrouped = kLayout.row.grouping == Grouping::kMGrouped;
+    static constexpr bool kHasHeads = kLayout.row.grouping == Grouping::kBatched;
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes],
-                                                 int barrier_id, const int (&rows)[kRowParts], int col, int thread,
+    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work,
+                                                 uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
+                                                 const int (&rows)[kRowParts], int col, int thread,
                                                  float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
         const int thread_col = col + lane % 4 * 2;
-        if (params.c != nullptr) {
+        if constexpr (kMGrouped) {
+            if (work.group_end < work.store_end) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    clear_padding(work.group_end, rows[part] + thread_row, thread_col, values[part]);
+                }
+            }
+        } else if (params.c != nullptr) {
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if (params.d_is_float) {
-                    add_c<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 } else {
-                    add_c<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                    add_c<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
                 }
             }
         }
         if (params.output_mode == kStoreTma) {
-            store_tma(params, staging, barrier_id, rows, col, thread, values);
+            store_tma(params, work, staging, barrier_id, rows, col, thread, values);
             return;
         }
 #pragma unroll
         for (int part = 0; part < kRowParts; ++part) {
             if (params.d_is_float) {
-                store_direct<float>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<float>(params, work, rows[part] + thread_row, thread_col, values[part]);
             } else {
-                store_direct<__nv_bfloat16>(params, rows[part] + thread_row, thread_col, values[part]);
+                store_direct<__nv_bfloat16>(params, work, rows[part] + thread_row, thread_col, values[part]);
             }
         }
     }
 
 private:
-    __device__ __forceinline__ static void store_tma(const GemmParams& params,
+    // The group's part of C or D.
+    template <class Element>
+    __device__ __forceinline__ static Element* of_group(Element* matrix, int64_t group_stride, const WorkTile& work) {
+        if constexpr (kHasGroups) return matrix + work.token_group * group_stride;
+        return matrix;
+    }
+
+    // Where the rows of D end that this tile may store.
+    __device__ __forceinline__ static int end_of_rows(const GemmParams& params, const WorkTile& work) {
+        if constexpr (kMGrouped) return work.store_end;
+        return params.m;
+    }
+
+    // Where a column of the product lies in D.
+    __device__ __forceinline__ static int d_col(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) {
+            const HeadMap& heads = params.heads;
+            if (heads.width.divisor != 0) {
+                const int head = divide(col, heads.width);
+                const bool is_right = col - head * heads.width.divisor >= heads.left;
+                return col + (head + is_right) * heads.mid;
+            }
+        }
+        return col;
+    }
+
+    // From a column of the product to the next one, in D.
+    __device__ __forceinline__ static int d_distance(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) return d_col(params, col + 1) - d_col(params, col);
+        return 1;
+    }
+
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work,
                                                      uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
                                                      const int (&rows)[kRowParts], int col, int thread,
                                                      const float (&values)[kRowParts][kColGroups * 4]) {
@@ -72,7 +116,17 @@ private:
         }
         ptx::fence_async_shared();
         ptx::named_barrier_sync(barrier_id, 128);
-        if (thread == 0) {
+        if constexpr (kHasGroups) {
+#pragma unroll
+            for (int part = 0; part < kRowParts; ++part) {
+#pragma unroll
+                for (int box = 0; box < kBoxes; ++box) {
+                    const int first_col = kSwapAB ? rows[part] : col + box * kBoxCols;
+                    store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
+                }
+            }
+            if (thread == 0) ptx::tma_store_commit();
+        } else if (thread == 0) {
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if constexpr (kSwapAB) {
@@ -86,6 +140,45 @@ private:
             }
             ptx::tma_store_commit();
         }
+    }
+
+    // A staged box, whose first element is (row, col) of the product. Where a group ends inside it, the threads copy its
+    // rows: TMA would write those of the next group.
+    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
+                                                     int row, int col, int thread) {
+        constexpr int kRowBytes = kBoxCols * 2;
+        constexpr int kChunks = kRowBytes / 16;
+        const int count = end_of_rows(params, work) - row;
+        // TMA leaves out what lies outside of D.
+        const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
+        if (is_whole) {
+            if (count > 0 && thread == 0) ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
+            return;
+        }
+        auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
+#pragma unroll 1
+        for (int i = thread; i < count * kChunks; i += 128) {
+            const int box_row = i / kChunks;
+            const int swizzle = box_row / (128 / kRowBytes) % kChunks;
+            const auto* source = reinterpret_cast<const uint4*>(box + box_row * kRowBytes + (i % kChunks ^ swizzle) * 16);
+            const int first = col + i % kChunks * 8;
+            __nv_bfloat16* destination = d + (row + box_row) * params.d_stride + first;
+            if (first + 8 <= params.n) {
+                *reinterpret_cast<uint4*>(destination) = *source;
+            } else {
+                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(source);
+                for (int element = 0; first + element < params.n; ++element) destination[element] = elements[element];
+            }
+        }
+    }
+
+    // Rows of D from `end` on are padding.
+    __device__ __forceinline__ static void clear_padding(int end, int thread_row, int thread_col,
+                                                         float (&values)[kColGroups * 4]) {
+        for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
+            if ((kSwapAB ? col : row) >= end) values[i] = 0;
+            if ((kSwapAB ? col + 1 : row) >= end) values[i + 1] = 0;
+        });
     }
 
     // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
@@ -147,9 +240,9 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void add_c(const GemmParams& params, int thread_row, int thread_col,
-                                                 float (&values)[kColGroups * 4]) {
-        const Element* c = static_cast<const Element*>(params.c);
+    __device__ __forceinline__ static void add_c(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                 int thread_col, float (&values)[kColGroups * 4]) {
+        const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
@@ -171,23 +264,26 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void store_direct(const GemmParams& params, int thread_row, int thread_col,
-                                                        const float (&values)[kColGroups * 4]) {
-        Element* d = static_cast<Element*>(params.d);
+    __device__ __forceinline__ static void store_direct(const GemmParams& params, const WorkTile& work, int thread_row,
+                                                        int thread_col, const float (&values)[kColGroups * 4]) {
+        Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work);
         for_each_pair(thread_row, thread_col, [&](int i, int row, int col) {
             if constexpr (kSwapAB) {
                 if (row >= params.n) return;
-                if (col < params.m) d[col * params.d_stride + row] = static_cast<Element>(values[i]);
-                if (col + 1 < params.m) d[(col + 1) * params.d_stride + row] = static_cast<Element>(values[i + 1]);
+                const int d_row = d_col(params, row);
+                if (col < end_of_rows(params, work)) d[col * params.d_stride + d_row] = static_cast<Element>(values[i]);
+                if (col + 1 < end_of_rows(params, work)) {
+                    d[(col + 1) * params.d_stride + d_row] = static_cast<Element>(values[i + 1]);
+                }
             } else {
-                if (row >= params.m) return;
-                Element* destination = d + row * params.d_stride + col;
+                if (row >= end_of_rows(params, work)) return;
+                Element* destination = d + row * params.d_stride + d_col(params, col);
                 const Pair<Element> pair{static_cast<Element>(values[i]), static_cast<Element>(values[i + 1])};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {
                     if (col < params.n) destination[0] = pair.x;
-                    if (col + 1 < params.n) destination[1] = pair.y;
+                    if (col + 1 < params.n) destination[d_distance(params, col)] = pair.y;
                 }
             }
         });

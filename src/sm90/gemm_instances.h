@@ -5,8 +5,11 @@
 
 namespace deep_gemm::sm90 {
 
+using enum OperandType;
+using enum Grouping;
+
 inline constexpr GemmRow kGemmRows[] = {
-    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k
+    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands (FP8), grouping (dense)
 
     // Large M.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128},
@@ -71,6 +74,36 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 64, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 16, 1, 1, 4, true, kScaling1D1D, 32},
+
+    // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
+    {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 64, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {64, 8, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D1D, 128, kFP8, kMGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D1D, 32, kFP8, kMGrouped},
+
+    // Batched. Also dense products whose result has gaps between heads.
+    {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kBatched},
+    {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kBatched},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kBatched},
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 

@@ -53,7 +53,11 @@ class GemmKernel {
     using Storage = SharedStorage<Traits>;
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
-    using Scheduler = DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>;
+    using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
+    using Scheduler = std::conditional_t<
+        kRow.grouping == Grouping::kMGrouped, QueueReader,
+        std::conditional_t<kRow.grouping == Grouping::kBatched, BatchedScheduler<kRow.block_rows, kBlockCols>,
+                           DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>>;
     using State = PipelineState<kNumStages>;
 
 public:
@@ -79,18 +83,25 @@ public:
                 ptx::mbarrier_init(shared.reduce_full, (kSplitK - 1) * kConsumerWarps);
                 ptx::mbarrier_init(shared.reduce_empty, (kSplitK - 1) * kConsumerWarps);
             }
+            // Read by the consumers, the TMA thread and, where there is one, the warp that loads block scales.
+            if constexpr (kLayout.has_work_queue()) {
+                shared.groups.queue.init(kConsumerWarps + 1 + kLayout.has_block_scales());
+            }
             ptx::fence_mbarrier_init();
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler(params.schedule, rank);
+        Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
         ptx::grid_dependency_wait();
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
             if (warp == 0 && ptx::elect_one()) load_operands(params, shared, scheduler, rank);
             if constexpr (kLayout.has_block_scales()) {
-                if (warp == 1) load_block_scales(params.block_scales, shared, scheduler);
+                if (warp == 1) load_block_scales(params, shared, scheduler);
+            }
+            if constexpr (kLayout.has_work_queue()) {
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
@@ -104,6 +115,18 @@ public:
 private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
+
+    // Each role has a copy. `one_thread`: the role is one thread of its warp.
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
+                                                               bool one_thread) {
+        if constexpr (kRow.grouping == Grouping::kMGrouped) {
+            return QueueReader(shared.groups.queue, one_thread);
+        } else if constexpr (kRow.grouping == Grouping::kBatched) {
+            return Scheduler(params.schedule, params.batch);
+        } else {
+            return Scheduler(params.schedule, rank);
+        }
+    }
 
     __device__ __forceinline__ static void sync_cluster() {
         if constexpr (kClusterSize > 1) {
@@ -139,6 +162,10 @@ private:
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+                if constexpr (kLayout.has_groups()) {
+                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
+                    continue;
+                }
                 if constexpr (kRow.col_ctas > 1) {
                     ptx::tma_load_2d_multicast(params.rows_map, full, rows + part * kRowPart * kBlockK, k,
                                                work.row + part * kRowPart, sharers, kHint);
@@ -163,20 +190,42 @@ private:
         }
     }
 
+    // With the group as a third coordinate.
+    __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
+                                                               const WorkTile& work, int k, int k_group) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int row_group = kRow.swap_ab ? work.group : work.token_group;
+        const int col_group = kRow.swap_ab ? work.token_group : work.group;
+        ptx::Barrier& full = shared.full[stage_idx];
+        ptx::tma_load_3d(params.rows_map, full, shared.rows[stage_idx], k, work.row, row_group, kHint);
+        ptx::tma_load_3d(params.cols_map, full, shared.cols[stage_idx], k, work.col, col_group, kHint);
+        if constexpr (kLayout.row_scales_are_vector()) {
+            ptx::tma_load_3d(params.row_scales_map, full, shared.row_scales[stage_idx], work.row, k_group, row_group,
+                             kHint);
+        }
+        if constexpr (kLayout.col_scales_are_vector()) {
+            ptx::tma_load_3d(params.col_scales_map, full, shared.col_scales[stage_idx], work.col, k_group, col_group,
+                             kHint);
+        }
+    }
+
     // ---- producer, warp 1 ----
 
-    __device__ __forceinline__ static void load_block_scales(const ScaleSource& source, Storage& shared,
+    __device__ __forceinline__ static void load_block_scales(const GemmParams& params, Storage& shared,
                                                              Scheduler scheduler) {
         PipelineState<kScaleChunks> state;
         WorkTile work;
         while (scheduler.next(work)) {
             const int block = (kRow.swap_ab ? work.row : work.col) / 128;
+            const ScaleSource& source = params.block_scales;
+            int64_t of_group = 0;
+            if constexpr (kLayout.has_groups()) of_group = work.group * params.block_scales_group_stride;
             const int last = work.k_block + work.num_k_blocks - 1;
 #pragma unroll 1
             for (int k_block = work.k_block; k_block <= last; k_block += kScaleChunk, state.advance()) {
                 const int chunk = state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_empty[chunk], state.phase ^ 1);
-                load_scale_chunk(source, block, k_block, last, shared.block_scales[chunk]);
+                load_scale_chunk(source, of_group, block, k_block, last, shared.block_scales[chunk]);
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.scales_full[chunk]);
             }
@@ -196,19 +245,21 @@ private:
         while (scheduler.next(work)) {
             float total[kRowParts][kAccumulators] = {};
             accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+            if constexpr (kLayout.has_work_queue()) scheduler.read(work);
 
             int rows[kRowParts];
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) rows[part] = work.row + part_row<Traits>(part, warpgroup);
             if constexpr (kSplitK == 1) {
-                Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread, total);
+                Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows, work.col, thread,
+                                        total);
             } else {
                 float slice[1][kLayout.store_cols() / 2];
                 reduce(shared, rank, reduce_phase, threadIdx.x - 128, total[0], slice[0]);
                 reduce_phase ^= 1;
                 const int split_part = rank / kMulticastCtas;
                 if (split_part < kLayout.num_slices()) {
-                    Epilogue<Traits>::store(params, shared.staging[warpgroup], 1 + warpgroup, rows,
+                    Epilogue<Traits>::store(params, work, shared.staging[warpgroup], 1 + warpgroup, rows,
                                             work.col + split_part * kLayout.store_cols(), thread, slice);
                 }
             }
@@ -388,7 +439,7 @@ private:
 // One kernel per row of the table; the row's index is the whole template argument.
 template <int kRowIndex>
 __global__ void __launch_bounds__(GemmTraits<kRowIndex>::kLayout.num_threads(), 1)
-    sm90_fp8_gemm(const __grid_constant__ GemmParams params) {
+    sm90_gemm(const __grid_constant__ GemmParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     using Traits = GemmTraits<kRowIndex>;

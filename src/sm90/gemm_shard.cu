@@ -15,7 +15,7 @@ constexpr const void* kernel_if_mine() {
         constexpr bool kValid = invalid_reason(kGemmRows[kRowIndex]) == nullptr;
         static_assert(kValid, "src/sm90/gemm_instances.h has a row that cannot be compiled: "
                               "see invalid_reason() in gemm_traits.h");
-        if constexpr (kValid) return reinterpret_cast<const void*>(&sm90_fp8_gemm<kRowIndex>);
+        if constexpr (kValid) return reinterpret_cast<const void*>(&sm90_gemm<kRowIndex>);
     }
     return nullptr;
 }

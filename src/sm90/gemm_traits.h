@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../device/gemm_params.h"
 #include "../host/gemm_row.h"
 
 namespace deep_gemm::sm90 {
@@ -28,6 +29,11 @@ struct GemmLayout {
         return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : 160;
     }
     constexpr int producer_registers() const { return num_consumer_warpgroups() == 3 ? 32 : 40; }
+
+    // Tensor maps have the group as a third dimension.
+    constexpr bool has_groups() const { return row.grouping == Grouping::kMGrouped || row.grouping == Grouping::kBatched; }
+    // One warp finds the tiles, for all roles.
+    constexpr bool has_work_queue() const { return row.grouping == Grouping::kMGrouped; }
 
     constexpr int k_groups() const { return kBlockK / row.gran_k; }
 
@@ -69,8 +75,9 @@ struct GemmLayout {
         return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
                align_up(col_scale_bytes(), 128) + 16;
     }
+    constexpr int work_queue_bytes() const { return has_work_queue() ? 8 * kMaxGroups + 256 : 0; }
     constexpr int fixed_bytes() const {
-        return staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
+        return work_queue_bytes() + staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
     }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
@@ -98,6 +105,7 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_cols / 8 % layout.num_slices() != 0) return "split K must divide the columns evenly, 8 at a time";
     if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
+    if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
     return nullptr;
 }

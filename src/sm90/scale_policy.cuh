@@ -20,16 +20,16 @@ __device__ __forceinline__ int part_row(int part, int warpgroup) {
 }
 
 // Loads the scales of blocks `block`, `block` + 1, ... for kScaleChunk K blocks from `k_block` on, a lane for each K block.
-// Blocks past the end repeat the last one: their products are never stored.
+// They begin `offset` elements into the source. Blocks past the end repeat the last one: their products are never stored.
 template <int kBlocks>
-__device__ __forceinline__ void load_scale_chunk(const ScaleSource& source, int block, int k_block, int last_k_block,
+__device__ __forceinline__ void load_scale_chunk(const ScaleSource& source, int64_t offset, int block, int k_block, int last_k_block,
                                                  float (&chunk)[kBlocks][kScaleChunk]) {
     static_assert(kScaleChunk == 32, "a lane for each K block");
     const int lane = threadIdx.x % 32;
     const int k = min(k_block + lane, last_k_block);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-        chunk[i][lane] = source.data[min(block + i, source.count - 1) * source.stride_mn + k * source.stride_k];
+        chunk[i][lane] = source.data[offset + min(block + i, source.count - 1) * source.stride_mn + k * source.stride_k];
     }
 }
 

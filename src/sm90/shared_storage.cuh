@@ -1,7 +1,10 @@
 // Shared memory of one CTA.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/ptx_mbarrier.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 
 namespace deep_gemm::sm90 {
@@ -36,6 +39,11 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier scales_empty[kScaleChunks];
     ptx::Barrier reduce_full;
     ptx::Barrier reduce_empty;
+
+    // M-grouped: tiles for all roles, and what is needed to find them.
+    struct Nothing {};
+    using Groups = typename MGroupedScheduler<kLayout.row.block_m(), kLayout.row.block_n(), kLayout.row.swap_ab>::Storage;
+    std::conditional_t<kLayout.has_work_queue(), Groups, Nothing> groups;
 };
 
 }  // namespace deep_gemm::sm90

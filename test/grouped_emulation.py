@@ -1,0 +1,237 @@
+"""Grouped and batched products on rows of the GEMM table under the PTX emulator; see gemm_emulation.py.
+
+    python test/grouped_emulation.py "GroupedCase('sm90_fp8_1d2d_m64n64_mgrouped', 'psum', (3, 0, 70), 40, 200)"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from typing import Any
+
+import torch
+
+from deep_gemm_ops import _capi
+
+import ptx_emulator
+from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits
+from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, GROUPINGS, LAYOUTS, _Problem, _Scales, launch
+
+
+def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
+    """A copy of ``[groups, rows, cols]`` whose rows lie ``inner`` apart, with a row between groups, or the groups' rows
+    in turns. Memory in between is NaN.
+    """
+    groups, rows, cols = x.shape
+    if interleaved:
+        return spread(x.transpose(0, 1), inner).transpose(0, 1)
+    buffer = torch.full((groups, rows + 1, inner), math.nan).to(x.dtype)
+    buffer[:, :rows, :cols] = x
+    return buffer[:, :rows, :cols]
+
+
+def align(x: int, multiple: int) -> int:
+    return ceil_div(x, multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedCase:
+    """Groups of ``sizes`` rows on a row of the table, everything outside of the tensors, and padding, poisoned with NaN.
+
+    ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
+    ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``
+    replaces what the layout holds: then only memory is checked. ``heads`` are the left, middle and right columns of a
+    dense product's heads. ``d``, ``c`` and ``data`` are those of RowCase.
+    """
+
+    row: str
+    layout: str
+    sizes: tuple[int, ...]
+    n: int
+    k: int
+    alignment: int = 128
+    tail: int = 0
+    zero_padding: bool = False
+    interleaved: bool = False
+    heads: tuple[int, int, int] | None = None
+    d: str = "tma"
+    c: str = ""
+    data: str = "normal"
+    values: tuple[int, ...] | None = None
+    num_sms: int = 3
+    seed: int = 0  # of the schedule; the data depends on the rest
+
+    def __str__(self) -> str:
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{name}={value!r}" for name, value in dataclasses.asdict(self).items() if value != default[name]]
+        return f"GroupedCase({', '.join(shown)})"
+
+    @property
+    def repro(self) -> str:
+        return f'python test/grouped_emulation.py "{self}"'
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return next(row for row in _capi.instances() if row["name"] == self.row)
+
+    def places(self) -> tuple[int, list[tuple[int, int]]]:
+        """Rows of A and D, and where each group begins and ends; in its own matrix where it has one."""
+        if self.layout == "batched":
+            return self.sizes[0], [(0, self.sizes[0])] * len(self.sizes)
+        if self.layout == "masked":
+            return max(self.sizes) + self.tail, [(0, size) for size in self.sizes]
+        step = 1 if self.layout == "offsets" else self.alignment
+        starts = list(itertools.accumulate((align(size, step) for size in self.sizes), initial=0))
+        return starts[-1] + self.tail, [(start, start + size) for start, size in zip(starts, self.sizes)]
+
+    def layout_values(self, rows: int, places: list[tuple[int, int]]) -> list[int]:
+        if self.values is not None:
+            return list(self.values)
+        if self.layout == "masked":
+            return list(self.sizes)
+        if self.layout != "indices":
+            return [end for _, end in places]
+        owner = [-1] * rows
+        for group, (start, end) in enumerate(places):
+            owner[start:end] = [group] * (end - start)
+        return owner
+
+    def _random(self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator) -> list[torch.Tensor]:
+        """FP8 values, and scales of shape ``groups``."""
+        scales = 2.0 ** torch.randint(-2, 3, groups, generator=random)
+        if self.data == "normal":
+            values = (torch.randn(shape, generator=random) * 60).clamp(-448, 448)
+            scales = scales * (1 + torch.rand(groups, generator=random))
+        else:
+            values = torch.randint(-3, 4, shape, generator=random).float()
+        return [values.to(FP8), scales.float()]
+
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
+        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+        info, n, k, groups = self.info, self.n, self.k, len(self.sizes)
+        rows, places = self.places()
+        own_rows = self.layout in ("masked", "batched")  # each group has its own A and D
+        matrices = groups if own_rows else 1
+        gran_n, gran_k = 128 if info["scaling"] == "1d2d" else 1, info["gran_k"]
+        k_groups = ceil_div(k, gran_k)
+        random = generator(hash((self.sizes, n, k)) % 2**32)
+        a, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random)
+        b, sfb = self._random((groups, n, k), (groups, ceil_div(n, gran_n), k_groups), random)
+
+        d_type = torch.float32 if self.d == "float32" else torch.bfloat16
+        # Rows that belong to no group are NaN in A and in D, where they stay so unless they are to be set to zero.
+        expected = torch.full((matrices, rows, n), 0.0 if self.zero_padding else math.nan, dtype=torch.float64)
+        owned = torch.zeros(matrices, rows, dtype=torch.bool)
+        columns = torch.arange(n) // gran_n
+        for group, (start, end) in enumerate(places):
+            at = (group if own_rows else 0, slice(start, end))
+            owned[at] = True
+            expected[at] = 0
+            for i in range(k_groups):
+                block = slice(i * gran_k, (i + 1) * gran_k)
+                product = a[at][:, block].double() @ b[group, :, block].double().t()
+                expected[at] += product * (sfa[at[0], i, start:end, None].double() * sfb[group, columns, i].double())
+        a.view(torch.uint8)[~owned] = 0x7F
+        sfa.transpose(1, 2)[~owned] = math.nan
+
+        # The product's columns that each column of D holds.
+        source = torch.arange(n)
+        if self.heads:
+            left, mid, right = self.heads
+            gap = torch.full((n // (left + right), mid), -1)
+            head = source.view(-1, left + right)
+            source = torch.cat([head[:, :left], gap, head[:, left:]], 1).flatten()
+        offset, step = (8, 8) if self.d == "tma" else (3, 1)
+        stride = align(offset + len(source) + 5, step)
+        if self.interleaved:
+            buffer = torch.full((rows + 2, matrices, stride), math.nan, dtype=d_type).transpose(0, 1)
+        else:
+            buffer = torch.full((matrices, rows + 2, stride), math.nan, dtype=d_type)
+        d = buffer[:, 1 : rows + 1, offset : offset + len(source)]
+        c = None
+        if self.c:
+            c = torch.randint(-99, 100, (matrices, rows, n), generator=random).to(d_type)
+            if self.c == "bias":
+                c = c[:, :1]
+            expected += c.double()
+            c = d.copy_(c) if self.c == "alias" else spread(c, n + 3)
+        expected = torch.where(source >= 0, expected[:, :, source], math.nan)
+        before = buffer.clone()
+
+        a = spread(a, align(k, 16) + 16, self.interleaved)
+        b = spread(b, align(k, 16) + 16, self.interleaved)
+        sfa = spread(sfa, align(rows, 4) + 4).transpose(1, 2)
+        if gran_n == 1:
+            sfb = spread(sfb.transpose(1, 2), align(n, 4) + 4).transpose(1, 2)
+        else:
+            sfb = spread(sfb, k_groups + 3)
+        problem = _Problem(
+            m=rows,
+            n=n,
+            k=k,
+            a=a.data_ptr(),
+            b=b.data_ptr(),
+            a_stride=a.stride(1),
+            b_stride=b.stride(1),
+            sfa=_Scales(sfa.data_ptr(), sfa.stride(1), sfa.stride(2), 1, sfa.stride(0)),
+            sfb=_Scales(sfb.data_ptr(), sfb.stride(1), sfb.stride(2), gran_n, sfb.stride(0)),
+            gran_k=gran_k,
+            d=d.data_ptr(),
+            d_stride=d.stride(1),
+            d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
+            num_groups=groups,
+            a_group_stride=a.stride(0),
+            b_group_stride=b.stride(0),
+            d_group_stride=d.stride(0),
+            grouping=GROUPINGS.index("batched" if self.layout == "batched" else "m_grouped"),
+            zero_padding=self.zero_padding,
+            group_alignment=self.alignment,
+        )
+        inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
+        if self.layout != "batched":
+            values = torch.tensor(self.layout_values(rows, places), dtype=torch.int32)
+            inputs["group_layout"] = values
+            problem.layout, problem.group_layout = LAYOUTS.index(self.layout), values.data_ptr()
+        if self.heads:
+            problem.grouping = GROUPINGS.index("dense")
+            problem.head_left, problem.head_mid, problem.head_right = self.heads
+        if c is not None:
+            problem.c, problem.c_group_stride = c.data_ptr(), c.stride(0)
+            problem.c_stride = 0 if self.c == "bias" else c.stride(1)
+            if self.c != "alias":
+                inputs["c"] = c
+
+        options = {"budget": BUDGET, "seed": self.seed, **options}
+        try:
+            launch(info["index"], problem, buffer, inputs, num_sms=self.num_sms, module=module, **options)
+        except ptx_emulator.PtxError as error:
+            raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
+        after, result = buffer.clone(), d.clone()
+        touched = torch.zeros(buffer.shape, dtype=torch.bool)
+        touched[:, 1 : rows + 1, offset : offset + len(source)] = True
+        if self.values is None:
+            touched[:, 1 : rows + 1, offset : offset + len(source)] &= ~expected.isnan()
+        assert same_bits(after[~touched], before[~touched]), f"wrote what is not its own\nreproduce with: {self.repro}"
+        if self.values is not None:
+            return result
+        inside = ~expected.isnan()
+        for matrix, (actual, wanted) in enumerate(zip(result, expected)):
+            actual, wanted = (torch.where(inside[matrix], x, 0) for x in (actual, wanted))
+            if self.data == "normal":
+                tol = 2e-6 if self.d == "float32" else error_bar(d.dtype)
+                assert_close(actual, wanted, tol=tol, repro=self.repro)
+            else:
+                assert_equal(actual, wanted.to(d.dtype), repro=self.repro)
+        return result
+
+
+def main() -> None:
+    case = eval(sys.argv[1], {"GroupedCase": GroupedCase})
+    case.run()
+    print(f"passed: {case}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Every row for groups of matrices on the PTX emulator: layouts sane and hostile, padding, and the memory around them.
+
+DG_EMULATED_SEEDS=50 runs each case with 50 schedules instead of 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deep_gemm_ops import _capi
+
+from common import same_bits
+from grouped_emulation import GroupedCase
+
+SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
+M_GROUPED = [row for row in _capi.instances() if row["grouping"] == "m_grouped"]
+BATCHED = [row for row in _capi.instances() if row["grouping"] == "batched"]
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
+]
+m_grouped = pytest.mark.parametrize("row", M_GROUPED, ids=lambda row: row["name"])
+batched = pytest.mark.parametrize("row", BATCHED, ids=lambda row: row["name"])
+every_layout = pytest.mark.parametrize("layout", ["indices", "psum", "offsets", "masked"])
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that threads which wait for one another cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def alignment(row: Row) -> int:
+    """Of groups; a tile divides it."""
+    return max(128, row["block_m"])
+
+
+def check(case: GroupedCase) -> None:
+    results = [dataclasses.replace(case, seed=seed).run() for seed in range(SEEDS)]
+    for seed, result in enumerate(results):
+        assert same_bits(result, results[0]), (
+            f"seeds 0 and {seed} give other bits\nreproduce with: {dataclasses.replace(case, seed=seed).repro}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# M-grouped
+
+
+@m_grouped
+@every_layout
+def test_layouts(row: Row, layout: str) -> None:
+    """Groups of no row, one, a part of a tile, whole tiles and a bit more, each CTA with several tiles."""
+    m, n = row["block_m"], row["block_n"]
+    sizes = (0, m - 3, 1, 2 * m, 0, 0, m + 5, 0)
+    shape = (sizes, n + 24, row["block_k"] * (row["num_stages"] + 1) - 91)
+    check(GroupedCase(row["name"], layout, *shape, alignment(row), tail=70, data="integer"))
+
+
+@m_grouped
+@every_layout
+@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+def test_outputs(row: Row, layout: str, d: str) -> None:
+    """Each way to store D, with padding set to zero where there is any. N is odd."""
+    m, n = row["block_m"], row["block_n"]
+    case = GroupedCase(row["name"], layout, (9, 0, m + 1, m), n + 13, 150, alignment(row), 2 * m + 1, d=d, num_sms=2)
+    check(dataclasses.replace(case, zero_padding=layout != "masked"))
+
+
+@m_grouped
+@every_layout
+def test_nothing_but_padding(row: Row, layout: str) -> None:
+    case = GroupedCase(row["name"], layout, (0,) * 5, row["block_n"] + 1, 130, alignment(row), row["block_m"] + 3)
+    check(case)
+    if layout != "masked":
+        check(dataclasses.replace(case, zero_padding=True))
+
+
+@m_grouped
+@pytest.mark.parametrize("layout", ["psum", "offsets", "masked"])
+def test_many_groups(row: Row, layout: str) -> None:
+    """More groups than tiles, CTAs and lanes of a warp; alignments that no tile divides."""
+    sizes = tuple(3 if group in (0, 31, 32, 64) else group % 7 == 5 for group in range(70))
+    check(GroupedCase(row["name"], layout, sizes, 40, 100, 24, d="float32", num_sms=5, zero_padding=layout == "psum"))
+
+
+@m_grouped
+def test_padding_between_groups_is_left_alone(row: Row) -> None:
+    """Groups end inside a tile, and the next one begins there."""
+    check(GroupedCase(row["name"], "psum", (7, 30, 1, 11), row["block_n"], 128, alignment=40, tail=3))
+
+
+@m_grouped
+def test_one_group(row: Row) -> None:
+    check(GroupedCase(row["name"], "offsets", (row["block_m"] + 8,), 33, 70, zero_padding=True, tail=1))
+
+
+HOSTILE = {
+    "indices": [(-(2**31),) * 300, (2**31 - 1,) * 300, (3,) * 300, tuple(i * 7 % 5 - 1 for i in range(300))],
+    "psum": [(300, 200, 100), (-5, 2**31 - 1, -(2**31)), (1, 1, 10**9), (-1, -1, -1)],
+    "offsets": [(300, 200, 100), (-5, 2**31 - 1, -(2**31)), (1, 0, 10**9), (299, 300, 301)],
+    "masked": [(2**31 - 1, -1, 300), (-(2**31), 10**6, 301), (300, 300, 300)],
+}
+
+
+@m_grouped
+@every_layout
+def test_hostile_layouts(row: Row, layout: str) -> None:
+    """They may cost values, never memory: the emulator reports any access outside of the tensors."""
+    for values in HOSTILE[layout]:
+        for zero_padding in (False, True):
+            sizes = (300, 300, 300) if layout == "masked" else (0, 0, 0)
+            case = GroupedCase(row["name"], layout, sizes, 20, 140, alignment(row), values=values, num_sms=4)
+            tail = 0 if layout == "masked" else 300
+            dataclasses.replace(case, tail=tail, zero_padding=zero_padding).run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batched
+
+
+@batched
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+@pytest.mark.parametrize("c", ["", "full", "bias", "alias"])
+def test_batches(row: Row, d: str, c: str, interleaved: bool) -> None:
+    m, n = row["block_m"], row["block_n"]
+    rows = m - 5 if row["swap_ab"] else m + 5
+    case = GroupedCase(row["name"], "batched", (rows,) * 3, n + 9, 2 * row["block_k"] + 37, d=d, c=c, num_sms=2)
+    check(dataclasses.replace(case, interleaved=interleaved, data="integer"))
+
+
+@batched
+@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+@pytest.mark.parametrize("heads", [(128, 64, 64), (16, 8, 48), (3, 1, 4), (0, 5, 7), (6, 2, 0)])
+def test_gaps_between_heads(row: Row, d: str, heads: tuple[int, int, int]) -> None:
+    """Columns of the product go around a gap in each head, which keeps what it holds."""
+    rows = row["block_m"] - 1 if row["swap_ab"] else row["block_m"] + 3
+    n = (heads[0] + heads[2]) * max(2, 200 // (heads[0] + heads[2]))
+    check(GroupedCase(row["name"], "batched", (rows,), n, 200, heads=heads, d=d))
