@@ -36,6 +36,7 @@ inline std::string text(ScalarType dtype) {
         case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
         case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
         case ScalarType::Float8_e8m0fnu: return "float8_e8m0fnu";
+        case ScalarType::Float4_e2m1fn_x2: return "float4_e2m1fn_x2";
         default: return "scalar type " + std::to_string(static_cast<int>(dtype));
     }
 }

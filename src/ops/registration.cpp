@@ -15,14 +15,23 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
-    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
-    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
-    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
-    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
-    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
-    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
-    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
+    m.impl("fp8_gemm_nt", &scaled_gemm<Operands::kFP8, Layout::kNT>);
+    m.impl("fp8_gemm_nn", &scaled_gemm<Operands::kFP8, Layout::kNN>);
+    m.impl("fp8_gemm_tn", &scaled_gemm<Operands::kFP8, Layout::kTN>);
+    m.impl("fp8_gemm_tt", &scaled_gemm<Operands::kFP8, Layout::kTT>);
+    m.impl("fp8_gemm_nt.out", &scaled_gemm_out<Operands::kFP8, Layout::kNT>);
+    m.impl("fp8_gemm_nn.out", &scaled_gemm_out<Operands::kFP8, Layout::kNN>);
+    m.impl("fp8_gemm_tn.out", &scaled_gemm_out<Operands::kFP8, Layout::kTN>);
+    m.impl("fp8_gemm_tt.out", &scaled_gemm_out<Operands::kFP8, Layout::kTT>);
+
+    m.impl("fp8_fp4_gemm_nt", &scaled_gemm<Operands::kFP8FP4, Layout::kNT>);
+    m.impl("fp8_fp4_gemm_nn", &scaled_gemm<Operands::kFP8FP4, Layout::kNN>);
+    m.impl("fp8_fp4_gemm_tn", &scaled_gemm<Operands::kFP8FP4, Layout::kTN>);
+    m.impl("fp8_fp4_gemm_tt", &scaled_gemm<Operands::kFP8FP4, Layout::kTT>);
+    m.impl("fp8_fp4_gemm_nt.out", &scaled_gemm_out<Operands::kFP8FP4, Layout::kNT>);
+    m.impl("fp8_fp4_gemm_nn.out", &scaled_gemm_out<Operands::kFP8FP4, Layout::kNN>);
+    m.impl("fp8_fp4_gemm_tn.out", &scaled_gemm_out<Operands::kFP8FP4, Layout::kTN>);
+    m.impl("fp8_fp4_gemm_tt.out", &scaled_gemm_out<Operands::kFP8FP4, Layout::kTT>);
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));
