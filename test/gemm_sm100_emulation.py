@@ -1,6 +1,6 @@
 """Runs rows of the SM100 GEMM table under the PTX emulator, as gemm_emulation.py does for SM90's.
 
-Layouts, element types and the granularity of scales are run-time values of one kernel there, so they belong to the case:
+Layouts, element types and the granularity of scales are run-time values of one kernel there: they belong to the case.
 
     python test/gemm_sm100_emulation.py "Sm100Case('sm100_mx_m128n128', 130, 257, 400, layout='tn', gran_k=32)"
 """
@@ -41,7 +41,7 @@ class Sm100Case:
     """A problem for a row of the SM100 table, everything outside of its tensors poisoned with NaN.
 
     ``layout`` is nt, nn, tn or tt; ``a`` and ``b`` are fp8 or fp4 (not of BF16 rows). ``d``, ``c`` and ``data`` as in
-    RowCase, but with TMA FP32 results are stored, too: ``float32`` are those that it can address, ``float32_direct`` others.
+    RowCase, but TMA stores FP32 results, too: ``float32`` are those that it can address, ``float32_direct`` others.
     """
 
     row: str

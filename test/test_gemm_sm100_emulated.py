@@ -1,7 +1,7 @@
-"""Every row of the SM100 GEMM table on the PTX emulator: values, memory around them, and the same bits for every schedule.
+"""Every row of the SM100 GEMM table on the PTX emulator: values, memory around them, the same bits for every schedule.
 
 No Blackwell GPU has run these kernels; this is all the evidence there is. DG_EMULATED_SEEDS=50 runs each case with 50
-schedules, and 50 random problems for each row, instead of 2. DG_EMULATED_MUTANTS=all mutates every row instead of a few.
+schedules, and 50 random problems for each row, instead of 2. DG_EMULATED_MUTANTS=all mutates every row, not a few.
 """
 
 from __future__ import annotations

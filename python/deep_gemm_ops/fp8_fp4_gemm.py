@@ -1,5 +1,5 @@
-"""Products of two matrices each of which is FP8 or packed FP4, with scales. Importing this module registers their CPU and
-fake forms."""
+"""Products of two matrices each of which is FP8 or packed FP4, with scales. Importing this module registers their CPU
+and fake forms."""
 
 from __future__ import annotations
 
@@ -46,19 +46,21 @@ def fp8_fp4_gemm_nt(
     recipe: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fp8_gemm_nt` where ``a``, ``b`` or both may be FP4: E2M1 values, two a byte along K, the even element in the
-    low nibble.
+    """:func:`fp8_gemm_nt` where ``a``, ``b`` or both may be FP4: E2M1 values, two a byte along K, the even element in
+    the low nibble.
 
     Args:
-        a: float8_e4m3fn ``[M, K]``, or FP4 as float4_e2m1fn_x2, int8 or uint8 ``[M, K / 2]``. Inner stride 1, row stride
-            and base address multiples of 16 bytes; on a GPU those of FP4 multiples of 32 bytes, and K one of 128.
+        a: float8_e4m3fn ``[M, K]``, or FP4 as float4_e2m1fn_x2, int8 or uint8 ``[M, K / 2]``. Inner stride 1, row
+            stride and base address multiples of 16 bytes; on a GPU those of FP4 multiples of 32 bytes, and K one of
+            128.
         sfa: scales of ``a`` as :func:`fp8_gemm_nt` takes them; K counts elements. MXFP4 has one per row and 32 of K:
             ``recipe`` ``[1, 1, 32]``.
         b: ``[N, K]`` or ``[N, K / 2]``, as ``a``.
         sfb: scales of ``b``.
         c: added to the product, ``[M, N]`` or a row ``[N]``, inner stride 1, of the result's dtype. May be ``out``.
         out_dtype: torch.bfloat16 (default) or torch.float32.
-        recipe: ``[gran_m, gran_n, gran_k]`` with gran_m, gran_n in {1, 128} and gran_k in {128, 32}, inferred where absent.
+        recipe: ``[gran_m, gran_n, gran_k]`` with gran_m, gran_n in {1, 128} and gran_k in {128, 32}, inferred where
+            absent.
         out: ``[M, N]``, inner stride 1, any row stride: written and returned.
 
     Returns:
@@ -85,8 +87,8 @@ def fp8_fp4_gemm_nn(
     recipe: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fp8_fp4_gemm_nt` for FP8 ``b [K, N]`` with scales ``[ceil(K / gran_k), ceil(N / gran_n)]``; FP4 ``b`` would
-    have to be K-major."""
+    """:func:`fp8_fp4_gemm_nt` for FP8 ``b [K, N]`` with scales ``[ceil(K / gran_k), ceil(N / gran_n)]``; FP4 ``b``
+    would have to be K-major."""
     return _call("nn", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
 
 
@@ -116,8 +118,8 @@ def fp8_fp4_gemm_tt(
     recipe: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fp8_fp4_gemm_nt` for FP8 ``a [K, M]`` with scales ``[ceil(K / gran_k), ceil(M / gran_m)]``; FP4 ``a`` would
-    have to be K-major."""
+    """:func:`fp8_fp4_gemm_nt` for FP8 ``a [K, M]`` with scales ``[ceil(K / gran_k), ceil(M / gran_m)]``; FP4 ``a``
+    would have to be K-major."""
     return _call("tt", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
 
 

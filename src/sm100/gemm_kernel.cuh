@@ -131,6 +131,7 @@ private:
 
     __device__ __forceinline__ static void load_tile(const CUtensorMap& map, const OperandSource& source,
                                                      ptx::Barrier& full, uint8_t* tile, int mn, int k) {
+#pragma unroll 1
         for (int box = 0; box < source.boxes; ++box) {
             const int box_mn = mn + box * source.box_elems;
             const int x = source.mn_major ? box_mn : k, y = source.mn_major ? k : box_mn;
