@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from deep_gemm_ops import _capi
+from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 from deep_gemm_ops.inspect import find_tool
 
 import ptx_emulator
@@ -30,10 +31,9 @@ from common import FP8, arrange_scales, assert_close, assert_equal, ceil_div, er
 from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
+FP8_OPERANDS, BF16_OPERANDS = 0, 1
 # What the names of an architecture's kernels have in common.
 KERNELS = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
-GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched")
-LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -119,6 +119,7 @@ class _Problem(ctypes.Structure):
         ("b_mn_major", ctypes.c_bool),
         ("grouping", ctypes.c_int),
         ("num_groups", ctypes.c_int64),
+        ("first_group", ctypes.c_int64),
         ("a_group_stride", ctypes.c_int64),
         ("b_group_stride", ctypes.c_int64),
         ("d_group_stride", ctypes.c_int64),
@@ -157,48 +158,59 @@ def _region(x: torch.Tensor, name: str, read_only: bool) -> tuple[int, int, str,
 def run_row(
     row: int,
     a: torch.Tensor,
-    sfa: torch.Tensor,
+    sfa: torch.Tensor | None,
     b: torch.Tensor,
-    sfb: torch.Tensor,
+    sfb: torch.Tensor | None,
     d: torch.Tensor,
     *,
-    gran: tuple[int, int, int],
+    gran: tuple[int, int, int] | None,
     c: torch.Tensor | None = None,
     num_sms: int = 132,
     module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> ptx_emulator.Stats:
-    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``.
+    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, none with BF16 operands.
 
-    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
-    the kernel; ``options`` are those of ``Module.launch``.
+    A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major. Operands are read-only to
+    the kernel, and memory between tensors does not exist. ``module`` holds another version of it; ``options`` are
+    those of ``Module.launch``.
     """
+    info = _capi.instances()[row]
+    a_mn_major, b_mn_major = info["a_mn_major"], info["b_mn_major"]
     problem = _Problem(
-        m=a.shape[0],
-        n=b.shape[0],
-        k=a.shape[1],
+        m=a.shape[int(a_mn_major)],
+        n=b.shape[int(b_mn_major)],
+        k=a.shape[int(not a_mn_major)],
         a=a.data_ptr(),
         b=b.data_ptr(),
         a_stride=a.stride(0),
         b_stride=b.stride(0),
-        sfa=_Scales(sfa.data_ptr(), sfa.stride(0), sfa.stride(1), gran[0]),
-        sfb=_Scales(sfb.data_ptr(), sfb.stride(0), sfb.stride(1), gran[1]),
-        gran_k=gran[2],
         d=d.data_ptr(),
         d_stride=d.stride(0),
         d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
+        operands=FP8_OPERANDS if gran else BF16_OPERANDS,
+        a_mn_major=a_mn_major,
+        b_mn_major=b_mn_major,
         num_groups=1,
     )
-    inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
+    inputs = {"a": a, "b": b}
+    if gran:
+        problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(0), sfa.stride(1), gran[0])
+        problem.sfb = _Scales(sfb.data_ptr(), sfb.stride(0), sfb.stride(1), gran[1])
+        problem.gran_k = gran[2]
+        inputs |= {"sfa": sfa, "sfb": sfb}
     if c is not None and c.data_ptr() != d.data_ptr():
         inputs["c"] = c
-    problem.grouping = GROUPINGS.index(_capi.instances()[row]["grouping"])
+    problem.grouping = GROUPINGS.index(info["grouping"])
     if problem.grouping == GROUPINGS.index("m_grouped"):
         # One group of all rows.
         inputs["group_layout"] = torch.tensor([a.shape[0]], dtype=torch.int32)
-        problem.layout, problem.group_layout = LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+        problem.layout, problem.group_layout = GROUP_LAYOUTS.index("offsets"), inputs["group_layout"].data_ptr()
+    if problem.grouping == GROUPINGS.index("k_grouped"):
+        inputs["group_layout"] = torch.tensor([problem.k], dtype=torch.int32)
+        problem.layout, problem.group_layout = GROUP_LAYOUTS.index("sizes"), inputs["group_layout"].data_ptr()
     return launch(row, problem, d, inputs, num_sms=num_sms, module=module, **options)
 
 
@@ -272,7 +284,8 @@ class RowCase:
 
     ``d`` is ``tma`` (BF16 that TMA can store), ``direct`` (BF16 that it cannot: the first element and the rows lie
     anywhere) or ``float32``; ``c`` is empty, ``full``, ``bias`` or ``alias`` (it is D). ``data`` is ``normal``,
-    ``integer`` (results are exact) or ``special`` (integers, with NaN and Inf among values and scales).
+    ``integer`` (results are exact) or ``special`` (integers, with NaN among the values and NaN and Inf among FP8's
+    scales).
     """
 
     row: str
@@ -300,29 +313,43 @@ class RowCase:
         return next(row for row in _capi.instances() if row["name"] == self.row)
 
     @property
-    def gran(self) -> tuple[int, int, int]:
+    def gran(self) -> tuple[int, int, int] | None:
+        """Of the scales; None where there are none."""
+        if self.info["scaling"] == "none":
+            return None
         return (1, 128 if self.info["scaling"] == "1d2d" else 1, self.info["gran_k"])
+
+    def _values(self, mn: int, random: torch.Generator) -> torch.Tensor:
+        if self.data == "normal":
+            return (torch.randn(mn, self.k, generator=random) * 60).clamp(-448, 448)
+        values = torch.randint(-3, 4, (mn, self.k), generator=random).float()
+        if self.data == "special":
+            values.view(-1)[torch.randint(mn * self.k, (3,), generator=random)] = math.nan
+        return values
 
     def _operand(self, mn: int, gran_mn: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """FP8 values and float32 scales, both dense."""
         groups = ceil_div(self.k, self.gran[2])
         scales = 2.0 ** torch.randint(-2, 3, (ceil_div(mn, gran_mn), groups), generator=random)
+        values = self._values(mn, random)
         if self.data == "normal":
-            values = (torch.randn(mn, self.k, generator=random) * 60).clamp(-448, 448)
             scales = scales * (1 + torch.rand(scales.shape, generator=random))
-        else:
-            values = torch.randint(-3, 4, (mn, self.k), generator=random).float()
         if self.data == "special":
-            at = torch.randint(mn * self.k, (3,), generator=random)
-            values.view(-1)[at] = math.nan
             at = torch.randint(scales.numel(), (3,), generator=random)
             if gran_mn == 1:  # a scale per block would leave little that is finite
                 scales.view(-1)[at] = torch.tensor([math.nan, math.inf, -math.inf])
         return values.to(FP8), scales.float()
 
-    def build(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """[a, sfa, b, sfb], the buffer that holds D, D, C, and what D has to be in float64."""
-        random = generator(hash((self.m, self.n, self.k)) % 2**32)
+    def _bf16_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        """[a, None, b, None] as the row takes them, and their product."""
+        a, b = (self._values(mn, random).bfloat16() for mn in (self.m, self.n))
+        expected = a.double() @ b.double().t()
+        stored = [a.t() if self.info["a_mn_major"] else a, b.t() if self.info["b_mn_major"] else b]
+        a, b = (strided(x, ceil_div(x.shape[1], 8) * 8 + 8, "cpu") for x in stored)
+        return [a, None, b, None], expected
+
+    def _fp8_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        """[a, sfa, b, sfb], and their product."""
         gran_m, gran_n, gran_k = self.gran
         a, sfa = self._operand(self.m, gran_m, random)
         b, sfb = self._operand(self.n, gran_n, random)
@@ -333,6 +360,23 @@ class RowCase:
             block = slice(group * gran_k, (group + 1) * gran_k)
             product = a[:, block].double() @ b[:, block].double().t()
             expected += product * (sfa[:, group, None].double() * sfb[rows, group].double())
+
+        a, b = (strided(x, ceil_div(self.k, 16) * 16 + 16, "cpu") for x in (a, b))
+        # Scales per row lie as TMA reads them, those per block anywhere.
+        sfa, sfb = (
+            strided(sf.t(), ceil_div(len(sf), 4) * 4 + 4, "cpu").t()
+            if granularity == 1
+            else arrange_scales(sf, "scattered", "cpu")
+            for sf, granularity in ((sfa, gran_m), (sfb, gran_n))
+        )
+        return [a, sfa, b, sfb], expected
+
+    def build(
+        self,
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """[a, sfa, b, sfb], the buffer that holds D, D, C, and what D has to be in float64."""
+        random = generator(hash((self.m, self.n, self.k)) % 2**32)
+        operands, expected = self._fp8_operands(random) if self.gran else self._bf16_operands(random)
 
         dtype = torch.float32 if self.d == "float32" else torch.bfloat16
         # TMA stores to addresses and strides that are multiples of 16 bytes.
@@ -348,16 +392,7 @@ class RowCase:
                 c = strided(c, self.n + 3, "cpu")
             if self.c == "alias":
                 c = d.copy_(c)
-
-        a, b = (strided(x, ceil_div(self.k, 16) * 16 + 16, "cpu") for x in (a, b))
-        # Scales per row lie as TMA reads them, those per block anywhere.
-        sfa, sfb = (
-            strided(sf.t(), ceil_div(len(sf), 4) * 4 + 4, "cpu").t()
-            if granularity == 1
-            else arrange_scales(sf, "scattered", "cpu")
-            for sf, granularity in ((sfa, gran_m), (sfb, gran_n))
-        )
-        return [a, sfa, b, sfb], buffer, d, c, expected
+        return operands, buffer, d, c, expected
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
@@ -381,8 +416,9 @@ class RowCase:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         assert same_bits(buffer[outside], before), f"wrote outside of D\nreproduce with: {self.repro}"
         if self.data == "normal":
-            # The emulator's tensor core is exact, so FP32 sums are all that rounds.
-            assert_close(d, expected, tol=2e-6 if self.d == "float32" else error_bar(d.dtype), repro=self.repro)
+            # The emulator's tensor core is exact, so FP32 sums are all that rounds: of 128 products in FP8, 16 in BF16.
+            float_tol = 2e-6 if self.gran else error_bar(d.dtype, "bf16")
+            assert_close(d, expected, tol=float_tol if self.d == "float32" else error_bar(d.dtype), repro=self.repro)
         else:
             assert_equal(d, expected.to(d.dtype), repro=self.repro)
         return d

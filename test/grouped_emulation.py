@@ -1,6 +1,6 @@
 """Grouped and batched products on rows of the GEMM table under the PTX emulator; see gemm_emulation.py.
 
-    python test/grouped_emulation.py "GroupedCase('sm90_fp8_1d2d_m64n64_mgrouped', 'psum', (3, 0, 70), 40, 200)"
+python test/grouped_emulation.py "GroupedCase('sm90_fp8_1d2d_m64n64_mgrouped', 'psum', (3, 0, 70), 40, 200)"
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from deep_gemm_ops import _capi
+from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits
-from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, GROUPINGS, LAYOUTS, _Problem, _Scales, launch
+from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
 
 
 def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
@@ -38,7 +39,7 @@ def align(x: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """Groups of ``sizes`` rows on a row of the table, everything outside of the tensors, and padding, poisoned with NaN.
+    """Groups of ``sizes`` rows on a row of the table. Padding, and all that lies outside of the tensors, is NaN.
 
     ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
     ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``
@@ -193,7 +194,7 @@ class GroupedCase:
         if self.layout != "batched":
             values = torch.tensor(self.layout_values(rows, places), dtype=torch.int32)
             inputs["group_layout"] = values
-            problem.layout, problem.group_layout = LAYOUTS.index(self.layout), values.data_ptr()
+            problem.layout, problem.group_layout = GROUP_LAYOUTS.index(self.layout), values.data_ptr()
         if self.heads:
             problem.grouping = GROUPINGS.index("dense")
             problem.head_left, problem.head_mid, problem.head_right = self.heads

@@ -64,8 +64,8 @@ SASS = """
 
 @pytest.fixture
 def made_up(monkeypatch):
-    def select(m, n, k, *, recipe, float_output, num_sms):
-        if recipe[2] == 32:
+    def select(m, n, k, *, recipe, layout, float_output, num_sms):
+        if recipe is None or recipe[2] == 32:
             refused = {"cost_us": None, "reason": "another gran_k"}
             candidates = [{"index": row["index"], "name": row["name"], **refused} for row in ROWS]
             return {"row": -1, "name": "", "candidates": candidates}
@@ -110,6 +110,7 @@ def test_select_when_no_row_fits(made_up, capsys):
     assert "no compiled row supports it" in text
     assert text.count("refused") == 2
     assert "another gran_k" in text
+    assert "K = 16384, BF16 tn, bfloat16 output" in output(capsys, "select", "16", "7168", "16384", "--bf16", "tn")
 
 
 def test_row(made_up, capsys):

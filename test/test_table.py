@@ -127,6 +127,11 @@ INVALID = [
     "{64, 64, 1, 1, 3, false, kScaling1D2D, 128}",
     "{256, 64, 1, 1, 2, false, kScaling1D2D, 128}",
     "{64, 24, 1, 1, 1, false, kScaling1D2D, 128}",
+    "{128, 256, 1, 1, 1, false, kNoScaling, 0}",
+    "{128, 128, 1, 1, 1, false, kScaling1D1D, 128, OperandType::kFP8, Grouping::kDense, true}",
+    "{256, 256, 1, 1, 1, false, kNoScaling, 0, kBF16}",
+    "{64, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, Grouping::kDense, true}",
+    "{64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, Grouping::kDense, true}",
 ]
 
 
@@ -136,6 +141,7 @@ def test_reasons_against_rows(tmp_path: Path) -> None:
 #include <cstdio>
 #include "sm90/gemm_traits.h"
 using namespace deep_gemm;
+constexpr OperandType kBF16 = OperandType::kBF16;
 static void print(GemmRow row) {{
     const char* reason = sm90::invalid_reason(row);
     std::puts(reason == nullptr ? "valid" : reason);
@@ -154,7 +160,7 @@ int main() {{
 {96, 64, 1, 1, 1, false, kScaling1D2D, 128}: block_rows must be 64, 128, 192 or 256
 {320, 64, 1, 1, 1, false, kScaling1D2D, 128}: block_rows must be 64, 128, 192 or 256
 {256, 192, 1, 1, 1, false, kScaling1D2D, 128}: too few registers
-{64, 20, 1, 1, 1, false, kScaling1D2D, 128}: block_cols must be a multiple of 8 from 8 to 192
+{64, 20, 1, 1, 1, false, kScaling1D2D, 128}: block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16
 {64, 64, 1, 1, 1, false, kScaling1D2D, 64}: gran_k must be 128 or 32
 {64, 64, 1, 1, 1, false, kScaling1D2D, 32}: gran_k 32 needs 1D1D scaling
 {64, 64, 2, 2, 1, false, kScaling1D2D, 128}: a cluster shares one operand, not both
@@ -162,5 +168,10 @@ int main() {{
 {64, 24, 2, 1, 1, true, kScaling1D2D, 128}: a shared column panel is loaded in parts of 8 columns or more
 {64, 64, 1, 1, 3, false, kScaling1D2D, 128}: split K must divide the columns evenly, 8 at a time
 {256, 64, 1, 1, 2, false, kScaling1D2D, 128}: split K takes one part of 64 rows per warpgroup
-{64, 24, 1, 1, 1, false, kScaling1D2D, 128}: stores need 16 columns at a time""",
+{64, 24, 1, 1, 1, false, kScaling1D2D, 128}: stores need 16 columns at a time
+{128, 256, 1, 1, 1, false, kNoScaling, 0}: block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16
+{128, 128, 1, 1, 1, false, kScaling1D1D, 128, OperandType::kFP8, Grouping::kDense, true}: FP8 operands are K-major
+{256, 256, 1, 1, 1, false, kNoScaling, 0, kBF16}: too few registers
+{64, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, Grouping::kDense, true}: MN-major rows come 64 at a time
+{64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, Grouping::kDense, true}: MN-major columns come 64 at a time""",
     )

@@ -17,6 +17,10 @@ from ._library import library_path
 #: SMs of an H100 or H200 (SXM), for selections made without a device.
 DEFAULT_NUM_SMS = 132
 
+#: The enumerators of Grouping (src/host/gemm_row.h) and GroupLayout (src/host/gemm_problem.h), in their order.
+GROUPINGS = ("dense", "m_grouped", "k_grouped", "batched", "summed")
+GROUP_LAYOUTS = ("none", "indices", "psum", "offsets", "masked", "sizes")
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -27,7 +31,8 @@ def library() -> ctypes.CDLL | None:
     lib = ctypes.CDLL(str(path))
     lib.dg_instances.restype = ctypes.c_char_p
     lib.dg_select.restype = ctypes.c_char_p
-    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 5
+    lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 7 + [ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
+    lib.dg_select.argtypes += [ctypes.c_int] * 6
     for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
         getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
         getattr(lib, f"dg_set_{knob}").restype = None
@@ -59,10 +64,11 @@ def _instances() -> tuple[dict[str, Any], ...]:
 def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
     """The rows of an architecture's table of compiled kernels, in its order; with None of all tables.
 
-    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel`` (a part of the mangled kernel name),
-    ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``,
-    ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k``, ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
-    library.
+    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm" or "bf16_gemm"), ``kernel`` (a
+    part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
+    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d",
+    "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows take any, and operands as they
+    lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
     """
     return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 
@@ -72,16 +78,32 @@ def select(
     n: int,
     k: int,
     *,
-    recipe: tuple[int, int, int] = (1, 128, 128),
+    recipe: tuple[int, int, int] | None = (1, 128, 128),
     float_output: bool = False,
     num_sms: int = DEFAULT_NUM_SMS,
+    layout: str = "nt",
+    grouping: str = "dense",
+    group_layout: str = "none",
+    num_groups: int = 1,
+    group_alignment: int = 128,
+    expected_m: int = 0,
+    fp4: str = "",
+    arch: str = "sm_90a",
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
+
+    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one of
+    GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where these
+    are FP4, on ``arch`` sm_100a.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
-    return json.loads(_require().dg_select(m, n, k, *recipe, int(float_output), num_sms))
+    groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
+    bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
+    other = ("a" in fp4, "b" in fp4, int(arch[3:].rstrip("a")))
+    numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
+    return json.loads(_require().dg_select(m, n, k, *numbers))
 
 
 @contextlib.contextmanager

@@ -225,6 +225,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     select.add_argument(
         "--recipe", type=_recipe, default=(1, 128, 128), help="gran_m,gran_n,gran_k (default 1,128,128)"
     )
+    select.add_argument("--bf16", metavar="LAYOUT", choices=("nt", "nn", "tn", "tt"), help="BF16 operands, no recipe")
     select.add_argument("--float32", action="store_true", help="FP32 instead of BF16 output")
     select.add_argument("--num-sms", type=_size, default=_capi.DEFAULT_NUM_SMS, help="SMs to use (default %(default)s)")
     row = commands.add_parser("row", help="a row's registers, shared memory and instructions")
@@ -255,15 +256,16 @@ def _run(options: argparse.Namespace) -> str:
             options.m,
             options.n,
             options.k,
-            recipe=options.recipe,
+            recipe=None if options.bf16 else options.recipe,
+            layout=options.bf16 or "nt",
             float_output=options.float32,
             num_sms=options.num_sms,
         )
         if options.json:
             return json.dumps(selection, indent=1)
-        recipe = ", ".join(map(str, options.recipe))
+        operands = f"BF16 {options.bf16}" if options.bf16 else f"recipe [{', '.join(map(str, options.recipe))}]"
         output = "float32" if options.float32 else "bfloat16"
-        problem = f"M = {options.m}, N = {options.n}, K = {options.k}, recipe [{recipe}], {output} output"
+        problem = f"M = {options.m}, N = {options.n}, K = {options.k}, {operands}, {output} output"
         return _selection(f"{problem}, {options.num_sms} SMs", selection)
     if options.command == "row":
         row = next((row for row in rows if row["index"] == options.index), None)

@@ -59,6 +59,18 @@ struct HeadMap {
     int mid;
 };
 
+// Work for KGroupedScheduler (tile_scheduler.cuh): groups own parts of K, and what says which lies in device memory.
+struct KGroupSchedule {
+    const int32_t* layout;
+    bool is_sizes;     // it holds K of each group; otherwise where each ends
+    int alignment;     // in the latter case: the next group starts there, rounded up
+    int first_group;   // of this launch; those before only have their share of K
+    int num_groups;    // of this launch
+    int k;             // of the operands
+    FastDivisor tiles_per_group;
+};
+inline constexpr int kMaxKGroups = 256;  // of a launch
+
 // FP32 scale factors of blocks, with any strides: entry (i, g) is data[i * stride_mn + g * stride_k].
 struct ScaleSource {
     const float* data;
@@ -68,7 +80,8 @@ struct ScaleSource {
 };
 
 enum OutputMode : int {
-    kStoreTma,     // BF16 through shared memory and TMA
+    kStoreTma,     // BF16, of some rows FP32, through shared memory and TMA
+    kAddTma,       // FP32 through shared memory and TMA, which adds it to what D holds
     kStoreDirect,  // predicated stores from registers: FP32, or BF16 rows that TMA cannot address
 };
 
@@ -90,13 +103,17 @@ struct GemmParams {
     bool d_is_float;
     bool d_pairs;          // two neighbours of a row of D (and of C) may be accessed at once
 
-    // Grouped and batched rows, whose tensor maps have the group as a third dimension.
+    // Grouped and batched rows, most of whose tensor maps have the group as a third dimension.
     int64_t d_group_stride;  // elements
     int64_t c_group_stride;
     int64_t block_scales_group_stride;
     MGroupSchedule groups;
+    KGroupSchedule k_groups;
     BatchSchedule batch;
     HeadMap heads;
+
+    // Summed: all K blocks of a product, before those of the next one.
+    FastDivisor k_blocks_of_product;
 };
 
 }  // namespace deep_gemm

@@ -59,6 +59,14 @@ __device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, const void*
                  : "memory");
 }
 
+// Adds a box to what is there.
+__device__ __forceinline__ void tma_add_3d(const CUtensorMap& map, const void* source, int x, int y, int z) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                     &map),
+                 "r"(smem_address(source)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

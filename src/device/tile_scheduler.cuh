@@ -16,14 +16,14 @@ namespace deep_gemm {
 struct alignas(16) WorkTile {
     int row;          // first row of the CTA's tile
     int col;          // first column
-    int k_block;      // first K block
+    int k_block;      // first K block; of K-grouped BF16 the first element, for groups start anywhere
     int num_k_blocks;
 
     // With groups: third coordinates in tensor maps. Schedulers of dense products leave what follows alone.
     int group;        // of B
     int token_group;  // of A, C and D; 0 where all groups share one matrix
     // M-grouped: along M, this tile's group ends before `group_end`, and what is stored before `store_end`; rows between
-    // the two are zeros.
+    // the two are zeros. K-grouped: the group ends before `group_end` along K.
     int group_end;
     int store_end;
 };
@@ -101,6 +101,83 @@ public:
 
 private:
     const BatchSchedule& batch_;
+};
+
+// The same walk over products one after the other, each with a part of K, which only the device knows. A warp reads all
+// parts into a table in shared memory when the kernel starts.
+//   kStageK    elements of K in a block
+//   kPadded    in the operands each group starts on a multiple of kStageK, whatever the layout says of its start
+//
+// Whatever the layout holds, all parts lie inside K.
+template <int kBlockRows, int kBlockCols, int kRowCtas, int kColCtas, int kStageK, bool kPadded>
+class KGroupedScheduler : DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1> {
+    using Dense = DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1>;
+
+    struct Part {
+        int start;
+        int size;
+    };
+
+public:
+    struct Storage {
+        Part parts[kMaxKGroups];
+    };
+
+    __device__ __forceinline__ KGroupedScheduler(const DenseSchedule& schedule, const KGroupSchedule& groups,
+                                                 const Storage& table, uint32_t rank)
+        : Dense(schedule, rank), groups_(groups), table_(table) {}
+
+    // Fills the table; a whole warp.
+    __device__ __forceinline__ static void build(const KGroupSchedule& groups, Storage& table) {
+        const int lane = threadIdx.x % 32;
+        const int end = groups.first_group + groups.num_groups;
+        int64_t before = 0;  // K of all groups before these 32
+#pragma unroll 1
+        for (int base = 0; base < end; base += 32) {
+            const int group = base + lane;
+            int64_t start = 0, size = group < end ? entry(groups, group) : 0;
+            if (!groups.is_sizes) {
+                start = group > 0 && group < end ? entry(groups, group - 1) : 0;
+                start = (start + groups.alignment - 1) / groups.alignment * groups.alignment;
+                size = max(size - start, int64_t{0});
+            }
+            const int64_t span = kPadded ? (size + kStageK - 1) / kStageK * kStageK : size;
+            int64_t up_to = span;
+#pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int64_t other = __shfl_up_sync(0xffffffff, up_to, distance);
+                if (lane >= distance) up_to += other;
+            }
+            if (kPadded || groups.is_sizes) start = before + up_to - span;
+            start = min(start, static_cast<int64_t>(groups.k));
+            size = min(size, groups.k - start);
+            if (group >= groups.first_group && group < end) {
+                table.parts[group - groups.first_group] = {static_cast<int>(start), static_cast<int>(size)};
+            }
+            before += __shfl_sync(0xffffffff, up_to, 31);
+        }
+    }
+
+    __device__ __forceinline__ bool next(WorkTile& work) {
+        const int group = divide(this->tile_, groups_.tiles_per_group);
+        if (group >= groups_.num_groups) return false;
+        this->locate(this->tile_ - group * groups_.tiles_per_group.divisor, work);
+        const Part part = table_.parts[group];
+        work.token_group = group;
+        work.group_end = part.start + part.size;
+        work.k_block = kPadded ? part.start / kStageK : part.start;
+        work.num_k_blocks = (part.size + kStageK - 1) / kStageK;
+        this->tile_ += this->step_;
+        return true;
+    }
+
+private:
+    __device__ __forceinline__ static int64_t entry(const KGroupSchedule& groups, int group) {
+        return min(max(groups.layout[group], 0), groups.k);
+    }
+
+    const KGroupSchedule& groups_;
+    const Storage& table_;
 };
 
 // Tiles on their way from the warp that finds them to the roles that work on them.

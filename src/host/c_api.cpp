@@ -13,7 +13,7 @@ namespace {
 
 using namespace deep_gemm;
 
-constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched"};
+constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched", "summed"};
 
 std::string json_row(int index, int row_idx, const GemmRow& row) {
     const bool sm100 = row.arch == 100;
@@ -22,15 +22,18 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
                           : row.scaling == kScaling1D1D  ? "1d1d"
                           : row.scaling == kUE8M0Scaling ? "ue8m0"
                                                          : "none";
+    const bool is_bf16 = row.operands == OperandType::kBF16;
     std::ostringstream json;
-    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \""
-         << (sm100 ? "sm_100a" : "sm_90a") << "\", \"family\": \"" << (sm100 ? "gemm" : "fp8_gemm") << "\", \"kernel\": \""
-         << (sm100 ? "sm100_gemmILi" : "sm90_gemmILi") << row_idx << "E\""
+    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"" << (sm100 ? "sm_100a" : "sm_90a") << "\""
+         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : sm100 ? "fp8_fp4_gemm" : "fp8_gemm") << "\""
+         << ", \"kernel\": \"" << (sm100 ? "sm100" : "sm90") << "_gemmILi" << row_idx << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
-         << ", \"block_k\": " << (row.operands == OperandType::kBF16 ? 64 : 128)
+         << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")
+         << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"scaling\": \"" << scaling << "\", \"gran_k\": " << row.gran_k
+         << row.split_k << ", \"scaling\": \""
+         << scaling << "\", \"gran_k\": " << row.gran_k
          << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
@@ -104,7 +107,9 @@ DG_EXPORT const char* dg_instances() {
 // JSON object {"row", "name", "candidates": [{"index", "name", "cost_us", "reason"}]} for a problem; row is -1 where none
 // fits. Valid until the next call on the same thread.
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
-                                int num_sms) {
+                                int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
+                                int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major, int a_is_fp4,
+                                int b_is_fp4, int arch) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -114,15 +119,26 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.sfb.gran_mn = gran_n;
     problem.gran_k = gran_k;
     problem.d_type = d_is_float ? DataType::kFloat32 : DataType::kBFloat16;
-    const auto rows = gemm_rows();
+    problem.operands = is_bf16 ? OperandType::kBF16 : OperandType::kFP8;
+    problem.a_mn_major = a_mn_major != 0;
+    problem.b_mn_major = b_mn_major != 0;
+    problem.grouping = static_cast<Grouping>(grouping);
+    problem.layout = static_cast<GroupLayout>(layout);
+    problem.num_groups = num_groups;
+    problem.group_alignment = group_alignment;
+    problem.expected_m = expected_m;
+    problem.a_is_fp4 = a_is_fp4 != 0;
+    problem.b_is_fp4 = b_is_fp4 != 0;
+    const auto rows = arch == 100 ? sm100_gemm_rows() : gemm_rows();
+    const int first = arch == 100 ? static_cast<int>(gemm_rows().size()) : 0;  // as dg_instances() counts
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);
     std::ostringstream text;
-    text << "{\"row\": " << selected << ", \"name\": \"" << (selected < 0 ? "" : row_name(rows[selected]))
+    text << "{\"row\": " << (selected < 0 ? selected : first + selected) << ", \"name\": \"" << (selected < 0 ? "" : row_name(rows[selected]))
          << "\", \"candidates\": [";
     const char* separator = "";
     for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
-        text << separator << "{\"index\": " << candidate.row << ", \"name\": \"" << row_name(rows[candidate.row])
+        text << separator << "{\"index\": " << first + candidate.row << ", \"name\": \"" << row_name(rows[candidate.row])
              << "\", \"cost_us\": ";
         separator = ", ";
         if (candidate.reason == nullptr) {

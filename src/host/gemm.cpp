@@ -45,9 +45,14 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 
 void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     std::ostringstream message;
-    message << "fp8_gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
+    message << "gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
     if (problem.grouping != Grouping::kDense) message << " in " << problem.num_groups << " groups";
-    message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k << "]";
+    if (problem.operands == OperandType::kFP8) {
+        message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k
+                << "]";
+    } else {
+        message << " with BF16 operands";
+    }
     for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
         message << "\n  " << row_name(rows[candidate.row]) << ": " << candidate.reason;
     }
@@ -57,13 +62,28 @@ void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, con
 
 namespace {
 
+// An operand as it is stored: [mn, k], or MN-major [k, mn].
+MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_t k, int64_t stride,
+                        bool mn_major) {
+    const CUtensorMapDataType type =
+        row.operands == OperandType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    return {data, mn_major ? k : mn, mn_major ? mn : k, stride, type, row.element_bytes()};
+}
+
+// A stage of `block_k` of an operand, `block_mn` along MN: in one box, or MN-major in several of one swizzle span each.
+CUtensorMap make_operand_map(EncodeTiledFunction encode, const MatrixView& operand, bool mn_major, int block_k,
+                             int block_mn) {
+    return mn_major ? make_tensor_map(encode, operand, block_k, sm90::kMnMajorSpan)
+                    : make_tensor_map(encode, operand, block_mn, block_k);
+}
+
 // Scales per row, as a matrix [K groups, MN], or `groups` of them.
 CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales, int64_t mn, int64_t k_groups,
                            int64_t groups, int box_mn, int box_groups) {
     // The stride of a single row of groups is never used, but the tensor map wants a multiple of 16 bytes.
     const int64_t stride = k_groups > 1 ? scales.stride_k : (mn + 3) / 4 * 4;
     if ((scales.stride_mn != 1 && mn > 1) || stride % 4 != 0 || !aligned(scales.data, 16)) {
-        throw std::runtime_error("fp8_gemm: scales per row must be MN-major with a 16-byte aligned stride");
+        throw std::runtime_error("gemm: scales per row must be MN-major with a 16-byte aligned stride");
     }
     const MatrixView view{scales.data, k_groups, mn, stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, groups,
                           scales.stride_group};
@@ -108,6 +128,18 @@ MGroupSchedule make_group_schedule(const GemmProblem& problem, const GemmRow& ro
     return schedule;
 }
 
+KGroupSchedule make_k_group_schedule(const GemmProblem& problem, int tiles_per_group) {
+    KGroupSchedule schedule = {};
+    schedule.layout = problem.group_layout;
+    schedule.is_sizes = problem.layout == GroupLayout::kSizes;
+    schedule.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
+    schedule.first_group = static_cast<int>(problem.first_group);
+    schedule.num_groups = static_cast<int>(problem.num_groups);
+    schedule.k = static_cast<int>(problem.k);
+    schedule.tiles_per_group = make_divisor(tiles_per_group);
+    return schedule;
+}
+
 // Tiles at most, whatever the layout holds.
 int64_t most_tiles(const GemmProblem& problem, const MGroupSchedule& schedule, int block_m) {
     const int64_t of_all = (problem.m + block_m - 1) / block_m;
@@ -148,20 +180,36 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     if (row_idx < 0) row_idx = select_row(table, problem, limits);
     if (row_idx < 0 || row_idx >= static_cast<int>(table.size())) throw_no_row(table, problem, limits);
     const GemmRow& row = table[row_idx];
-    if (row.gran_k != problem.gran_k || row.scaling != scaling_of(problem)) {
-        throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these scales");
+    if (const char* reason = operand_mismatch(row, problem)) {
+        throw std::runtime_error("gemm: row " + row_name(row) + " was forced, but it is for " + reason);
+    }
+    if (row.grouping == Grouping::kKGrouped && problem.num_groups > kMaxKGroups) {
+        const int64_t element_bytes = size_of(problem.d_type);
+        for (int64_t first = 0; first < problem.num_groups; first += kMaxKGroups) {
+            GemmProblem part = problem;
+            part.first_group += first;
+            part.num_groups = std::min<int64_t>(problem.num_groups - first, kMaxKGroups);
+            part.d = static_cast<char*>(problem.d) + first * problem.d_group_stride * element_bytes;
+            if (problem.c != nullptr) {
+                part.c = static_cast<const char*>(problem.c) + first * problem.c_group_stride * element_bytes;
+            }
+            run_gemm(part, limits, row_idx, pdl, backend);
+        }
+        return;
     }
     if (row.grouping != grouping_of(problem) || !fits_alignment(row, problem)) {
         throw std::runtime_error("fp8_gemm: row " + row_name(row) + " was forced, but it does not take these groups");
     }
     check_groups(problem);
     const sm90::GemmLayout layout{row};
+    const int block_k = row.block_k();
+    const bool is_float = problem.d_type == DataType::kFloat32;
 
-    MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
+    MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
     const int64_t heads = problem.head_left + problem.head_right > 0 ? problem.n / (problem.head_left + problem.head_right) : 0;
     MatrixView d{problem.d, problem.m, problem.n + heads * problem.head_mid, problem.d_stride,
-                 CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+                 is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, size_of(problem.d_type)};
     if (layout.has_groups()) {
         b.groups = problem.num_groups;
         b.group_stride = problem.b_group_stride;
@@ -169,39 +217,55 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
         a.groups = d.groups = own_tokens ? problem.num_groups : 1;
         a.group_stride = problem.a_group_stride;
         d.group_stride = problem.d_group_stride;
+    } else if (row.grouping == Grouping::kKGrouped) {
+        d.groups = problem.num_groups;
+        d.group_stride = problem.d_group_stride;
+    } else if (row.grouping == Grouping::kSummed) {
+        a.groups = b.groups = problem.num_groups;
+        a.group_stride = problem.a_group_stride;
+        b.group_stride = problem.b_group_stride;
     }
     const MatrixView& rows = row.swap_ab ? b : a;
     const MatrixView& cols = row.swap_ab ? a : b;
+    const int64_t num_rows = row.swap_ab ? problem.n : problem.m;
+    const int64_t num_cols = row.swap_ab ? problem.m : problem.n;
     const EncodeTiledFunction encode = backend.encode_tiled();
 
     GemmParams params = {};
     // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_tensor_map(encode, rows, row.block_rows / row.col_ctas, sm90::kBlockK);
-    params.cols_map = make_tensor_map(encode, cols, row.block_cols / row.row_ctas, sm90::kBlockK);
+    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k,
+                                       row.block_rows / row.col_ctas);
+    params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), block_k,
+                                       row.block_cols / row.row_ctas);
 
     const int element_bytes = size_of(problem.d_type);
-    params.d_is_float = problem.d_type == DataType::kFloat32;
+    params.d_is_float = is_float;
     params.d_pairs = problem.d_stride % 2 == 0 && d.group_stride % 2 == 0 && aligned(problem.d, 2 * element_bytes) &&
                      problem.head_left % 2 == 0 && problem.head_mid % 2 == 0 && problem.head_right % 2 == 0 &&
                      (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
                                                aligned(problem.c, 2 * element_bytes)));
     // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
-    const bool tma_can_store = !params.d_is_float && aligned(problem.d, 16) && problem.d_stride * 2 % 16 == 0 &&
-                               d.group_stride * 2 % 16 == 0 && problem.head_left % layout.box_cols() == 0 &&
+    const bool tma_can_store = (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
+                               problem.d_stride * element_bytes % 16 == 0 && d.group_stride * element_bytes % 16 == 0 &&
+                               problem.head_left % layout.box_cols() == 0 &&
                                problem.head_right % layout.box_cols() == 0 && problem.head_mid % 8 == 0;
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
-    if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols());
+    if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols() * 2 / element_bytes);
+    // Sums in place, such as gradients: TMA adds, and the kernel does not wait for what it adds to.
+    const bool adds_in_place = tma_can_store && is_float && problem.c == problem.d &&
+                               problem.c_stride == problem.d_stride && problem.c_group_stride == problem.d_group_stride;
+    if (adds_in_place) params.output_mode = kAddTma;
 
-    const int64_t k_groups = (problem.k + problem.gran_k - 1) / problem.gran_k;
+    const int64_t k_groups = layout.has_scales() ? (problem.k + problem.gran_k - 1) / problem.gran_k : 0;
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
         params.row_scales_map =
-            make_scale_map(encode, row_scales, rows.rows, k_groups, rows.groups, row.block_rows, layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, row.block_rows, layout.k_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =
-            make_scale_map(encode, col_scales, cols.rows, k_groups, cols.groups, row.block_cols, layout.k_groups());
+            make_scale_map(encode, col_scales, num_cols, k_groups, cols.groups, row.block_cols, layout.k_groups());
     }
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
@@ -209,24 +273,30 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     }
 
     const auto tiles = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
-    const int row_tiles = tiles(rows.rows, row.block_rows * row.row_ctas);
-    const int col_tiles = tiles(cols.rows, row.block_cols * row.col_ctas);
-    const int num_k_blocks = tiles(problem.k, sm90::kBlockK);
+    const int row_tiles = tiles(num_rows, row.block_rows * row.row_ctas);
+    const int col_tiles = tiles(num_cols, row.block_cols * row.col_ctas);
+    int num_k_blocks = tiles(problem.k, block_k);
     int64_t num_tiles = static_cast<int64_t>(row_tiles) * col_tiles;
     if (row.grouping == Grouping::kMGrouped) {
         params.groups = make_group_schedule(problem, row, num_k_blocks, limits.num_sms);
         num_tiles = most_tiles(problem, params.groups, row.block_m());
     } else if (row.grouping == Grouping::kBatched) {
-        params.batch = {static_cast<int>(problem.num_groups), make_divisor(row_tiles * col_tiles)};
+        params.batch = {static_cast<int>(problem.num_groups), make_divisor(static_cast<int>(num_tiles))};
         num_tiles *= problem.num_groups;
+    } else if (row.grouping == Grouping::kKGrouped) {
+        params.k_groups = make_k_group_schedule(problem, row_tiles * col_tiles);
+        num_tiles *= problem.num_groups;
+    } else if (row.grouping == Grouping::kSummed) {
+        params.k_blocks_of_product = make_divisor(num_k_blocks);
+        num_k_blocks *= static_cast<int>(problem.num_groups);
     }
-    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("fp8_gemm: more than 2^30 output tiles");
+    if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("gemm: more than 2^30 output tiles");
     const int clusters =
         static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
     params.schedule = make_dense_schedule(row, row_tiles, col_tiles, num_k_blocks, clusters);
 
     params.d = problem.d;
-    params.c = problem.c;
+    params.c = adds_in_place ? nullptr : problem.c;
     params.d_stride = problem.d_stride;
     params.c_stride = problem.c_stride;
     params.m = static_cast<int>(problem.m);

@@ -38,7 +38,10 @@ struct ScaleTensor {
 };
 
 struct GemmProblem {
-    int64_t m = 0, n = 0, k = 0;  // k-grouped: k is the sum over the groups. Masked, batched: m is that of one group
+    // K-grouped: k is that of all groups together. There BF16 operands are MN-major, groups as they lie; in FP8 ones each
+    // group starts on a multiple of 128 of K, with zeros behind its end, and k, a multiple of 128, counts them: 128 for
+    // each row of scales. Masked, batched, summed: m and k are those of one group.
+    int64_t m = 0, n = 0, k = 0;
     const void* a = nullptr;  // [m, k], or [k, m] where a_mn_major
     const void* b = nullptr;  // [n, k], or [k, n] where b_mn_major
     int64_t a_stride = 0;     // elements between rows, as stored
@@ -57,8 +60,9 @@ struct GemmProblem {
 
     Grouping grouping = Grouping::kDense;
     int64_t num_groups = 1;
-    int64_t a_group_stride = 0;  // elements between groups, where each has its own A: masked, batched
-    int64_t b_group_stride = 0;  // ... its own B: m-grouped, batched
+    int64_t first_group = 0;     // k-grouped: the first that is wanted; those before it only have their part of K
+    int64_t a_group_stride = 0;  // elements between groups, where each has its own A: masked, batched, summed
+    int64_t b_group_stride = 0;  // ... its own B: m-grouped, batched, summed
     int64_t d_group_stride = 0;  // ... its own D (and C): masked, batched, k-grouped
     int64_t c_group_stride = 0;
     GroupLayout layout = GroupLayout::kNone;

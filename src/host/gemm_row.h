@@ -18,25 +18,28 @@ enum class Grouping : int {
     kMGrouped = 1,  // groups own rows of A and D, each has its own B
     kKGrouped = 2,  // groups own parts of K, each has its own D
     kBatched = 3,   // each group has its own A, B and D
+    kSummed = 4,    // each group has its own A and B, D is the sum of their products. BF16, both operands K-major
 };
 
 // Rows and columns are those of the tensor-core instruction (see WorkTile): with swapped operands, rows are B's (the
 // weights) and columns A's (the tokens), which is for small M.
 struct GemmRow {
     int block_rows;   // 64, 128, 192: one consumer warpgroup per 64; 256: two, each with two parts of 64
-    int block_cols;   // multiple of 8, at most 192
+    int block_cols;   // multiple of 8, at most 192, or 256 with BF16
     int row_ctas;     // CTAs of a cluster side by side along rows: they share the column operand by multicast
     int col_ctas;     // ... along columns: they share the row operand
     int split_k;      // CTAs of a cluster that share one tile, each with its part of K, reduced in shared memory
     bool swap_ab;
     Scaling scaling;
-    int gran_k;       // 128, or 32 (1D1D only)
+    int gran_k;       // 128, or 32 (1D1D only); 0 without scales
     OperandType operands = OperandType::kFP8;
     Grouping grouping = Grouping::kDense;
     bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies
     bool b_mn_major = false;
     int arch = 90;            // 100: sm100/gemm_instances.h, whose rows take any gran_k and layout at run time
 
+    constexpr int element_bytes() const { return operands == OperandType::kBF16 ? 2 : 1; }
+    constexpr int block_k() const { return 128 / element_bytes(); }  // elements of K in a stage
     constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
     constexpr int tile_rows() const { return block_rows * row_ctas; }  // of a cluster

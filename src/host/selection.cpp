@@ -41,12 +41,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (row.arch == 100) return sm100_reason_against(row, problem, limits);
-    if (row.grouping != grouping_of(problem)) return "another kind of groups";
-    if (row.gran_k != problem.gran_k) return "another gran_k";
-    if (row.scaling != scaling_of(problem)) {
-        return row.scaling == kScaling1D2D ? "needs scales of A per row and of B per 128 x 128 block"
-                                           : "scales of B per block have kernels of their own";
-    }
+    if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
     if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
         return "with swapped operands one tile holds all of M";
@@ -66,6 +61,9 @@ double together(double a, double b) {
 // Clocks of a K block in a CTA whose operands are all inside their matrices: one warpgroup's chain of dependent steps,
 // while the tensor core (`tensor` clocks) works for all warpgroups and the next K blocks arrive.
 double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
+    const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
+    // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
+    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
     const double warpgroups = row.block_rows == 256 ? 2 : row.block_rows / 64;
     const double parts = row.block_rows / 64 / warpgroups;  // of 64 rows, one after the other
     const double multiply = tensor / (row.block_rows / 64);
@@ -79,13 +77,20 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     if (row.swap_ab) column += model.promotion_load;
     const double work = multiply + promotions * column * row.block_cols;
     const double part = promotions * model.result_latency + work * (1 + model.contention * (warpgroups - 1));
-    const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     return std::max({model.block_latency + parts * part, tensor, bytes / kFillBytes});
+}
+
+// M-grouped: tiles of all groups along M, on average where groups have 0.7 to 1.3 times the rows that are expected.
+int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
+    if (problem.layout == GroupLayout::kIndices) return ceil_div(problem.m, row.block_m());
+    constexpr int kSamples = 7;
+    int64_t tiles = 0;
+    for (int i = 0; i < kSamples; ++i) tiles += ceil_div(expected_rows(problem) * (7 + i), 10 * row.block_m());
+    return ceil_div(tiles * problem.num_groups, kSamples);
 }
 
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
     if (row.arch == 100) return sm100_cost_us(row, problem, limits);
-    // With groups, a grid of tiles for each.
     const int64_t m = expected_rows(problem);
     const int64_t rows = row.swap_ab ? problem.n : m;
     const int64_t cols = row.swap_ab ? m : problem.n;
@@ -93,20 +98,28 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const int64_t tile_cols = row.block_cols * row.col_ctas;
     const int64_t row_tiles = ceil_div(rows, tile_rows);
     const int64_t col_tiles = ceil_div(cols, tile_cols);
-    const int64_t tiles = row_tiles * col_tiles * problem.num_groups;
+    // K-grouped: each group has its part of K. Summed: all groups share the tiles, and K adds up.
+    const int64_t k = row.grouping == Grouping::kKGrouped ? ceil_div(problem.k, problem.num_groups)
+                      : row.grouping == Grouping::kSummed ? problem.k * problem.num_groups
+                                                          : problem.k;
+    const int64_t results = row.grouping == Grouping::kSummed ? 1 : problem.num_groups;
+    const bool is_m_grouped = problem.grouping == Grouping::kMGrouped;
+    const int64_t tiles = is_m_grouped ? tiles_along_m(row, problem) * (row.swap_ab ? row_tiles : col_tiles)
+                                       : row_tiles * col_tiles * results;
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const int64_t full_waves = tiles / resident;
     const int64_t left = tiles % resident;
 
     // A K block. TMA is slow where it fills in zeros, on average over the tiles:
-    const double outside = ((tile_rows - static_cast<double>(rows) / row_tiles) / row.row_ctas +
-                            (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas) *
-                           row.cluster_size() * std::min(tiles, resident);
+    double outside_rows = (tile_rows - static_cast<double>(rows) / row_tiles) / row.row_ctas;
+    double outside_cols = (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas;
+    if (is_m_grouped) (row.swap_ab ? outside_cols : outside_rows) = 0;  // other groups' rows follow
+    const double outside = (outside_rows + outside_cols) * row.cluster_size() * std::min(tiles, resident);
     const double tensor = row.block_rows / 64 * kColumnClocks * std::max<double>(row.block_cols, kLeastColumns);
     const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
     // A tile.
-    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, 128), row.split_k));
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(k, row.block_k()), row.split_k));
     const double stored_cols = static_cast<double>(row.block_cols) / row.split_k * (row.block_rows == 256 ? 2 : 1) *
                                (problem.d_type == DataType::kFloat32 ? 2 : 1);
     double tile = k_blocks * block + model.epilogue + model.epilogue_column * stored_cols;
@@ -116,9 +129,10 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
     // Waves of as many clusters as fit, and a last one of the tiles that are left. Meanwhile device memory moves each
     // operand and D once, evenly over the tiles.
-    const double bytes = (static_cast<double>(m) * problem.k + static_cast<double>(problem.n) * problem.k +
-                          static_cast<double>(m) * problem.n * size_of(problem.d_type)) *
-                         problem.num_groups;
+    const double loaded = is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) * row.block_m()
+                                       : static_cast<double>(m) * results;
+    const double bytes = (loaded + static_cast<double>(problem.n) * results) * k * row.element_bytes() +
+                         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
@@ -135,7 +149,24 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
 }  // namespace
 
+const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
+    if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
+    if (row.grouping != grouping_of(problem)) return "another kind of groups";
+    if (row.operands == OperandType::kBF16) {
+        if (row.a_mn_major != problem.a_mn_major) return row.a_mn_major ? "MN-major A" : "K-major A";
+        if (row.b_mn_major != problem.b_mn_major) return row.b_mn_major ? "MN-major B" : "K-major B";
+        return nullptr;
+    }
+    if (row.gran_k != problem.gran_k) return "another gran_k";
+    if (row.scaling != scaling_of(problem)) {
+        return row.scaling == kScaling1D2D ? "scales of A per row and of B per 128 x 128 block"
+                                           : "scales per row of both operands";
+    }
+    return nullptr;
+}
+
 Scaling scaling_of(const GemmProblem& problem) {
+    if (problem.operands == OperandType::kBF16) return kNoScaling;
     const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
@@ -157,10 +188,15 @@ int64_t expected_rows(const GemmProblem& problem) {
 std::string row_name(const GemmRow& row) {
     if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
+    if (row.operands == OperandType::kBF16) {
+        name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
+    }
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
     if (row.grouping == Grouping::kMGrouped) name += "_mgrouped";
     if (row.grouping == Grouping::kBatched) name += "_batched";
-    if (row.gran_k != 128) name += "_gran" + std::to_string(row.gran_k);
+    if (row.grouping == Grouping::kKGrouped) name += "_kgrouped";
+    if (row.grouping == Grouping::kSummed) name += "_summed";
+    if (row.gran_k == 32) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);
     if (row.col_ctas > 1) name += "_cols" + std::to_string(row.col_ctas);

@@ -34,7 +34,10 @@ bool fits_alignment(const GemmRow& row, const GemmProblem& problem);
 // Rows of a group that selection counts on.
 int64_t expected_rows(const GemmProblem& problem);
 
-// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2".
+// What kind of operands a row is for, where these are not the problem's, or null.
+const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem);
+
+// Name that says all of a row, such as "sm90_fp8_1d2d_m128n128_rows2" or "sm90_bf16_nt_m128n256".
 std::string row_name(const GemmRow& row);
 
 // One entry per row, in the table's order.

@@ -11,10 +11,11 @@ namespace {
 // All that selection may look at of a problem and its limits.
 struct Key {
     const GemmRow* table;
-    OperandType operands;
-    bool a_mn_major, b_mn_major, a_is_fp4, b_is_fp4;
+    bool a_is_fp4, b_is_fp4;
     int64_t m, n, k;
     int gran_m, gran_n, gran_k;
+    OperandType operands;
+    bool a_mn_major, b_mn_major;
     DataType d_type;
     bool has_c;
     int num_sms, block_m_multiple_of, block_n_multiple_of;
@@ -43,12 +44,12 @@ static_assert(kEntries == 1 << (64 - 56));
 
 int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
-    const Key key = {rows.data(),     problem.operands,
-                     problem.a_mn_major, problem.b_mn_major,
+    const Key key = {rows.data(),
                      problem.a_is_fp4, problem.b_is_fp4,
                      problem.m,       problem.n,
                      problem.k,       problem.sfa.gran_mn,
                      problem.sfb.gran_mn, problem.gran_k,
+                     problem.operands, problem.a_mn_major, problem.b_mn_major,
                      problem.d_type,  problem.c != nullptr,
                      limits.num_sms,  limits.block_m_multiple_of,
                      limits.block_n_multiple_of, grouping_of(problem),

@@ -40,7 +40,7 @@ std::string sm100_row_name(const GemmRow& row) {
 
 const char* sm100_reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (row.operands != problem.operands) return row.operands == OperandType::kBF16 ? "for BF16" : "for FP8 and FP4";
-    if (row.grouping != problem.grouping) return "another kind of groups";
+    if (row.grouping != grouping_of(problem)) return "another kind of groups";
     const sm100::GemmLayout layout{row};
     const bool cols_mn_major = row.swap_ab ? problem.a_mn_major : problem.b_mn_major;
     // The rows' 128 are as many spans as they need to be.

@@ -23,14 +23,15 @@ public:
     static constexpr int kBoxCols = kLayout.box_cols();
     static constexpr int kBoxBytes = kLayout.box_bytes();
     static constexpr int kBoxes = kLayout.boxes_per_part();
-    static constexpr bool kHasGroups = kLayout.has_groups();
+    static constexpr int kStagedBoxes = kLayout.staged_boxes();  // of each part
+    static constexpr bool kHasGroups = kLayout.has_groups() || kLayout.is_k_grouped();
     static constexpr bool kMGrouped = kLayout.row.grouping == Grouping::kMGrouped;
     static constexpr bool kHasHeads = kLayout.row.grouping == Grouping::kBatched;
+    using Staging = uint8_t[kRowParts][kStagedBoxes][kBoxBytes];
 
     // `rows`, `col`: the parts' first rows and their first column, in rows and columns of the instruction.
-    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work,
-                                                 uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
-                                                 const int (&rows)[kRowParts], int col, int thread,
+    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work, Staging& staging,
+                                                 int barrier_id, const int (&rows)[kRowParts], int col, int thread,
                                                  float (&values)[kRowParts][kColGroups * 4]) {
         const int lane = thread % 32;
         const int thread_row = thread / 32 * 16 + lane / 4;
@@ -52,8 +53,14 @@ public:
                 }
             }
         }
+        if constexpr (kLayout.stages_float()) {
+            if (params.output_mode != kStoreDirect && params.d_is_float) {
+                store_tma<float>(params, work, staging, barrier_id, rows, col, thread, values);
+                return;
+            }
+        }
         if (params.output_mode == kStoreTma) {
-            store_tma(params, work, staging, barrier_id, rows, col, thread, values);
+            store_tma<__nv_bfloat16>(params, work, staging, barrier_id, rows, col, thread, values);
             return;
         }
 #pragma unroll
@@ -99,46 +106,77 @@ private:
         return 1;
     }
 
-    __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work,
-                                                     uint8_t (&staging)[kRowParts][kBoxes][kBoxBytes], int barrier_id,
-                                                     const int (&rows)[kRowParts], int col, int thread,
+    // Boxes of FP32 have half the columns of BF16 ones.
+    template <class Element>
+    __device__ __forceinline__ static void store_tma(const GemmParams& params, const WorkTile& work, Staging& staging,
+                                                     int barrier_id, const int (&rows)[kRowParts], int col, int thread,
                                                      const float (&values)[kRowParts][kColGroups * 4]) {
-        // The staging memory is free once the previous tile's stores have read it.
-        if (thread == 0) ptx::tma_store_wait_read<0>();
-        ptx::named_barrier_sync(barrier_id, 128);
+        constexpr int kElementBoxes = kBoxes * static_cast<int>(sizeof(Element)) / 2;
+        constexpr int kElementCols = kBoxCols * 2 / static_cast<int>(sizeof(Element));
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) {
-            if constexpr (kSwapAB) {
-                stage_transposed(staging[part][0], thread, values[part]);
-            } else {
-                stage(staging[part][0], thread, values[part]);
-            }
-        }
-        ptx::fence_async_shared();
-        ptx::named_barrier_sync(barrier_id, 128);
-        if constexpr (kHasGroups) {
-#pragma unroll
-            for (int part = 0; part < kRowParts; ++part) {
-#pragma unroll
-                for (int box = 0; box < kBoxes; ++box) {
-                    const int first_col = kSwapAB ? rows[part] : col + box * kBoxCols;
-                    store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
-                }
-            }
-            if (thread == 0) ptx::tma_store_commit();
-        } else if (thread == 0) {
+        for (int first_box = 0; first_box < kElementBoxes; first_box += kStagedBoxes) {
+            // The staging memory is free once the stores before, often the previous tile's, have read it.
+            if (thread == 0) ptx::tma_store_wait_read<0>();
+            ptx::named_barrier_sync(barrier_id, 128);
 #pragma unroll
             for (int part = 0; part < kRowParts; ++part) {
                 if constexpr (kSwapAB) {
-                    ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    stage_transposed(staging[part][0], thread, values[part]);
+                } else if constexpr (sizeof(Element) == 4) {
+                    stage_float(staging[part][0], first_box, thread, values[part]);
                 } else {
-#pragma unroll
-                    for (int box = 0; box < kBoxes; ++box) {
-                        ptx::tma_store_2d(params.d_map, staging[part][box], col + box * kBoxCols, rows[part]);
-                    }
+                    stage(staging[part][0], first_box, thread, values[part]);
                 }
             }
-            ptx::tma_store_commit();
+            ptx::fence_async_shared();
+            ptx::named_barrier_sync(barrier_id, 128);
+            if constexpr (kHasGroups) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+#pragma unroll
+                    for (int box = 0; box < kStagedBoxes; ++box) {
+                        const int first_col = kSwapAB ? rows[part] : col + (first_box + box) * kElementCols;
+                        store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
+                    }
+                }
+                if (thread == 0) ptx::tma_store_commit();
+            } else if (thread == 0) {
+#pragma unroll
+                for (int part = 0; part < kRowParts; ++part) {
+                    if constexpr (kSwapAB) {
+                        ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                    } else {
+#pragma unroll
+                        for (int box = 0; box < kStagedBoxes; ++box) {
+                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kElementCols,
+                                              rows[part]);
+                        }
+                    }
+                }
+                ptx::tma_store_commit();
+            }
+        }
+    }
+
+    // Boxes of 64 rows and 32 columns of FP32, a row of 128 bytes swizzled as TMA expects it. A thread has two columns, 8
+    // bytes: those in odd rows write a box's column groups in another order, which keeps banks apart.
+    __device__ __forceinline__ static void stage_float(uint8_t* boxes, int first_box, int thread,
+                                                       const float (&values)[kColGroups * 4]) {
+        const int lane = thread % 32;
+        const int d_row = thread / 32 * 16 + lane / 4;
+        const bool is_odd = d_row % 2 != 0;
+        uint8_t* upper = boxes + d_row * 128 + lane % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < kStagedBoxes * 4; i += 2) {
+            const float* pair = values + (first_box * 4 + i) * 4;  // two groups of 8 columns
+#pragma unroll
+            for (int turn = 0; turn < 2; ++turn) {
+                const int other = turn ^ is_odd;
+                const int chunk = ((i % 4 + other) * 2 + lane % 4 / 2) ^ (d_row % 8);
+                auto* slot = reinterpret_cast<float2*>(upper + i / 4 * kBoxBytes + chunk * 16);
+                slot[0] = other ? make_float2(pair[4], pair[5]) : make_float2(pair[0], pair[1]);
+                slot[8 * 128 / sizeof(float2)] = other ? make_float2(pair[6], pair[7]) : make_float2(pair[2], pair[3]);
+            }
         }
     }
 
@@ -152,7 +190,14 @@ private:
         // TMA leaves out what lies outside of D.
         const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
         if (is_whole) {
-            if (count > 0 && thread == 0) ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
+            if (count <= 0 || thread != 0) return;
+            if constexpr (kLayout.stages_float()) {
+                if (params.output_mode == kAddTma) {
+                    ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
+                    return;
+                }
+            }
+            ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
             return;
         }
         auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
@@ -182,15 +227,17 @@ private:
     }
 
     // Boxes of 64 rows and kBoxCols columns, swizzled as TMA expects it for its row of kBoxCols * 2 bytes.
-    __device__ __forceinline__ static void stage(uint8_t* boxes, int thread, const float (&values)[kColGroups * 4]) {
+    __device__ __forceinline__ static void stage(uint8_t* boxes, int first_box, int thread,
+                                                 const float (&values)[kColGroups * 4]) {
         constexpr int kRowBytes = kBoxCols * 2;
         const int lane = thread % 32;
         const int d_row = thread / 32 * 16 + lane % 16;
         const int swizzle = d_row / (128 / kRowBytes) % (kRowBytes / 16);
         const uint32_t row_address = ptx::smem_address(boxes) + d_row * kRowBytes;
 #pragma unroll
-        for (int j = 0; j < kColGroups; j += 2) {
-            const int box = j * 8 / kBoxCols;
+        for (int i = 0; i < kStagedBoxes * kBoxCols / 8; i += 2) {
+            const int j = first_box * (kBoxCols / 8) + i;
+            const int box = i * 8 / kBoxCols;
             const int chunk = (j % (kBoxCols / 8) + lane / 16) ^ swizzle;
             ptx::stmatrix_x4(row_address + box * kBoxBytes + chunk * 16, pack(values, j, 0), pack(values, j, 2),
                              pack(values, j + 1, 0), pack(values, j + 1, 2));

@@ -1,4 +1,4 @@
-// The table of SM90 FP8 GEMM kernels. One line is one kernel: shards, dispatch, selection, listing and tests follow.
+// The table of SM90 GEMM kernels. One line is one kernel: shards, dispatch, selection, listing and tests follow.
 #pragma once
 
 #include "../host/gemm_row.h"
@@ -9,7 +9,8 @@ using enum OperandType;
 using enum Grouping;
 
 inline constexpr GemmRow kGemmRows[] = {
-    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands (FP8), grouping (dense)
+    // block_rows, block_cols, row_ctas, col_ctas, split_k, swap_ab, scaling, gran_k, operands (FP8), grouping (dense),
+    // a_mn_major, b_mn_major
 
     // Large M.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128},
@@ -78,6 +79,7 @@ inline constexpr GemmRow kGemmRows[] = {
     // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {192, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
@@ -104,6 +106,73 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
     {64, 64, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kBatched},
     {64, 64, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kBatched},
+
+    // BF16, the large tiles with and without sharing a panel; those for M up to 32 have the weights on the M side.
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16},
+    {256, 128, 1, 2, 1, false, kNoScaling, 0, kBF16},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 160, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 64, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {128, 64, 1, 1, 2, false, kNoScaling, 0, kBF16},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 128, 1, 1, 2, false, kNoScaling, 0, kBF16},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 1, false, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 32, 1, 1, 4, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 2, true, kNoScaling, 0, kBF16},
+    {64, 16, 1, 1, 8, true, kNoScaling, 0, kBF16},
+    {128, 16, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 1, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 2, true, kNoScaling, 0, kBF16},
+    {64, 8, 1, 1, 8, true, kNoScaling, 0, kBF16},
+    {128, 8, 1, 1, 1, true, kNoScaling, 0, kBF16},
+
+    // BF16 with MN-major operands: B (nn), both (tn), A (tt).
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 16, 1, 1, 4, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 8, 1, 1, 1, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {64, 8, 1, 1, 4, true, kNoScaling, 0, kBF16, kDense, false, true},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, true, true},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kDense, true, false},
+    {64, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kDense, true, false},
+
+    // K-grouped: weight gradients of experts.
+    {256, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {256, 128, 1, 2, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {64, 64, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kKGrouped},
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {128, 256, 2, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+    {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kKGrouped, true, true},
+
+    // Summed over a batch.
+    {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kSummed},
+    {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kSummed},
+    {128, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kSummed},
+    {64, 128, 1, 1, 8, false, kNoScaling, 0, kBF16, kSummed},
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 

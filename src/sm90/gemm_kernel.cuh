@@ -1,12 +1,18 @@
-// FP8 GEMM for Hopper:  D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+// GEMM for Hopper. FP8:   D[m, n] = sum_k sfa[m, k / g] sfb[n, k / g] A[m, k] B[n, k] (+ C),  FP32 scales and sums.
+//                  BF16:  D[m, n] = sum_k A[m, k] B[n, k] (+ C),  FP32 sums.
 //
 // A tile is block_rows x block_cols of the wgmma instruction's M x N; its operand "rows" is A, or with swapped operands
-// (small M) the weights B, and "cols" is the other. Both are K-major, 128 bytes of K per stage, swizzled by TMA. After
-// every gran_k of K the tensor core's sum is scaled and added to FP32 totals in registers.
+// (small M) the weights B, and "cols" is the other. A stage holds 128 bytes of K of either, swizzled by TMA: FP8 K-major;
+// BF16 K-major or, 64 values along MN at a time, MN-major, as the tensor core reads both. FP8: after every gran_k of K the
+// tensor core's sum is scaled and added to FP32 totals in registers. BF16: the tensor core sums over all of K.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads of operands and of scales per row or column, warp 1 loads scales per
 // block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. All walk the same tiles; nobody
 // waits for a whole CTA after the start.
+//
+// Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
+// three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
+// tiles and hands them to the other roles in a queue.
 //
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
@@ -15,7 +21,10 @@
 // scales_empty   consumer warps of this CTA                           the chunk may be overwritten
 // reduce_full    consumer warps of the other CTAs (split K)           their parts of my slice are in my shared memory
 // reduce_empty   consumer warps of the other CTAs (split K)           my parts have been read there: send the next ones
+// work full[s]   1 (a lane of warp 2, M-grouped)                      a tile is in slot s of the queue
+// work empty[s]  consumer warps, warp 0, warp 1 if it loads scales    all roles are done with it
 // named 1 + w    128                                                  consumer warpgroup w's staging buffer
+// named, last    all consumers (K-grouped BF16)                       the end of a stage is cleared
 #pragma once
 
 #include "../device/gemm_params.h"
@@ -32,6 +41,9 @@ namespace deep_gemm::sm90 {
 template <int kRowIndex>
 struct GemmTraits {
     static constexpr GemmLayout kLayout{kGemmRows[kRowIndex]};
+    // Groups of FP8 start where a K block does, BF16 ones anywhere.
+    using KGroups = KGroupedScheduler<kLayout.row.block_rows, kLayout.row.block_cols, kLayout.row.row_ctas,
+                                      kLayout.row.col_ctas, kLayout.row.block_k(), !kLayout.is_bf16()>;
 };
 
 template <class Traits>
@@ -40,6 +52,7 @@ class GemmKernel {
     static constexpr GemmRow kRow = kLayout.row;
     static constexpr int kBlockCols = kRow.block_cols;
     static constexpr int kNumStages = kLayout.num_stages();
+    static constexpr int kStageK = kRow.block_k();
     static constexpr int kKGroups = kLayout.k_groups();
     static constexpr int kConsumerWarps = kLayout.num_consumer_warpgroups() * 4;
     static constexpr int kClusterSize = kRow.cluster_size();
@@ -53,11 +66,16 @@ class GemmKernel {
     using Storage = SharedStorage<Traits>;
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
+    static constexpr bool kKGrouped = kLayout.is_k_grouped();
+    static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
+    static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
     using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
     using Scheduler = std::conditional_t<
         kRow.grouping == Grouping::kMGrouped, QueueReader,
-        std::conditional_t<kRow.grouping == Grouping::kBatched, BatchedScheduler<kRow.block_rows, kBlockCols>,
-                           DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>>;
+        std::conditional_t<
+            kRow.grouping == Grouping::kBatched, BatchedScheduler<kRow.block_rows, kBlockCols>,
+            std::conditional_t<kKGrouped, typename Traits::KGroups,
+                               DenseScheduler<kRow.block_rows, kBlockCols, kRow.row_ctas, kRow.col_ctas, kSplitK>>>>;
     using State = PipelineState<kNumStages>;
 
 public:
@@ -93,6 +111,10 @@ public:
         ptx::grid_dependency_launch();
         Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
         ptx::grid_dependency_wait();
+        if constexpr (kKGrouped) {
+            if (warp == 0) Scheduler::build(params.k_groups, shared.k_groups);
+            __syncthreads();
+        }
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
@@ -123,6 +145,8 @@ private:
             return QueueReader(shared.groups.queue, one_thread);
         } else if constexpr (kRow.grouping == Grouping::kBatched) {
             return Scheduler(params.schedule, params.batch);
+        } else if constexpr (kKGrouped) {
+            return Scheduler(params.schedule, params.k_groups, shared.k_groups, rank);
         } else {
             return Scheduler(params.schedule, rank);
         }
@@ -155,29 +179,28 @@ private:
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                const int k = (work.k_block + i) * kBlockK;
+                const int k = kRaggedK ? work.k_block + i * kStageK : (work.k_block + i) * kStageK;
                 const int k_group = (work.k_block + i) * kKGroups;
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+                if constexpr (kSummed) {
+                    const int product = divide(work.k_block + i, params.k_blocks_of_product);
+                    const int k_of_product = k - product * params.k_blocks_of_product.divisor * kStageK;
+                    ptx::tma_load_3d(params.rows_map, full, rows, k_of_product, work.row, product, kHint);
+                    ptx::tma_load_3d(params.cols_map, full, cols, k_of_product, work.col, product, kHint);
+                    continue;
+                }
                 if constexpr (kLayout.has_groups()) {
                     load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
                     continue;
                 }
-                if constexpr (kRow.col_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.rows_map, full, rows + part * kRowPart * kBlockK, k,
-                                               work.row + part * kRowPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.rows_map, full, rows, k, work.row, kHint);
-                }
-                if constexpr (kRow.row_ctas > 1) {
-                    ptx::tma_load_2d_multicast(params.cols_map, full, cols + part * kColPart * kBlockK, k,
-                                               work.col + part * kColPart, sharers, kHint);
-                } else {
-                    ptx::tma_load_2d(params.cols_map, full, cols, k, work.col, kHint);
-                }
+                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
+                                                                                   work.row, part, sharers);
+                load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
+                                                                                   work.col, part, sharers);
                 if constexpr (kLayout.row_scales_are_vector()) {
                     ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row, k_group,
                                      kHint);
@@ -190,6 +213,32 @@ private:
         }
     }
 
+    // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`. `kHasGroups`: of matrix `group`.
+    template <bool kMnMajor, int kPart, bool kShared, bool kHasGroups = false>
+    __device__ __forceinline__ static void load_panel(const CUtensorMap& map, ptx::Barrier& full, uint8_t* tile, int k,
+                                                      int mn, int part, uint16_t sharers, int group = 0) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        if constexpr (kShared) {
+            tile += part * kPart * kBlockK;
+            mn += part * kPart;
+        }
+        const auto load = [&](uint8_t* destination, int x, int y) {
+            if constexpr (kHasGroups) {
+                ptx::tma_load_3d(map, full, destination, x, y, group, kHint);
+            } else if constexpr (kShared) {
+                ptx::tma_load_2d_multicast(map, full, destination, x, y, sharers, kHint);
+            } else {
+                ptx::tma_load_2d(map, full, destination, x, y, kHint);
+            }
+        };
+        if constexpr (kMnMajor) {
+#pragma unroll
+            for (int i = 0; i < kPart; i += kMnMajorSpan) load(tile + i * kBlockK, mn + i, k);
+        } else {
+            load(tile, k, mn);
+        }
+    }
+
     // With the group as a third coordinate.
     __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
                                                                const WorkTile& work, int k, int k_group) {
@@ -197,8 +246,10 @@ private:
         const int row_group = kRow.swap_ab ? work.group : work.token_group;
         const int col_group = kRow.swap_ab ? work.token_group : work.group;
         ptx::Barrier& full = shared.full[stage_idx];
-        ptx::tma_load_3d(params.rows_map, full, shared.rows[stage_idx], k, work.row, row_group, kHint);
-        ptx::tma_load_3d(params.cols_map, full, shared.cols[stage_idx], k, work.col, col_group, kHint);
+        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx], k,
+                                                                          work.row, 0, 0, row_group);
+        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
+                                                                     work.col, 0, 0, col_group);
         if constexpr (kLayout.row_scales_are_vector()) {
             ptx::tma_load_3d(params.row_scales_map, full, shared.row_scales[stage_idx], work.row, k_group, row_group,
                              kHint);
@@ -244,7 +295,11 @@ private:
         PipelineState<kScaleChunks> scale_state;
         while (scheduler.next(work)) {
             float total[kRowParts][kAccumulators] = {};
-            accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+            if constexpr (kLayout.is_bf16()) {
+                accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else {
+                accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+            }
             if constexpr (kLayout.has_work_queue()) scheduler.read(work);
 
             int rows[kRowParts];
@@ -370,6 +425,75 @@ private:
             }
         }
         state.advance();
+    }
+
+    // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
+    // stage is given back one block later.
+    __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, const WorkTile& work,
+                                                               int warpgroup, int lane,
+                                                               float (&total)[kRowParts][kAccumulators]) {
+        int before = -1;
+        for (int i = 0; i < work.num_k_blocks; ++i) {
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], state.phase);
+            if constexpr (kRaggedK) {
+                const int left = work.group_end - work.k_block - i * kStageK;
+                if (left < kStageK) clear_end_of_stage(shared, s, left);
+            }
+            multiply_unscaled(shared, s, warpgroup, total);
+            wgmma_wait<1>();
+            if (before >= 0) release(shared.empty[before], lane);
+            before = s;
+            state.advance();
+        }
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_wait<0>();
+        if (before >= 0) release(shared.empty[before], lane);
+    }
+
+    // MN-major stages whose last rows of K, from `first` on, are the next group's: what they hold may be NaN.
+    __device__ __forceinline__ static void clear_end_of_stage(Storage& shared, int stage_idx, int first) {
+        constexpr int kThreads = kConsumerWarps * 32;
+        constexpr int kSpanBytes = kMnMajorSpan * kBlockK;  // of a box
+        const int thread = static_cast<int>(threadIdx.x) - 128;
+        const auto clear = [&](uint8_t* box) {
+            for (int i = first * kBlockK + thread * 16; i < kSpanBytes; i += kThreads * 16) {
+                *reinterpret_cast<uint4*>(box + i) = make_uint4(0, 0, 0, 0);
+            }
+        };
+#pragma unroll 1
+        for (int i = 0; i < kLayout.row_tile_bytes(); i += kSpanBytes) clear(shared.rows[stage_idx] + i);
+#pragma unroll 1
+        for (int i = 0; i < kLayout.col_tile_bytes(); i += kSpanBytes) clear(shared.cols[stage_idx] + i);
+        ptx::fence_async_shared();
+        ptx::named_barrier_sync(1 + kConsumerWarps / 4, kThreads);
+    }
+
+    // total += rows * cols^T over a stage of BF16.
+    __device__ __forceinline__ static void multiply_unscaled(Storage& shared, int stage_idx, int warpgroup,
+                                                             float (&total)[kRowParts][kAccumulators]) {
+        constexpr bool kRowsMnMajor = kLayout.rows_mn_major(), kColsMnMajor = kLayout.cols_mn_major();
+        // Units of 16 bytes: 16 rows of an MN-major tile, 32 bytes of the rows of a K-major one.
+        constexpr uint32_t kRowStep = kRowsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        constexpr uint32_t kColStep = kColsMnMajor ? kLayout.wgmma_k() * kBlockK / 16 : 32 / 16;
+        const Descriptor cols(shared.cols[0], kMnMajorSpan * kBlockK);
+        const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
+        const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < kRowParts; ++part) {
+            const Descriptor rows(shared.rows[0] + part_row<Traits>(part, warpgroup) * kBlockK, kMnMajorSpan * kBlockK);
+#pragma unroll
+            for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
+                wgmma_bf16<kBlockCols, kRowsMnMajor, kColsMnMajor>(rows.at(row_stage + step * kRowStep),
+                                                                   cols.at(col_stage + step * kColStep), total[part],
+                                                                   true);
+            }
+        }
+        wgmma_commit();
     }
 
     // This warp is done with a stage: tells every CTA that fills it.

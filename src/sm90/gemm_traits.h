@@ -9,7 +9,8 @@
 
 namespace deep_gemm::sm90 {
 
-inline constexpr int kBlockK = 128;               // bytes and elements: one swizzle span
+inline constexpr int kBlockK = 128;               // bytes of K in a stage, and elements of FP8: one swizzle span
+inline constexpr int kMnMajorSpan = 64;           // elements of an MN-major row in a swizzle span: BF16
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 inline constexpr int kMaxStages = 20;
 inline constexpr int kScaleChunk = 32;            // K blocks whose block scales are loaded at once
@@ -19,6 +20,12 @@ constexpr int align_up(int value, int multiple) { return (value + multiple - 1) 
 
 struct GemmLayout {
     GemmRow row;
+
+    constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
+    constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
+    constexpr int wgmma_k() const { return 32 / row.element_bytes(); }  // of one instruction
+    constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
+    constexpr bool cols_mn_major() const { return row.swap_ab ? row.a_mn_major : row.b_mn_major; }
 
     constexpr int num_consumer_warpgroups() const { return row.block_rows == 256 ? 2 : row.block_rows / 64; }
     constexpr int row_parts() const { return row.block_rows / 64 / num_consumer_warpgroups(); }  // of a warpgroup
@@ -35,13 +42,18 @@ struct GemmLayout {
     // One warp finds the tiles, for all roles.
     constexpr bool has_work_queue() const { return row.grouping == Grouping::kMGrouped; }
 
-    constexpr int k_groups() const { return kBlockK / row.gran_k; }
+    constexpr int k_groups() const { return has_scales() ? kBlockK / row.gran_k : 1; }
 
     // Where a tile has one scale for each of its rows, or columns, and where one for each block of 128 that it touches. A
     // tile starts on a multiple of block_granule() columns.
     constexpr int block_granule() const { return std::gcd(row.block_cols, 128); }
-    constexpr bool row_scales_are_vector() const { return row.scaling == kScaling1D1D || !row.swap_ab; }
-    constexpr bool col_scales_are_vector() const { return row.scaling == kScaling1D1D || row.swap_ab; }
+    constexpr bool has_scales() const { return row.scaling != kNoScaling; }
+    constexpr bool row_scales_are_vector() const {
+        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && !row.swap_ab);
+    }
+    constexpr bool col_scales_are_vector() const {
+        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && row.swap_ab);
+    }
     constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
     constexpr int num_block_scales() const {
         if (!has_block_scales()) return 0;
@@ -63,11 +75,19 @@ struct GemmLayout {
     }
     constexpr int box_rows() const { return row.swap_ab ? store_cols() : 64; }
     constexpr int boxes_per_part() const { return row.swap_ab ? 1 : store_cols() / box_cols(); }
+    // Boxes of a part in shared memory at a time. Of a wide BF16 tile it is half of them, which leaves room for a stage.
+    constexpr int staged_boxes() const {
+        return is_bf16() && !row.swap_ab && row.block_rows * store_cols() == 128 * 256 ? boxes_per_part() / 2
+                                                                                       : boxes_per_part();
+    }
+
+    // FP32 results, too, leave through shared memory, in boxes of as many bytes.
+    constexpr bool stages_float() const { return is_k_grouped(); }
 
     constexpr int row_tile_bytes() const { return row.block_rows * kBlockK; }
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
-    constexpr int staging_bytes() const { return row.block_rows * store_cols() * 2; }
+    constexpr int staging_bytes() const { return row.block_rows / 64 * staged_boxes() * box_bytes(); }
     constexpr int reduce_bytes() const {
         return row.split_k == 1 ? 0 : row.split_k * row.block_rows * store_cols() * 4;
     }
@@ -76,8 +96,10 @@ struct GemmLayout {
                align_up(col_scale_bytes(), 128) + 16;
     }
     constexpr int work_queue_bytes() const { return has_work_queue() ? 8 * kMaxGroups + 256 : 0; }
+    constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }
     constexpr int fixed_bytes() const {
-        return work_queue_bytes() + staging_bytes() + reduce_bytes() + kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
+        return work_queue_bytes() + group_table_bytes() + staging_bytes() + reduce_bytes() +
+               kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
     }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
@@ -91,13 +113,23 @@ struct GemmLayout {
 constexpr const char* invalid_reason(GemmRow row) {
     const GemmLayout layout{row};
     if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
-    // Totals of all parts and one accumulator, of the registers that setmaxnreg can give.
-    if (row.block_cols / 2 * (layout.row_parts() + 1) > layout.consumer_registers() - 28) return "too few registers";
-    if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > 192) {
-        return "block_cols must be a multiple of 8 from 8 to 192";
+    // Totals of all parts and, for promotion, one accumulator, of the registers that setmaxnreg can give.
+    const int accumulators = layout.row_parts() + layout.has_scales();
+    if (row.block_cols / 2 * accumulators > layout.consumer_registers() - 28) return "too few registers";
+    const int most_cols = layout.is_bf16() ? 256 : 192;
+    if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > most_cols) {
+        return "block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16";
     }
-    if (row.gran_k != 128 && row.gran_k != 32) return "gran_k must be 128 or 32";
+    if (layout.is_bf16() == layout.has_scales()) return "FP8 operands have scales, BF16 ones have none";
+    if (!layout.is_bf16() && (row.a_mn_major || row.b_mn_major)) return "FP8 operands are K-major";
+    if (layout.has_scales() && row.gran_k != 128 && row.gran_k != 32) return "gran_k must be 128 or 32";
     if (row.gran_k == 32 && row.scaling != kScaling1D1D) return "gran_k 32 needs 1D1D scaling";
+    if (layout.rows_mn_major() && row.block_rows % (kMnMajorSpan * row.col_ctas) != 0) {
+        return "MN-major rows come 64 at a time";
+    }
+    if (layout.cols_mn_major() && row.block_cols % (kMnMajorSpan * row.row_ctas) != 0) {
+        return "MN-major columns come 64 at a time";
+    }
     if (row.row_ctas > 1 && row.col_ctas > 1) return "a cluster shares one operand, not both";
     if (row.cluster_size() > 8) return "a cluster has 8 CTAs at most";
     if (row.block_cols % (8 * row.row_ctas) != 0) return "a shared column panel is loaded in parts of 8 columns or more";
@@ -106,6 +138,16 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
     if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
+    if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
+        return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";
+    }
+    if (layout.is_k_grouped() && layout.is_bf16() && !(row.a_mn_major && row.b_mn_major)) {
+        return "BF16 K-grouped operands are MN-major";
+    }
+    if (row.grouping == Grouping::kSummed &&
+        (!layout.is_bf16() || row.multicast_ctas() > 1 || row.a_mn_major || row.b_mn_major)) {
+        return "summed products are K-major BF16 without shared panels";
+    }
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
     return nullptr;
 }

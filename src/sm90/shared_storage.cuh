@@ -15,11 +15,12 @@ struct alignas(1024) SharedStorage {
     static constexpr int kStages = kLayout.num_stages();
 
     // One stage of the ring. Swizzled tiles start on multiples of 1024 bytes.
-    uint8_t rows[kStages][kLayout.row_tile_bytes()];  // FP8 [block_rows][128]
-    uint8_t cols[kStages][kLayout.col_tile_bytes()];  // FP8 [block_cols][128]
+    // K-major [block_rows][128 bytes of K], or MN-major [block_rows / 64][K of the stage][64 elements along MN].
+    uint8_t rows[kStages][kLayout.row_tile_bytes()];
+    uint8_t cols[kStages][kLayout.col_tile_bytes()];
 
     // BF16 result on its way to TMA, [consumer warpgroup][64-row part][box].
-    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.boxes_per_part()]
+    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.staged_boxes()]
                    [kLayout.box_bytes()];
 
     // Scales of a stage, [K group][row or column].
@@ -40,10 +41,11 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier reduce_full;
     ptx::Barrier reduce_empty;
 
-    // M-grouped: tiles for all roles, and what is needed to find them.
+    // M-grouped: tiles for all roles, and what is needed to find them. K-grouped: each group's part of K.
     struct Nothing {};
     using Groups = typename MGroupedScheduler<kLayout.row.block_m(), kLayout.row.block_n(), kLayout.row.swap_ab>::Storage;
     std::conditional_t<kLayout.has_work_queue(), Groups, Nothing> groups;
+    std::conditional_t<kLayout.is_k_grouped(), typename Traits::KGroups::Storage, Nothing> k_groups;
 };
 
 }  // namespace deep_gemm::sm90

@@ -1,4 +1,4 @@
-// The warpgroup matrix instruction: 64 x N x 32 FP8 products, both operands K-major in shared memory.
+// The warpgroup matrix instruction: 64 x N x 32 FP8 or 64 x N x 16 BF16 products, both operands in shared memory.
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
@@ -10,7 +10,7 @@
 
 namespace deep_gemm::sm90 {
 
-template <int kN>
+template <int kN, bool kBF16 = false, bool kRowsMnMajor = false, bool kColsMnMajor = false>
 struct WgmmaShape;
 
 #define DG_WGMMA_SHAPE(N)                                                                                             \
@@ -35,14 +35,38 @@ DG_WGMMA_SHAPE(176)
 DG_WGMMA_SHAPE(192)
 #undef DG_WGMMA_SHAPE
 
-// Descriptor of a K-major tile of 8-bit values with rows of 128 bytes and 128-byte swizzle, which starts on a multiple
-// of 1024 bytes: groups of 8 rows are 1024 bytes apart. Only the low word holds the address, in units of 16 bytes: adding
-// 2 to it moves 32 values along K.
+#define DG_WGMMA_SHAPE(N)                                                                                             \
+    template <bool kRowsMnMajor, bool kColsMnMajor>                                                                   \
+    struct WgmmaShape<N, true, kRowsMnMajor, kColsMnMajor> {                                                          \
+        static constexpr auto kRows = kRowsMnMajor ? cute::SM90::GMMA::Major::MN : cute::SM90::GMMA::Major::K;        \
+        static constexpr auto kCols = kColsMnMajor ? cute::SM90::GMMA::Major::MN : cute::SM90::GMMA::Major::K;        \
+        using Instruction = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<kRows, kCols>;                           \
+    };
+DG_WGMMA_SHAPE(8)
+DG_WGMMA_SHAPE(16)
+DG_WGMMA_SHAPE(32)
+DG_WGMMA_SHAPE(64)
+DG_WGMMA_SHAPE(96)
+DG_WGMMA_SHAPE(128)
+DG_WGMMA_SHAPE(160)
+DG_WGMMA_SHAPE(192)
+DG_WGMMA_SHAPE(256)
+#undef DG_WGMMA_SHAPE
+
+// Descriptor of a tile of 128-byte rows with 128-byte swizzle, which starts on a multiple of 1024 bytes: groups of 8 rows
+// are 1024 bytes apart. K-major, a row holds 128 bytes of K; MN-major it holds 64 values along MN of one k, and further
+// ones `leading_bytes` on. Only the low word holds the address, in units of 16 bytes: adding 2 to it moves 32 bytes along
+// K of a K-major tile, adding 128 moves 16 rows along K of an MN-major one.
 struct Descriptor {
     static constexpr uint32_t kHigh = 1u << 30 /* 128-byte swizzle */ | 1024u >> 4 /* between groups of 8 rows */;
-    static constexpr uint32_t kLeadingStride = 1u << 16;  // unused with this swizzle
+    static constexpr uint32_t kLeadingStride = 1u << 16;  // unused K-major with this swizzle
 
     uint32_t low;
+
+    // The field for the address has 14 bits. In a cluster the shared window of a CTA may begin at a multiple of 16 MB, which
+    // would else change the stride.
+    __device__ __forceinline__ Descriptor(const void* tile, uint32_t leading_bytes)
+        : low(leading_bytes >> 4 << 16 | (ptx::smem_address(tile) >> 4 & 0x3fff)) {}
 
     __device__ __forceinline__ explicit Descriptor(const void* tile)
         : low(kLeadingStride | ptx::smem_address(tile) >> 4) {}
@@ -53,10 +77,10 @@ struct Descriptor {
     }
 };
 
-template <int kN, size_t... kIndex>
-__device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate,
-                                      std::index_sequence<kIndex...>) {
-    WgmmaShape<kN>::Instruction::fma(
+template <class Shape, size_t... kIndex>
+__device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[sizeof...(kIndex)],
+                                      bool accumulate, std::index_sequence<kIndex...>) {
+    Shape::Instruction::fma(
         rows, cols, accumulator[kIndex]...,
         accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
@@ -65,7 +89,15 @@ __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accu
 // element 4 j + {0, 1} is (row t / 4 of the warp's 16, column 8 j + 2 (t % 4) + {0, 1}), 4 j + {2, 3} is 8 rows below.
 template <int kN>
 __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate) {
-    wgmma<kN>(rows, cols, accumulator, accumulate, std::make_index_sequence<kN / 2>());
+    wgmma<WgmmaShape<kN>>(rows, cols, accumulator, accumulate, std::make_index_sequence<kN / 2>());
+}
+
+// As above, with BF16 operands of either major order.
+template <int kN, bool kRowsMnMajor, bool kColsMnMajor>
+__device__ __forceinline__ void wgmma_bf16(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2],
+                                           bool accumulate) {
+    wgmma<WgmmaShape<kN, true, kRowsMnMajor, kColsMnMajor>>(rows, cols, accumulator, accumulate,
+                                                            std::make_index_sequence<kN / 2>());
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

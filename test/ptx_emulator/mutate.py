@@ -163,16 +163,25 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
     from deep_gemm_ops import _capi
 
     from gemm_emulation import RowCase, cluster_tile, row_ptx
+    from kgrouped_emulation import KGroupedCase
 
     info = _capi.instances()[row]
+    ragged = info["block_k"] * 7 // 8
     m, n, step = 3 * info["block_m"] - 8, 2 * info["block_n"] - 8, info["split_k"] * info["block_k"]
     blocks = info["num_stages"] + 3
     at_once = cluster_tile(info)
     shapes = [(m, n, blocks, "tma"), (m, n, blocks + 1, "float32"), (at_once[0], 2 * at_once[1], 195, "tma")]
     cases = [
-        RowCase(info["name"], m, n, blocks * step - 112, d, data="integer", num_sms=info["cluster_size"])
+        RowCase(info["name"], m, n, blocks * step - ragged, d, data="integer", num_sms=info["cluster_size"])
         for m, n, blocks, d in shapes
     ]
+
+    if info["grouping"] == "k_grouped":
+        sizes = (blocks * step - 5, 0, step, 70, 1)
+        cases = [
+            KGroupedCase(info["name"], layout, sizes, m, n, 64, 64, d=d, data="integer", num_sms=info["cluster_size"])
+            for layout, d in (("psum", "tma"), ("sizes", "float32"))
+        ]
 
     def run(text: str) -> None:
         module = Module(text)

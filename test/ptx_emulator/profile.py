@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 
 from .counters import Counters, ranges
 
-# Multiply-adds per cycle of one SM's tensor cores, FP8 operands on sm_90; warp instructions issued per cycle.
+# Multiply-adds per cycle of one SM's tensor cores, FP8 operands on sm_90 (a BF16 one counts as two); warp instructions
+# issued per cycle.
 TENSOR_RATE = 4096
 ISSUE_SLOTS = 4
 SHARED_RATE = 128  # bytes per clock of an SM's shared memory
+STAGE_BYTES = 128  # of K
 CLASSES = "tensor fp32 integer convert move shared global bulk barrier other".split()
 
 
@@ -108,7 +110,7 @@ def print_profile(roles: Sequence[Role], tile_macs_per_block: int, file=None) ->
 def bounds(roles: Sequence[Role], info: dict, k_blocks: int = 0) -> dict[str, float]:
     """Clocks that an SM's units need by published rates, for a K block, or for a tile of several.
 
-    An m64nNk32 instruction reads both operands from shared memory, for each 64 rows anew.
+    An instruction reads both operands from shared memory, for each 64 rows anew.
     """
     blocks, tiles = (k_blocks, 1) if k_blocks else (1, 0)
     rows, cols = info["block_m"], info["block_n"]
@@ -120,8 +122,8 @@ def bounds(roles: Sequence[Role], info: dict, k_blocks: int = 0) -> dict[str, fl
 
     consumers = [r for r in roles if r.name == "consumer"]
     issue = sum(len(r.warps) * (blocks * r.instructions() + tiles * r.instructions("per_tile")) for r in consumers)
-    tensor = blocks * rows * cols * info["block_k"] / TENSOR_RATE
-    reads = blocks * rows // 64 * (64 + cols) * info["block_k"]
+    tensor = blocks * rows * cols * STAGE_BYTES / TENSOR_RATE
+    reads = blocks * rows // 64 * (64 + cols) * STAGE_BYTES
     return {
         "tensor": tensor,
         "issue": issue / ISSUE_SLOTS,
@@ -145,10 +147,17 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
     def run(tiles: int, blocks: int) -> Counters:
         # Two tiles of columns, so that both kinds of CTA pairs have work; each CTA of a split tile has its share of K.
         m, n, k = tiles // 2 * info["block_m"], 2 * info["block_n"], blocks * split * info["block_k"]
-        a, b = (torch.ones(rows, k).to(torch.float8_e4m3fn) for rows in (m, n))
-        sfa, sfb = (torch.ones(-(-k // gran_k), -(-mn // gran)).T for mn, gran in ((m, 1), (n, gran_n)))
+        gran = None
+        if info["scaling"] == "none":
+            mn_major = (info["a_mn_major"], info["b_mn_major"])
+            a, b = (torch.ones((k, mn) if t else (mn, k)).bfloat16() for mn, t in zip((m, n), mn_major))
+            sfa = sfb = None
+        else:
+            gran = (1, gran_n, gran_k)
+            a, b = (torch.ones(mn, k).to(torch.float8_e4m3fn) for mn in (m, n))
+            sfa, sfb = (torch.ones(-(-k // gran_k), -(-mn // gran)).T for mn, gran in ((m, 1), (n, gran_n)))
         d = torch.empty(m, n, dtype=torch.bfloat16)
-        stats = run_row(row, a, sfa, b, sfb, d, gran=(1, gran_n, gran_k), num_sms=info["cluster_size"], counters=True)
+        stats = run_row(row, a, sfa, b, sfb, d, gran=gran, num_sms=info["cluster_size"], counters=True)
         assert (d == torch.tensor(k).to(d.dtype)).all(), "wrong result"
         return stats.counters
 
@@ -175,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({"row": index, "name": info["name"], "roles": [dataclasses.asdict(r) for r in roles]}))
         else:
             print(f"\n=== row {index}: {info['name']}")
-            print_profile(roles, info["block_m"] * info["block_n"] * info["block_k"])
+            print_profile(roles, info["block_m"] * info["block_n"] * STAGE_BYTES)
             k_blocks = -(-options.k // (info["split_k"] * info["block_k"]))
             tiles = -(-options.m // info["block_m"]) * -(-options.n // info["block_n"])
             for title, count in (("K block", 0), (f"tile of {k_blocks} K blocks ({tiles} tiles)", k_blocks)):
