@@ -119,7 +119,7 @@ def test_scales_of_ragged_k(row: Row, k: int) -> None:
 def several_waves(row: Row) -> Sm100Case:
     """Nine tiles for two CTAs or pairs, more K blocks than stages: the ring goes on from tile to tile."""
     m, n = tile(row)
-    k = (row["num_stages"] + 2) * row["block_k"] - 27
+    k = row["split_k"] * (row["num_stages"] + 2) * row["block_k"] - 27
     return Sm100Case(row["name"], 2 * m + 3, 2 * n + 17, k, gran_k=32, num_sms=2 * row["cluster_size"])
 
 
@@ -141,6 +141,20 @@ def one_column(row: Row) -> Sm100Case:
     return Sm100Case(row["name"], 2 * row["block_m"] + 31, 1, 300, d="float32", c="bias")
 
 
+def fewer_k_blocks_than_parts(row: Row) -> Sm100Case:
+    """Where CTAs share a tile, one has nothing to add."""
+    m, n = tile(row)
+    k = max(1, row["split_k"] - 1) * row["block_k"]
+    return Sm100Case(row["name"], 2 * m, n, k, d="float32", c="alias", num_sms=row["cluster_size"])
+
+
+def uneven_parts(row: Row) -> Sm100Case:
+    """Parts of K that begin in the middle of a word of scales."""
+    m, n = tile(row)
+    k = (5 * row["split_k"] + 2) * row["block_k"] - 3
+    return Sm100Case(row["name"], m + 1, n + 3, k, d="direct", num_sms=2 * row["cluster_size"])
+
+
 def whole_tiles(row: Row) -> Sm100Case:
     m, n = tile(row)
     return Sm100Case(row["name"], m, 2 * n, 4 * row["block_k"], data="integer")
@@ -153,7 +167,17 @@ def long_k(row: Row) -> Sm100Case:
     return Sm100Case(row["name"], min(m, 50), n + 8, k, num_sms=row["cluster_size"])
 
 
-SHAPES = [several_waves, one_cluster, one_element, one_row, one_column, whole_tiles, long_k]
+SHAPES = [
+    several_waves,
+    one_cluster,
+    one_element,
+    one_row,
+    one_column,
+    fewer_k_blocks_than_parts,
+    uneven_parts,
+    whole_tiles,
+    long_k,
+]
 
 
 @every_row
@@ -174,7 +198,7 @@ def random_case(row: Row, seed: int) -> Sm100Case:
         return pick(any_size, max(1, ceil_div(any_size, step) * step + pick(-1, 0, 1)))
 
     m, n = tile(row)
-    k = size(row["block_k"], pick(1, 4, row["num_stages"] + 3))
+    k = size(row["split_k"] * row["block_k"], pick(1, 4, row["num_stages"] + 3))
     kinds = {"a": "fp8", "b": "fp8"}
     layout = pick(*(layout for layout in LAYOUTS if takes(row, layout)))
     if row["scaling"] == "ue8m0":
@@ -211,21 +235,21 @@ def test_random_problems(row: Row) -> None:
 
 
 def mutated_rows() -> list[Row]:
-    """The smallest tile of each kind of kernel: scaled or not, pairs, swapped operands."""
+    """The smallest tile of each kind of kernel: scaled or not, pairs, swapped operands, reduction."""
     if os.environ.get("DG_EMULATED_MUTANTS") == "all":
         return ROWS
     kinds: dict[tuple, Row] = {}
     for row in sorted(ROWS, key=lambda row: row["block_m"] * row["block_n"]):
-        kinds.setdefault((row["scaling"], row["row_ctas"], row["swap_ab"]), row)
+        kinds.setdefault((row["scaling"], row["row_ctas"], row["swap_ab"], row["split_k"] > 1), row)
     return list(kinds.values())
 
 
 def survey_row(row: Row) -> list[tuple[mutate.Mutant, str]]:
     """Ragged tiles, several for each CTA, more K blocks than stages, each way to store."""
     m, n = tile(row)
-    k = (row["num_stages"] + 3) * row["block_k"]
+    k = row["split_k"] * (row["num_stages"] + 3) * row["block_k"]
     case = Sm100Case(row["name"], 3 * m - 8, 2 * n - 8, k - 27, data="integer", num_sms=row["cluster_size"])
-    few = dataclasses.replace(case, k=2 * row["block_k"], gran_k=32)
+    few = dataclasses.replace(case, k=2 * row["split_k"] * row["block_k"], gran_k=32)
     others = [("direct", "bias"), ("float32", ""), ("float32_direct", "full")]
     cases = [case, *(dataclasses.replace(few, d=d, c=c) for d, c in others)]
 

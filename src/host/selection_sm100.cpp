@@ -22,6 +22,9 @@ constexpr double kStoreBytes = 32;          // per clock and SM, to L2
 constexpr double kLaunchClocks = 4500;      // before the first K block and after the last store
 constexpr double kFirstBlockClocks = 1000;  // of a tile whose loads are not hidden behind the tile before
 constexpr double kTileClocks = 200;         // between the last K block of a tile and the first one of the next
+constexpr double kClusterClocks = 1500;     // clusters, whose CTAs start and end together
+constexpr double kReduceClocks = 700;       // split K: to meet the other CTAs of a tile
+constexpr double kReduceColumnClocks = 16;  // more of them per column of the tile
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,6 +38,7 @@ std::string sm100_row_name(const GemmRow& row) {
             std::to_string(row.swap_ab ? row.tile_rows() : row.tile_cols());
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_pair";
+    if (row.split_k > 1) name += "_splitk" + std::to_string(row.split_k);
     return name;
 }
 
@@ -68,9 +72,10 @@ double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const Selec
     const double block = std::max({products, stage_bytes / kSharedBytes, stage_bytes / kFillBytes});
 
     // A tile, whose epilogue hides behind the next one's products if it is the shorter of the two.
-    const double k_blocks = static_cast<double>(ceil_div(problem.k, layout.block_k()));
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, layout.block_k()), row.split_k));
     const double accumulator = sm100::kBlockRows * static_cast<double>(row.block_cols);
-    const double epilogue = 4 * accumulator / kTensorReadBytes + d_bytes * accumulator / kStoreBytes;
+    double epilogue = 4 * accumulator / kTensorReadBytes + d_bytes * accumulator / row.split_k / kStoreBytes;
+    if (row.split_k > 1) epilogue += kReduceClocks + kReduceColumnClocks * row.block_cols;
     const double tile = std::max(k_blocks * block + kTileClocks, epilogue);
 
     const double waves = static_cast<double>(ceil_div(tiles, resident));
@@ -80,7 +85,8 @@ double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const Selec
                          static_cast<double>(problem.m) * problem.n * d_bytes;
     const double used = static_cast<double>(std::min(tiles, resident)) * row.cluster_size() / limits.num_sms;
     const double memory = bytes / kMemoryBytes / std::min(1.0, 2 * used);  // half of the SMs can load at full rate
-    const double clocks = kLaunchClocks + kFirstBlockClocks + epilogue + together(waves * tile, memory);
+    const double start = kLaunchClocks + kFirstBlockClocks + (row.cluster_size() > 1 ? kClusterClocks : 0);
+    const double clocks = start + epilogue + together(waves * tile, memory);
     return clocks / (kClockGHz * 1000);
 }
 

@@ -37,13 +37,69 @@ public:
             load_wait(bits);
             if (offset + kLoadCols == kBlockCols) done();
             if constexpr (kLayout.row.swap_ab) {
-                store_swapped<Element>(params, row + lane, col + offset, bits);
+                float values[kLoadCols];
+#pragma unroll
+                for (int i = 0; i < kLoadCols; ++i) values[i] = __uint_as_float(bits[i]);
+                store_swapped<Element>(params, row + lane, col + offset, values);
             } else if (params.output_mode == kStoreTma) {
                 store_box<Element>(params, boxes, buffer, row, col, offset, lane, bits);
             } else {
                 store_elements<Element>(params, reinterpret_cast<float*>(boxes), row, col + offset, lane, bits);
             }
         }
+    }
+
+    // Split K: sends each CTA of the cluster its slice of this CTA's accumulator, none where `is_zero`, sums this CTA's in the
+    // order of the parts and stores it. Warps of the same number exchange with one another, through `reduce`.
+    template <class Element, class Done>
+    __device__ __forceinline__ static void reduce_and_store(const GemmParams& params, uint32_t accumulator, bool is_zero,
+                                                            float4* reduce, ptx::Barrier& full, ptx::Barrier& empty,
+                                                            uint32_t phase, int warp, int part, int row, int col,
+                                                            Done&& done) {
+        constexpr int kParts = kLayout.row.split_k;
+        constexpr int kSliceCols = kLayout.slice_cols();
+        constexpr int kQuads = kSliceCols / 4;
+        const int lane = threadIdx.x % 32;
+        ptx::mbarrier_wait_cluster(empty, phase ^ 1);
+#pragma unroll
+        for (int offset = 0; offset < kBlockCols; offset += kLoadCols) {
+            uint32_t bits[kLoadCols] = {};
+            if (!is_zero) {
+                load_columns(accumulator + offset, bits);
+                load_wait(bits);
+            }
+            if (offset + kLoadCols == kBlockCols) done();
+#pragma unroll
+            for (int i = 0; i < kLoadCols; i += 4) {
+                const int target = (offset + i) / kSliceCols;
+                float4* slot = reduce + ((part * kEpilogueWarps + warp) * kQuads + (offset + i) % kSliceCols / 4) * 32 + lane;
+                const float4 quad = make_float4(__uint_as_float(bits[i]), __uint_as_float(bits[i + 1]),
+                                                __uint_as_float(bits[i + 2]), __uint_as_float(bits[i + 3]));
+                if (target == part) {
+                    *slot = quad;
+                } else {
+                    ptx::store_remote_v4(slot, target, quad.x, quad.y, quad.z, quad.w);
+                }
+            }
+        }
+        __syncwarp();
+        const bool reaches_peer = lane < kParts && lane != part;
+        if (reaches_peer) ptx::mbarrier_arrive_remote_release(full, lane);
+        ptx::mbarrier_wait_cluster(full, phase);
+        float sums[kSliceCols] = {};
+        for (int source = 0; source < kParts; ++source) {
+#pragma unroll
+            for (int quad = 0; quad < kQuads; ++quad) {
+                const float4 addend = reduce[((source * kEpilogueWarps + warp) * kQuads + quad) * 32 + lane];
+                sums[4 * quad + 0] += addend.x;
+                sums[4 * quad + 1] += addend.y;
+                sums[4 * quad + 2] += addend.z;
+                sums[4 * quad + 3] += addend.w;
+            }
+        }
+        __syncwarp();
+        if (reaches_peer) ptx::mbarrier_arrive_remote(empty, lane);
+        store_swapped<Element>(params, row + lane, col + part * kSliceCols, sums);
     }
 
 private:
@@ -120,24 +176,20 @@ private:
         }
     }
 
-    // `n`: this thread's column of D; registers are rows from `m` on.
-    template <class Element>
-    __device__ __forceinline__ static void store_swapped(const GemmParams& params, int n, int m,
-                                                         const uint32_t (&bits)[kLoadCols]) {
+    // `n`: this thread's column of D; values are those of rows from `m` on.
+    template <class Element, int kRows>
+    __device__ __forceinline__ static void store_swapped(const GemmParams& params, int n, int m, float (&values)[kRows]) {
         if (n >= params.n) return;
-        float values[kLoadCols];
-#pragma unroll
-        for (int i = 0; i < kLoadCols; ++i) values[i] = __uint_as_float(bits[i]);
         if (params.c != nullptr) {
             const Element* c = static_cast<const Element*>(params.c) + m * params.c_stride + n;
 #pragma unroll
-            for (int i = 0; i < kLoadCols; ++i) {
+            for (int i = 0; i < kRows; ++i) {
                 if (m + i < params.m) values[i] += to_float(c[i * params.c_stride]);
             }
         }
         Element* d = static_cast<Element*>(params.d) + m * params.d_stride + n;
 #pragma unroll
-        for (int i = 0; i < kLoadCols; ++i) {
+        for (int i = 0; i < kRows; ++i) {
             if (m + i < params.m) d[i * params.d_stride] = static_cast<Element>(values[i]);
         }
     }

@@ -2,7 +2,7 @@
 // BF16 without scales; FP32 sums in tensor memory.
 //
 // A tile is 128 rows of the instruction's M by block_cols of its N; its operand "rows" is A, or with swapped operands (small
-// M) the weights B, and "cols" is the other. A pair of CTAs (row_ctas 2) has one instruction of 256 rows: each CTA loads its
+// M) the weights B, and "cols" is the other. With split K the CTAs of a cluster share a tile. A pair of CTAs (row_ctas 2) has one instruction of 256 rows: each CTA loads its
 // 128 rows and half of the columns, and gets its rows of the accumulator. A stage is 128 bytes of K, K-major or MN-major.
 //
 // Warp 0 issues TMA loads. Warp 1 of a pair's first CTA issues all tensor-core operations, a single thread. Warp 2 turns
@@ -17,6 +17,8 @@
 // scales_empty[s]       each     1 (commit)                            they are in tensor memory
 // accumulator_full[a]   each     1 (commit)                            accumulator a is complete
 // accumulator_empty[a]  first    epilogue warps of each CTA            accumulator a has been read
+// reduce_full[w]        each     warp w of the other CTAs (split K)    their parts of my slice are in my shared memory
+// reduce_empty[w]       each     warp w of the other CTAs (split K)    my parts have been read there: send the next ones
 // (first: used in a pair's first CTA only; a commit arrives in both.)
 #pragma once
 
@@ -42,6 +44,8 @@ class GemmKernel {
     static constexpr int kBlockCols = kRow.block_cols;
     static constexpr int kNumStages = kLayout.num_stages();
     static constexpr int kCtas = kLayout.num_ctas();
+    static constexpr int kSplitK = kRow.split_k;
+    static constexpr int kClusterSize = kRow.cluster_size();
     static constexpr bool kScaled = kLayout.scaled();
     static constexpr int kBlockK = kLayout.block_k();
 
@@ -57,7 +61,8 @@ class GemmKernel {
 public:
     __device__ __forceinline__ static void run(const Sm100GemmParams& params, Storage& shared) {
         const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
-        const uint32_t rank = kCtas == 1 ? 0 : ptx::cluster_rank();
+        const uint32_t cluster_rank = kClusterSize == 1 ? 0 : ptx::cluster_rank();
+        const uint32_t rank = kCtas == 1 ? 0 : cluster_rank;  // in the pair
 
         if (warp == kLoadWarp && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.gemm.rows_map);
@@ -80,17 +85,23 @@ public:
                 ptx::mbarrier_init(shared.accumulator_full[a], 1);
                 ptx::mbarrier_init(shared.accumulator_empty[a], kEpilogueWarps * kCtas);
             }
+            if constexpr (kSplitK > 1) {
+                for (int warp = 0; warp < kEpilogueWarps; ++warp) {
+                    ptx::mbarrier_init(shared.reduce_full[warp], kSplitK - 1);
+                    ptx::mbarrier_init(shared.reduce_empty[warp], kSplitK - 1);
+                }
+            }
             ptx::fence_mbarrier_init();
         }
         if (warp == kScaleWarp) {
             tensor_memory_allocate<kCtas>(&shared.tensor_memory, kLayout.allocated_columns());
             fence_before_sync();
         }
-        sync_pair();
+        sync_cluster();
         fence_after_sync();
         const uint32_t tensor_memory = shared.tensor_memory;
         ptx::grid_dependency_launch();
-        Scheduler scheduler(params.gemm.schedule, rank);
+        Scheduler scheduler(params.gemm.schedule, cluster_rank);
         ptx::grid_dependency_wait();
 
         if (warp == kLoadWarp) {
@@ -100,18 +111,18 @@ public:
         } else if (warp == kScaleWarp) {
             if constexpr (kScaled) turn_scales(params, shared, scheduler);
         } else if (warp >= kFirstEpilogueWarp) {
-            store(params.gemm, shared, scheduler, warp - kFirstEpilogueWarp, tensor_memory);
+            store(params.gemm, shared, scheduler, warp - kFirstEpilogueWarp, static_cast<int>(cluster_rank), tensor_memory);
         }
 
-        // Tensor memory, and the shared memory that the other CTA's arrivals target, must outlive all use.
+        // Tensor memory, and the shared memory that other CTAs' arrivals and stores target, must outlive all use.
         fence_before_sync();
-        sync_pair();
+        sync_cluster();
         if (warp == kScaleWarp) tensor_memory_free<kCtas>(tensor_memory, kLayout.allocated_columns());
     }
 
 private:
-    __device__ __forceinline__ static void sync_pair() {
-        if constexpr (kCtas > 1) {
+    __device__ __forceinline__ static void sync_cluster() {
+        if constexpr (kClusterSize > 1) {
             ptx::cluster_sync();
         } else {
             __syncthreads();
@@ -125,6 +136,11 @@ private:
         } else {
             ptx::mbarrier_arrive_remote(barrier, 0);
         }
+    }
+
+    // Whether block i of a tile's (part of) K is the first one whose scales are in a word, and in which byte of it they are.
+    __device__ __forceinline__ static bool begins_word(const Sm100GemmParams& params, const WorkTile& work, int i) {
+        return i == 0 || (work.k_block + i) % params.blocks_per_word == 0;
     }
 
     // ---- warp 0 ----
@@ -153,7 +169,7 @@ private:
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
                 if constexpr (kScaled) {
-                    if (i % params.blocks_per_word == 0) {
+                    if (begins_word(params, work, i)) {
                         const int s = scale_state.stage_idx;
                         const int word = (work.k_block + i) / params.blocks_per_word;
                         ptx::mbarrier_wait(shared.scales_empty[s], scale_state.phase ^ 1);
@@ -187,6 +203,7 @@ private:
                                                     uint32_t tensor_memory) {
         const uint32_t row_scales = tensor_memory + kLayout.row_scale_column();
         const uint32_t col_scales = tensor_memory + kLayout.col_scale_column();
+        const int last_block = params.gemm.schedule.num_k_blocks - 1;
         const uint64_t rows_of_ring = descriptor(params.rows, shared.rows[0]);
         const uint64_t cols_of_ring = descriptor(params.cols, shared.cols[0]);
         State state, scale_state;
@@ -200,8 +217,8 @@ private:
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
                 uint32_t scale_byte = 0;  // of the words, for the block's first instruction
                 if constexpr (kScaled) {
-                    scale_byte = i % params.blocks_per_word;
-                    if (scale_byte == 0) {
+                    scale_byte = (work.k_block + i) % params.blocks_per_word;
+                    if (begins_word(params, work, i)) {
                         const int s = scale_state.stage_idx;
                         ptx::mbarrier_wait(shared.scales_ready[s], scale_state.phase);
                         fence_after_sync();
@@ -221,7 +238,7 @@ private:
                 const uint64_t rows = rows_of_ring + s * (kLayout.row_tile_bytes() / 16);
                 const uint64_t cols = cols_of_ring + s * (kLayout.col_tile_bytes() / 16);
                 // What lies behind the end of K is not multiplied: zeros would do no harm, but their scales may be NaN.
-                const int steps = i == work.num_k_blocks - 1 ? params.last_steps : kSteps;
+                const int steps = work.k_block + i == last_block ? params.last_steps : kSteps;
                 const bool per_step = params.blocks_per_word == 1;
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
@@ -253,7 +270,8 @@ private:
         WorkTile work;
         while (scheduler.next(work)) {
 #pragma unroll 1
-            for (int i = 0; i < work.num_k_blocks; i += params.blocks_per_word, state.advance()) {
+            for (int i = 0; i < work.num_k_blocks; ++i) {
+                if (!begins_word(params, work, i)) continue;
                 const int s = state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_full[s], state.phase);
                 uint4 words[Storage::kScaleGroups];
@@ -270,6 +288,7 @@ private:
                 ptx::fence_async_shared();
                 __syncwarp();
                 if (lane == 0) arrive_first(shared.scales_ready[s]);
+                state.advance();
             }
         }
     }
@@ -277,10 +296,11 @@ private:
     // ---- warps 4 to 7 ----
 
     __device__ __forceinline__ static void store(const GemmParams& params, Storage& shared, Scheduler scheduler, int warp,
-                                                 uint32_t tensor_memory) {
+                                                 int part, uint32_t tensor_memory) {
         const int lane = threadIdx.x % 32;
         uint8_t* boxes = shared.boxes[kRow.swap_ab ? 0 : warp][0];
         int buffer = 0;
+        uint32_t reduce_phase = 0;
         AccumulatorState state;
         WorkTile work;
         while (scheduler.next(work)) {
@@ -294,11 +314,21 @@ private:
                 if (lane == 0) arrive_first(shared.accumulator_empty[a]);
             };
             const int row = work.row + warp * 32;
+            const auto store_as = [&]<class Element>(Element) {
+                if constexpr (kSplitK > 1) {
+                    Epilogue<Traits>::template reduce_and_store<Element>(
+                        params, accumulator, work.num_k_blocks == 0, shared.reduce, shared.reduce_full[warp],
+                        shared.reduce_empty[warp], reduce_phase, warp, part, row, work.col, done);
+                } else {
+                    Epilogue<Traits>::template store<Element>(params, accumulator, boxes, buffer, row, work.col, done);
+                }
+            };
             if (params.d_is_float) {
-                Epilogue<Traits>::template store<float>(params, accumulator, boxes, buffer, row, work.col, done);
+                store_as(float());
             } else {
-                Epilogue<Traits>::template store<__nv_bfloat16>(params, accumulator, boxes, buffer, row, work.col, done);
+                store_as(__nv_bfloat16());
             }
+            reduce_phase ^= 1;
             state.advance();
         }
         if constexpr (!kRow.swap_ab) {

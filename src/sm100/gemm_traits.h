@@ -59,10 +59,15 @@ struct GemmLayout {
     constexpr int box_cols(int d_bytes) const { return d_bytes == 2 && row.block_cols % 64 == 0 ? 64 : 32; }
     constexpr int staging_bytes() const { return row.swap_ab ? 0 : kEpilogueWarps * kStoreBuffers * kStoreBufferBytes; }
 
+    // Split K: each CTA of a cluster multiplies a part of K and finishes a slice of the tile's columns, FP32 parts of which
+    // the others send.
+    constexpr int slice_cols() const { return row.block_cols / row.split_k; }
+    constexpr int reduce_bytes() const { return row.split_k == 1 ? 0 : kBlockRows * row.block_cols * 4; }
+
     constexpr int stage_bytes() const {
         return row_tile_bytes() + col_tile_bytes() + row_scale_bytes() + col_scale_bytes() + 5 * 8;
     }
-    constexpr int fixed_bytes() const { return staging_bytes() + 4 * 8 + 16 + 3 * 1024; }
+    constexpr int fixed_bytes() const { return staging_bytes() + reduce_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024; }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
     }
@@ -82,7 +87,11 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.arch != 100) return "arch must be 100";
     if (row.block_rows != kBlockRows) return "block_rows must be 128";
     if (row.row_ctas != 1 && row.row_ctas != 2) return "row_ctas must be 1, or 2 for instructions of a pair of CTAs";
-    if (row.col_ctas != 1 || row.split_k != 1) return "col_ctas and split_k must be 1";
+    if (row.col_ctas != 1) return "col_ctas must be 1";
+    if (row.split_k > 1 && (!row.swap_ab || row.row_ctas > 1)) return "split K takes single CTAs and swapped operands";
+    if (row.cluster_size() > 8) return "a cluster has 8 CTAs at most";
+    if (row.split_k > 1 && row.block_cols % (4 * row.split_k) != 0) return "split K must divide the columns, 4 at a time";
+    if (row.split_k > 1 && 32 % layout.slice_cols() != 0) return "split K: a slice of columns must divide 32";
     if ((row.operands == OperandType::kBF16) != (row.scaling == kNoScaling)) return "8-bit operands have scales, BF16 has none";
     if (row.operands != OperandType::kBF16 && row.scaling != kUE8M0Scaling) return "scales must be UE8M0";
     if (row.block_cols % (16 * row.row_ctas) != 0 || row.block_cols < 16 || row.block_cols > 256) {

@@ -23,6 +23,9 @@ struct alignas(1024) SharedStorage {
     static constexpr int kScaleGroups = (kLayout.row_scale_bytes() + kLayout.col_scale_bytes()) / (4 * kScaleRows);
     alignas(128) uint32_t scales[kStages][kScaleGroups + !kLayout.scaled()][kLayout.scaled() ? kScaleRows : 4];
 
+    // Split K: FP32 parts of this CTA's slice, [source CTA][epilogue warp][4 columns][lane].
+    float4 reduce[kLayout.reduce_bytes() / 16 + (kLayout.reduce_bytes() == 0)];
+
     ptx::Barrier full[kStages];
     ptx::Barrier empty[kStages];
     ptx::Barrier scales_full[kStages];
@@ -30,6 +33,8 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier scales_empty[kStages];
     ptx::Barrier accumulator_full[kAccumulators];
     ptx::Barrier accumulator_empty[kAccumulators];
+    ptx::Barrier reduce_full[kEpilogueWarps];
+    ptx::Barrier reduce_empty[kEpilogueWarps];
     uint32_t tensor_memory;
 };
 
