@@ -1,4 +1,4 @@
-"""What the kernels for SM100 are made of: gates on SASS, and what their rows are for. Siblings of test_kernel_gates.py."""
+"""What the kernels for SM100 are made of: gates on SASS, and what their rows are for. See test_kernel_gates.py."""
 
 from __future__ import annotations
 
