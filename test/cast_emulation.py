@@ -23,7 +23,10 @@ from ptx_emulator.build import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "src" / "cast").glob("*.cu"))
-HEADERS = [*sorted((ROOT / "src" / "cast").glob("*.cuh")), ROOT / "src" / "host" / "cast.h"]
+HEADERS = [
+    *sorted((ROOT / "src" / "cast").glob("*.cuh")),
+    *(ROOT / "src" / "host" / name for name in ("cast.h", "gemm_problem.h", "gemm_row.h")),
+]
 
 RUNTIME = r"""
 #include <cuda_runtime_api.h>
@@ -63,11 +66,27 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
     return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
 }
 void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
-unsigned long sizes[4] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
-                          sizeof(GroupedPackProblem)};
+unsigned long sizes[7] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+                          sizeof(GroupedPackProblem), sizeof(SwigluProblem), sizeof(TransposedCastProblem),
+                          sizeof(KGroups)};
 int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
 int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
 int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
+int per_token_cast_fp4(const CastProblem& p, int pdl) { return launch_per_token_cast_fp4(p, nullptr, pdl); }
+int swiglu_cast(const SwigluProblem& p, int pdl) { return launch_swiglu_cast(p, nullptr, pdl); }
+int per_token_cast_with_transpose(const TransposedCastProblem& p, int pdl) {
+    return launch_per_token_cast_with_transpose(p, nullptr, pdl);
+}
+int per_block_cast_with_transpose(const TransposedCastProblem& p, int pdl) {
+    return launch_per_block_cast_with_transpose(p, nullptr, pdl);
+}
+struct GroupedProblem { TransposedCastProblem problem; KGroups groups; };
+int k_grouped_cast(const GroupedProblem& p, int pdl) {
+    return launch_k_grouped_per_channel_cast(p.problem.cast, p.groups, nullptr, pdl);
+}
+int k_grouped_cast_k_major(const GroupedProblem& p, int pdl) {
+    return launch_k_grouped_cast_k_major(p.problem, p.groups, nullptr, pdl);
+}
 int transpose_fp8(const TransposeProblem& p, int pdl) { return launch_transpose_fp8(p, nullptr, pdl); }
 int scale_layout(const ScaleLayoutProblem& p, int pdl) { return launch_scale_layout(p, nullptr, pdl); }
 int k_grouped_pack(const GroupedPackProblem& p, int pdl) { return launch_k_grouped_pack_ue8m0(p, nullptr, pdl); }
@@ -99,7 +118,26 @@ class GroupedPackProblem(ctypes.Structure):
         ("dst_rows", _L)]  # fmt: skip
 
 
-PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem]
+class SwigluProblem(ctypes.Structure):
+    _fields_ = [("cast", CastProblem), ("topk_weights", _P), ("weight_stride", _L), ("clamped", ctypes.c_bool)] + [
+        ("clamp", ctypes.c_float)]  # fmt: skip
+
+
+class TransposedCastProblem(ctypes.Structure):
+    _fields_ = [("cast", CastProblem), ("out_t", _P), ("out_t_stride", _L), ("sf_t", _P), ("sf_t_stride", _L)]
+
+
+class KGroups(ctypes.Structure):
+    _fields_ = [("ends", _P), ("ends_stride", _L), ("num_groups", _L), ("rows", _L), ("layout", _I)] + [
+        ("alignment", _L)]  # fmt: skip
+
+
+class GroupedProblem(ctypes.Structure):
+    _fields_ = [("problem", TransposedCastProblem), ("groups", KGroups)]
+
+
+PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem, SwigluProblem]
+PROBLEMS += [TransposedCastProblem, KGroups]
 _CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
 
 
@@ -189,3 +227,86 @@ def run(
         raise result.error
     assert error == 0, f"{function} returned CUDA error {error}"
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Poisoned memory, inputs and comparisons
+
+FORMATS = ["float32", "ue8m0", "packed"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+POISON = 0xA5
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def align(a: int, b: int) -> int:
+    return ceil_div(a, b) * b
+
+
+def buffer(elements: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    """Poisoned memory that begins ``offset`` elements after a 128-byte boundary."""
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.full(((elements + offset) * size + 256,), POISON, dtype=torch.uint8)
+    begin = -raw.data_ptr() % 128 + offset * size
+    return raw[begin : begin + elements * size].view(dtype)
+
+
+def matrix(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    extent = 0 if 0 in shape else sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+    return buffer(extent, dtype, offset).as_strided(shape, strides)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x).contiguous().view(size)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, but any NaN equals any NaN."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    equal = bits(actual) == bits(expected)
+    if actual.dtype.is_floating_point:
+        equal |= actual.float().isnan() & expected.float().isnan()
+    if not equal.all():
+        where = tuple(equal.logical_not().nonzero()[0].tolist())
+        raise AssertionError(f"{(~equal).sum()} differ, first at {where}: {actual[where]} != {expected[where]}")
+
+
+def assert_padding_untouched(x: torch.Tensor) -> None:
+    """Elements between the rows of a strided matrix still hold the poison."""
+    storage = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    begin = x.storage_offset() * x.element_size()
+    extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+    region = storage[begin : begin + extent * x.element_size()].clone().view(-1, x.element_size())
+    region.as_strided((*x.shape, x.element_size()), (*(s * x.element_size() for s in x.stride()), 1)).fill_(POISON)
+    assert (region == POISON).all(), "written between the rows"
+
+
+def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Groups of very different magnitude, some of them zero, in the range of ``dtype``."""
+    g = torch.Generator().manual_seed(seed)
+    span = 4 if dtype == torch.float16 else 30
+    exponent = torch.randint(-span, span + 1, (shape[0], ceil_div(shape[1], 16) if shape[1] else 0), generator=g)
+    scale = torch.exp2(exponent.float()).repeat_interleave(16, 1)[:, : shape[1]]
+    x = torch.randn(shape, generator=g) * scale
+    x[torch.rand(shape, generator=g) < 0.05] = 0.0
+    x[torch.rand(shape, generator=g) < 0.01] = -0.0
+    if shape[0] > 2:
+        x[shape[0] // 2] = 0.0
+    return x.to(dtype)
+
+
+def cast_input(shape: tuple[int, int], dtype: torch.dtype, seed: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
+    x = matrix(shape, (stride or shape[1], 1), dtype, offset)
+    return x.copy_(random_values(shape, dtype, seed))
+
+
+def assert_memory_bound(result: Run, read: int, written: int, slack: float = 1.0) -> None:
+    """``read`` and ``written`` are the bytes that have to move; ``slack`` allows for scales of small tiles."""
+    assert result.stats is not None
+    n = result.stats.counters["total"]
+    assert n["smem_load_conflicts"] == 0 and n["smem_store_conflicts"] == 0
+    assert n["gmem_load_sectors"] <= slack * read / 32, f"{n['gmem_load_sectors']} sectors, {read / 32} needed"
+    assert n["gmem_store_sectors"] <= slack * written / 32, f"{n['gmem_store_sectors']} sectors, {written / 32} needed"

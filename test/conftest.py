@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import cuda_condition
 
@@ -11,6 +14,17 @@ from common import cuda_condition
 @pytest.fixture(params=["cpu"] if cuda_condition() else ["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=["cpu", "fake"] + ([] if cuda_condition() else ["cuda", "fake cuda"]))
+def device_or_fake(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Also under FakeTensorMode, where tensors have no memory."""
+    kind = request.param
+    if not kind.startswith("fake"):
+        yield kind
+        return
+    with FakeTensorMode():
+        yield "cuda" if kind == "fake cuda" else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -329,7 +329,7 @@ class KGroupedCase(Case):
     sizes: tuple[int, ...]
     m: int
     n: int
-    order: str = "tn"
+    order: str = "tn"  # tn, nt (flat), padded (nt)
     type: str = "fp8"
     layout: str = "sizes"
     alignment: int = 128
@@ -348,7 +348,7 @@ class KGroupedCase(Case):
 
     @property
     def op(self) -> str:
-        return f"k_grouped_{self.type}_gemm_{self.order}_contiguous"
+        return f"k_grouped_{self.type}_gemm_{'tn' if self.order == 'tn' else 'nt'}_contiguous"
 
     def build(self) -> Built:
         random = generator(self.seed)
@@ -377,13 +377,21 @@ class KGroupedCase(Case):
                     of_row = row + torch.arange(size) // 128
                     x64[start : start + size] *= sf64[of_row]
                     row += ceil_div(size, 128)
-                tail = self.sf_tail + max(0, ceil_div(k, 128) - rows)
+                enough = k // 128 + groups if self.order == "padded" else ceil_div(k, 128)
+                tail = max(0, enough - rows) + (0 if self.order == "padded" else self.sf_tail)
                 behind = torch.arange(rows + tail) >= rows
                 padded = torch.empty((rows + tail, mn), dtype=sf.dtype)
                 padded[:rows] = sf
                 poison(padded, behind)
                 sf = arrange(padded, self.sf_strides, self.device)
-            if self.order == "nt":
+            if self.order == "padded":
+                columns = torch.zeros(mn, 128 * (k // 128 + groups)).to(self.dtype)
+                column = 0
+                for start, end in zip(starts, ends):
+                    columns[:, column : column + end - start] = x[start:end].t()
+                    column += ceil_div(end - start, 128) * 128
+                x = embed(columns, self.pad, self.device)
+            elif self.order == "nt":
                 parts = [x[start:end].t().reshape(-1) for start, end in zip(starts, ends)]
                 x = torch.cat([*parts, x.new_empty(0)]).to(self.device)
             else:
@@ -613,7 +621,7 @@ def random_case(seed: int, device: str, max_mn: int = 200, max_k: int = 400) -> 
         m_max = max([*counts, size(max_mn)])
         return MaskedCase(counts, m_max, size(max_mn), size(max_k), type=type_, **common, **scaled)
     if kind == "k":
-        order = pick("tn", "nt") if type_ == "fp8" else "tn"
+        order = pick("tn", "nt", "padded") if type_ == "fp8" else "tn"
         layout = pick("sizes", "offsets", "psum")
         if order == "nt":
             counts = tuple(ceil_div(count, 128) * 128 for count in counts)
@@ -652,12 +660,13 @@ def small_cases(device: str) -> list[Case]:
             cases.append(KGroupedCase((130, 0, 5), 24, 40, layout=layout, c="full" if out else "", **common))
         if type_ == "fp8":
             cases.append(KGroupedCase((128, 0, 256), 24, 40, order="nt", c="bias", **common))
+            cases.append(KGroupedCase((130, 0, 5), 24, 40, order="padded", layout="offsets", **common))
         expressions = ("bhr,hdr->bhd", "bhd,hdr->bhr", "bhd,bhr->hdr" if type_ == "fp8" else "bmk,bnk->mn")
         for expr in expressions:
             cases.append(EinsumCase(expr, (6, 32, 3, 48) if "h" in expr else (3, 48, 6, 32), c="full", **common))
         if type_ == "bf16":
             for layout in ("nt", "nn", "tn", "tt"):
-                cases.append(BF16Case(36, 40, 72, layout, c="bias" if out else "", **common))
+                cases.append(BF16Case(48, 40, 72, layout, c="bias" if out else "", **common))
         else:
             cases.append(HeadsCase(6, 2, (16, 8, 24), 272, **common))
     return cases

@@ -319,6 +319,13 @@ def test_cast_records_are_checked_to_the_bit(on_cpu):
         "per_channel_cast_to_fp8",
         "per_block_cast_to_fp8",
         "transpose_fp8",
+        "per_token_cast_to_fp4",
+        "swiglu_cast_to_fp8",
+        "swiglu_cast_to_fp8 clamp 10",
+        "per_token_cast_to_fp8_with_transpose",
+        "per_block_cast_to_fp8_with_transpose",
+        "k_grouped_per_channel_cast_to_fp8",
+        "k_grouped_per_channel_cast_to_fp8_k_major",
     ]
     for record in records:
         assert record["failed"] == {}
@@ -478,7 +485,7 @@ def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, c
     problems = [(3, 128, 256), (3, 136, 384), (16, 128, 256), (16, 136, 384)]
     assert [(r["m"], r["n"], r["k"]) for r in run["gemm"]] == problems
     assert len(run["rows"]) == 4
-    assert len(run["casts"]) == 5
+    assert len(run["casts"]) == len(suites.CASTS)
     assert len(run["host"]) == 4
     assert run["device"]["name"] == "Test GPU"
     assert "selected   0" in capsys.readouterr().out

@@ -9,74 +9,22 @@ from deep_gemm_ops import reference
 from deep_gemm_ops._checks import cast_scale_shape
 
 import cast_emulation as emulation
+from cast_emulation import (
+    DTYPES,
+    FORMATS,
+    align,
+    assert_memory_bound,
+    assert_padding_untouched,
+    assert_same,
+    bits,
+    cast_input,
+    ceil_div,
+    matrix,
+)
 
 pytestmark = pytest.mark.emulated
 
-FORMATS = ["float32", "ue8m0", "packed"]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KINDS = ["per_token", "per_channel", "per_block"]
-POISON = 0xA5
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def align(a: int, b: int) -> int:
-    return ceil_div(a, b) * b
-
-
-def buffer(elements: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """Poisoned memory that begins ``offset`` elements after a 128-byte boundary."""
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.full(((elements + offset) * size + 256,), POISON, dtype=torch.uint8)
-    begin = -raw.data_ptr() % 128 + offset * size
-    return raw[begin : begin + elements * size].view(dtype)
-
-
-def matrix(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    extent = 0 if 0 in shape else sum((n - 1) * s for n, s in zip(shape, strides)) + 1
-    return buffer(extent, dtype, offset).as_strided(shape, strides)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
-    return torch.empty(x.shape, dtype=x.dtype).copy_(x).contiguous().view(size)
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit, but any NaN equals any NaN."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    equal = bits(actual) == bits(expected)
-    if actual.dtype.is_floating_point:
-        equal |= actual.float().isnan() & expected.float().isnan()
-    if not equal.all():
-        where = tuple(equal.logical_not().nonzero()[0].tolist())
-        raise AssertionError(f"{(~equal).sum()} differ, first at {where}: {actual[where]} != {expected[where]}")
-
-
-def assert_padding_untouched(x: torch.Tensor) -> None:
-    """Elements between the rows of a strided matrix still hold the poison."""
-    storage = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
-    begin = x.storage_offset() * x.element_size()
-    extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
-    region = storage[begin : begin + extent * x.element_size()].clone().view(-1, x.element_size())
-    region.as_strided((*x.shape, x.element_size()), (*(s * x.element_size() for s in x.stride()), 1)).fill_(POISON)
-    assert (region == POISON).all(), "written between the rows"
-
-
-def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Groups of very different magnitude, some of them zero, in the range of ``dtype``."""
-    g = torch.Generator().manual_seed(seed)
-    span = 4 if dtype == torch.float16 else 30
-    exponent = torch.randint(-span, span + 1, (shape[0], ceil_div(shape[1], 16) if shape[1] else 0), generator=g)
-    scale = torch.exp2(exponent.float()).repeat_interleave(16, 1)[:, : shape[1]]
-    x = torch.randn(shape, generator=g) * scale
-    x[torch.rand(shape, generator=g) < 0.05] = 0.0
-    x[torch.rand(shape, generator=g) < 0.01] = -0.0
-    if shape[0] > 2:
-        x[shape[0] // 2] = 0.0
-    return x.to(dtype)
 
 
 def cast(
@@ -118,11 +66,6 @@ def cast(
         nan = bits(out)[out.float().isnan()]
         assert (nan == 0x7F).all(), "NaN is written as 0x7F"
     return result
-
-
-def cast_input(shape: tuple[int, int], dtype: torch.dtype, seed: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
-    x = matrix(shape, (stride or shape[1], 1), dtype, offset)
-    return x.copy_(random_values(shape, dtype, seed))
 
 
 # Sizes around the tiles (32 x 256, 128 x 128, 128 x 64), odd ones, and ones for which no row is aligned.
@@ -395,15 +338,6 @@ def test_k_grouped_packing(sizes: list[int], gran_k: int) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What memory sees: whole sectors, no bank conflicts, one read of the input
-
-
-def assert_memory_bound(result: emulation.Run, read: int, written: int, slack: float = 1.0) -> None:
-    """``read`` and ``written`` are the bytes that have to move; ``slack`` allows for scales of small tiles."""
-    assert result.stats is not None
-    n = result.stats.counters["total"]
-    assert n["smem_load_conflicts"] == 0 and n["smem_store_conflicts"] == 0
-    assert n["gmem_load_sectors"] <= slack * read / 32, f"{n['gmem_load_sectors']} sectors, {read / 32} needed"
-    assert n["gmem_store_sectors"] <= slack * written / 32, f"{n['gmem_store_sectors']} sectors, {written / 32} needed"
 
 
 @pytest.mark.parametrize("gran_k", [128, 32])

@@ -17,6 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import deep_gemm_ops
 
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
+from grouped import BF16Case, EinsumCase, HeadsCase, KGroupedCase, MaskedCase, MGroupedCase, small_cases
+
+# (rows of each group, N, K)
+SIZES_OF_GROUPS = [((130, 0, 70), 144, 272), ((5, 40, 3), 200, 400), ((64, 64), 272, 528), ((300, 2, 0, 7), 136, 144)]
 
 Sample = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
 
@@ -45,6 +49,11 @@ def samples(device: str) -> list[Sample]:
     for scales, recipe in itertools.product(["e8m0", "packed"], [(1, 1, 32), (128, 128, 128)]):
         arguments, keywords, _, _ = GemmCase(130, 140, 300, "nt", recipe, True, scales, device=device).build()
         calls.append((ops.fp8_gemm_nt.default, tuple(arguments), keywords))
+    for case in small_cases(device):
+        built = case.build()
+        packet = getattr(ops, case.op)
+        overload = packet.out if built.buffer is not None else packet.default
+        calls.append((overload, tuple(built.arguments), built.keywords))
 
     for kind, (rows, cols) in itertools.product(
         ("per_token", "per_channel", "per_block"), [(512, 272), (33, 272), (1, 1), (130, 5), (0, 7), (7, 0)]
@@ -55,6 +64,25 @@ def samples(device: str) -> list[Sample]:
             calls.append((packet.default, (x,), options))
             values, sf = packet(x, **options)
             calls.append((packet.out, (x,), {**options, "out": values, "out_sf": sf}))
+
+    for rows, cols in [(130, 272), (33, 144), (1, 2), (0, 8), (7, 0)]:
+        x = torch.randn(rows, cols, generator=generator(0)).bfloat16().to(device)
+        weights = torch.ones(rows, device=device)
+        ks = torch.tensor([20, 0, 3], dtype=torch.int32, device=device)
+        fused: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+            (ops.swiglu_cast_to_fp8, (x,), {"topk_weights": weights, "clamp": 2.0}),
+            (ops.swiglu_cast_to_fp8, (x,), {"gran_k": 32, "use_packed_ue8m0": True}),
+            (ops.per_token_cast_to_fp4, (x,), {}),
+            (ops.per_token_cast_to_fp4, (x,), {"gran_k": 128, "use_packed_ue8m0": True}),
+            (ops.k_grouped_per_channel_cast_to_fp8, (x, ks), {}),
+            (ops.k_grouped_per_channel_cast_to_fp8_k_major, (x, ks), {"layout": "offsets", "use_ue8m0": True}),
+        ]
+        for packet in (ops.per_token_cast_to_fp8_with_transpose, ops.per_block_cast_to_fp8_with_transpose):
+            fused += [(packet, (x,), {"use_ue8m0": True}), (packet, (x,), {"use_packed_ue8m0": True})]
+        for packet, arguments, options in fused:
+            calls.append((packet.default, arguments, options))
+            outs = dict(zip(("out", "out_sf", "out_t", "out_t_sf"), packet(*arguments, **options)))
+            calls.append((packet.out, arguments, {**options, **outs}))
 
     for shape in [(8, 7), (5, 7), (1, 1), (0, 3), (3, 0), (2, 5, 7)]:
         exponents = torch.randint(-5, 5, shape, generator=generator(0))
@@ -109,12 +137,26 @@ def test_schemas() -> None:
     assert_expected_inline(
         "\n".join(str(op._schema) for op in overloads()),
         """\
+deep_gemm::bf16_gemm_nn(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
+deep_gemm::bf16_gemm_nn.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
+deep_gemm::bf16_gemm_nt(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
+deep_gemm::bf16_gemm_nt.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
+deep_gemm::bf16_gemm_tn(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
+deep_gemm::bf16_gemm_tn.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
+deep_gemm::bf16_gemm_tt(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
+deep_gemm::bf16_gemm_tt.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
+deep_gemm::einsum(str expr, Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
+deep_gemm::einsum.out(str expr, Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
 deep_gemm::expand_ue8m0(Tensor sf, *, SymInt k_sf) -> Tensor
 deep_gemm::expand_ue8m0.out(Tensor sf, *, SymInt k_sf, Tensor(d!) out) -> ()
+deep_gemm::fp8_einsum(str expr, Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_einsum.out(str expr, Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_nn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_nt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_gemm_nt_skip_head_mid(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int[] head_splits, *, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_gemm_nt_skip_head_mid.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int[] head_splits, *, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
@@ -124,12 +166,42 @@ deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::k_grouped_bf16_gemm_tn_contiguous(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
+deep_gemm::k_grouped_bf16_gemm_tn_contiguous.out(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
+deep_gemm::k_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
+deep_gemm::k_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
+deep_gemm::k_grouped_fp8_gemm_tn_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
+deep_gemm::k_grouped_fp8_gemm_tn_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
+deep_gemm::k_grouped_per_channel_cast_to_fp8(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::k_grouped_per_channel_cast_to_fp8.out(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::k_grouped_per_channel_cast_to_fp8_k_major(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::k_grouped_per_channel_cast_to_fp8_k_major.out(Tensor x, Tensor ks, *, str layout="sizes", bool use_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::m_grouped_bf16_gemm_nn_contiguous(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_bf16_gemm_nn_contiguous.out(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_bf16_gemm_nt_contiguous(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_bf16_gemm_nt_contiguous.out(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_bf16_gemm_nt_masked(Tensor a, Tensor b, Tensor masked_m, SymInt expected_m, *, ScalarType out_dtype=15) -> Tensor
+deep_gemm::m_grouped_bf16_gemm_nt_masked.out(Tensor a, Tensor b, Tensor masked_m, SymInt expected_m, *, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_gemm_nn_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_fp8_gemm_nn_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", int[]? recipe=None, SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_fp8_gemm_nt_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", int[]? recipe=None, SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::per_block_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_block_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_block_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
+deep_gemm::per_block_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::per_channel_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_channel_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_token_cast_to_fp4(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::per_token_cast_to_fp4.out(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_token_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
+deep_gemm::per_token_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
+deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",
@@ -176,8 +248,9 @@ def test_opcheck(device: str) -> None:
         op, arguments, keywords = sample
         tensors = [x for x in [*arguments, *keywords.values()] if isinstance(x, torch.Tensor)]
         # opcheck clones its inputs, and clone() closes the gaps between columns that scales have where MN % 4 != 0.
-        outs = [keywords[name] for name in ("out", "out_sf") if name in keywords]
-        padded = "fp8_gemm" not in str(op) and any(x.stride() != x.clone().stride() for x in outs)
+        outs = [keywords[name] for name in ("out", "out_sf", "out_t", "out_t_sf") if name in keywords]
+        product = any(word in str(op) for word in ("_gemm_", "einsum"))  # they write to any strides
+        padded = not product and any(x.stride() != x.clone().stride() for x in outs)
         done[op] = done.get(op, 0) + (not padded)
         if padded or done[op] > 3:
             continue
@@ -256,6 +329,93 @@ def test_compile_with_every_size_dynamic(device: str, layout: str) -> None:
     for m, n, k in [(33, 150, 272), (64, 400, 544), (200, 300, 1040), (130, 257, 384)]:
         arguments, _, _, _ = GemmCase(m, n, k, layout, (1, 128, 128), device=device).build()
         assert same_bits(compiled(*arguments), product(*arguments)), (m, n, k)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_experts_with_dynamic_rows(device: str, backend: str) -> None:
+    """Forward and weight gradient of experts, whose sizes only the device knows: one graph, compiled once."""
+    groups, n, k = 4, 48, 272
+    w = torch.randn(groups, n, k, generator=generator(1)).bfloat16().to(device)
+    pairs = [deep_gemm_ops.per_block_cast_to_fp8(w[group]) for group in range(groups)]
+    b, sfb = torch.stack([values for values, _ in pairs]), torch.stack([scales for _, scales in pairs])
+
+    def experts(x: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, sfa = deep_gemm_ops.per_token_cast_to_fp8(x)
+        y = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous(
+            a, sfa, b, sfb, ends, layout="offsets", expected_m=x.shape[0] // groups
+        )
+        gradient = deep_gemm_ops.k_grouped_bf16_gemm_tn_contiguous(y, x, ends, layout="offsets")
+        return torch.relu(y), gradient
+
+    compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend=backend)
+    for counts in [(10, 0, 33, 7), (1, 1, 1, 2), (0, 300, 0, 0), (64, 64, 64, 64)]:
+        ends = torch.tensor(counts, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        x = torch.randn(sum(counts), k, generator=generator(0)).bfloat16().to(device)
+        for actual, expected in zip(compiled(x, ends), experts(x, ends)):
+            assert same_bits(actual, expected), counts
+
+
+def test_compile_every_family_with_every_size_dynamic(device: str) -> None:
+    """Each compiled once, for tensors of any sizes."""
+    families: list[list[Any]] = [
+        [MGroupedCase(sizes, n, k, order, kind, "offsets", device=device) for sizes, n, k in SIZES_OF_GROUPS]
+        for order, kind in itertools.product(("nt", "nn"), ("fp8", "bf16"))
+    ]
+    families += [
+        [MaskedCase(sizes, 300, n, k, kind, out=True, expected_m=n, device=device) for sizes, n, k in SIZES_OF_GROUPS]
+        for kind in ("fp8", "bf16")
+    ]
+    families += [
+        [KGroupedCase(sizes, k, n, type=kind, c="full", device=device) for sizes, n, k in SIZES_OF_GROUPS]
+        for kind in ("fp8", "bf16")
+    ]
+    families.append([KGroupedCase((128 * i, 256), 40 + i, 72 + i, "nt", device=device) for i in range(2, 5)])
+    for expr in ("bhr,hdr->bhd", "bhd,hdr->bhr", "bhd,bhr->hdr"):
+        sizes = [(130 + 8 * i, 144 * i, i, 272 + 16 * i) for i in range(2, 5)]
+        families.append([EinsumCase(expr, size, "fp8", device=device) for size in sizes])
+    families.append([EinsumCase("bmk,bnk->mn", (i, 72 * i, 40 + i, 48 + i), device=device) for i in range(2, 5)])
+    families.append([BF16Case(40 * i, 72 * i, 64 * i, "tn", c="bias", device=device) for i in range(2, 5)])
+    families.append([HeadsCase(40 + i, i + 1, (16, 8, 24), 144 + 16 * i, device=device) for i in range(3, 6)])
+    for cases in families:
+        torch._dynamo.reset()
+        overloads = getattr(torch.ops.deep_gemm, cases[0].op)
+        op = overloads.out if cases[0].build().buffer is not None else overloads.default
+        compiled = torch.compile(
+            lambda *arguments, op=op, **keywords: op(*arguments, **keywords),
+            fullgraph=True,
+            dynamic=True,
+            backend="aot_eager",
+        )
+        for case in cases:
+            results = []
+            for function in (op, compiled):
+                built = case.build()
+                if built.buffer is not None:  # Dynamo wants a dense one
+                    built.keywords["out"] = torch.zeros_like(built.keywords["out"]).contiguous()
+                # Sizes that happen to be equal in the first call must not have to be equal in the others.
+                with torch.fx.experimental._config.patch(use_duck_shape=False):
+                    result = function(*built.arguments, **built.keywords)
+                results.append(built.keywords["out"] if result is None else result)
+            assert same_bits(*results), case.repro
+
+
+def test_export_experts_with_dynamic_rows(device: str) -> None:
+    class Experts(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return deep_gemm_ops.m_grouped_bf16_gemm_nt_contiguous(x, w, ends, layout="offsets")
+
+    w = torch.randn(3, 40, 64, generator=generator(1)).bfloat16().to(device)
+    x = torch.randn(100, 64, generator=generator(0)).bfloat16().to(device)
+    ends = torch.tensor([30, 30, 50], dtype=torch.int32, device=device)
+    program = export(Experts(), (x[:50], w, ends), dynamic_shapes=({0: Dim("tokens")}, None, None))
+    for counts in [(2, 0, 3), (100, 0, 0), (0, 40, 40)]:
+        ends = torch.tensor(counts, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        rows = x[: sum(counts)]
+        assert same_bits(program.module()(rows, w, ends), Experts()(rows, w, ends))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [target for target in targets if "deep_gemm" in target] == [
+        "deep_gemm.m_grouped_bf16_gemm_nt_contiguous.default"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["per_token", "per_channel", "per_block"])

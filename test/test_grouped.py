@@ -101,11 +101,11 @@ def test_masked_scales(device: str, recipe: tuple[int, int, int]) -> None:
         MaskedCase((3, 0, 40), 40, 150, 400, "fp8", recipe, True, scales, sf_strides, pad=16, device=device).run()
 
 
-@pytest.mark.parametrize(("type_", "order"), [("fp8", "tn"), ("fp8", "nt"), ("bf16", "tn")])
+@pytest.mark.parametrize(("type_", "order"), [("fp8", "tn"), ("fp8", "nt"), ("fp8", "padded"), ("bf16", "tn")])
 @pytest.mark.parametrize("layout", K_LAYOUTS)
 def test_k_grouped(device: str, layout: str, type_: str, order: str) -> None:
     sizes = [(256, 128, 384), (0, 128, 0), (0, 0), ()]
-    if order == "tn":
+    if order != "nt":
         sizes += [(130, 64, 200), (1, 0, 1, 33, 127), (129,)]
     for ks, (m, n) in itertools.product(sizes, [(136, 272), (40, 24)]):
         for c, out_dtype in [("", "float32"), ("full", "bfloat16"), ("bias", "float32"), ("alias", "float32")]:
@@ -115,7 +115,7 @@ def test_k_grouped(device: str, layout: str, type_: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("scales", ["random", "e8m0"])
-@pytest.mark.parametrize("order", ["tn", "nt"])
+@pytest.mark.parametrize("order", ["tn", "nt", "padded"])
 def test_k_grouped_scales(device: str, order: str, scales: str) -> None:
     for sf_strides, sf_tail in itertools.product(("rows", "columns", "scattered"), (0, 5)):
         for m, n in [(40, 136), (33, 130)]:
@@ -139,6 +139,7 @@ def test_k_grouped_empty_dimensions(device: str, m: int, n: int, type_: str) -> 
         KGroupedCase((128, 256), m, n, type=type_, c=c, device=device).run()
         if type_ == "fp8":
             KGroupedCase((128, 256), m, n, "nt", c=c, device=device).run()
+            KGroupedCase((128, 256), m, n, "padded", c=c, device=device).run()
 
 
 EINSUM_SIZES = {"bmk,bnk->mn": (3, 272, 130, 72), "": (33, 144, 3, 272)}
@@ -272,7 +273,7 @@ def test_hostile_masks(device: str, type_: str) -> None:
         assert not bool((written & ~live).any())
 
 
-@pytest.mark.parametrize(("type_", "order"), [("fp8", "tn"), ("fp8", "nt"), ("bf16", "tn")])
+@pytest.mark.parametrize(("type_", "order"), [("fp8", "tn"), ("fp8", "nt"), ("fp8", "padded"), ("bf16", "tn")])
 @pytest.mark.parametrize("layout", K_LAYOUTS)
 def test_hostile_k_grouped_layouts(device: str, layout: str, type_: str, order: str) -> None:
     case = KGroupedCase((128, 0, 256, 128), 40, 48, order, type_, "offsets", out=True, device=device)
@@ -321,6 +322,7 @@ def every_family(device: str) -> list[Case]:
         MaskedCase((3, 0, 40), 40, 72, 272, device=device),
         KGroupedCase((100, 0, 31), 40, 72, device=device),
         KGroupedCase((128, 0, 256), 40, 72, "nt", device=device),
+        KGroupedCase((100, 0, 31), 40, 72, "padded", device=device),
         KGroupedCase((100, 0, 31), 40, 72, type="bf16", device=device),
         *[EinsumCase(expr, EINSUM_SIZES.get(expr, EINSUM_SIZES[""]), device=device) for expr in batched.EXPRESSIONS],
         *[EinsumCase(expr, EINSUM_SIZES[""], "fp8", device=device) for expr in batched.FP8_EXPRESSIONS],
@@ -432,6 +434,28 @@ def test_alignment_is_the_knobs(device: str) -> None:
         assert_close(result, expected, tol=error_bar(torch.bfloat16))
         rows = x[begin:40].cpu().double()
         assert_close(gradient[1], rows.t() @ rows, tol=error_bar(torch.float32, "bf16"))
+
+
+@pytest.mark.parametrize("layout", K_LAYOUTS)
+def test_casts_feed_weight_gradients(device: str, layout: str) -> None:
+    """The K-grouped casts' results are operands as they come, and both forms give the same."""
+    sizes = torch.tensor([100, 0, 31, 256], dtype=torch.int32)
+    ends = sizes.cumsum(0)
+    if layout == "psum":
+        ends = torch.tensor([100, 128, 159, 512])
+    ks = (sizes if layout == "sizes" else ends.to(torch.int32)).to(device)
+    rows = int(ends[-1])
+    x = torch.randn(rows, 72, generator=generator(0)).bfloat16().to(device)
+    grad = torch.randn(rows, 40, generator=generator(1)).bfloat16().to(device)
+    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(value, ks, layout=layout) for value in (grad, x)]
+    result = deep_gemm_ops.k_grouped_fp8_gemm_tn_contiguous(*casts[0], *casts[1], ks, layout=layout)
+    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(value, ks, layout=layout) for value in (grad, x)]
+    padded = deep_gemm_ops.k_grouped_fp8_gemm_nt_contiguous(*casts[0], *casts[1], ks, layout=layout)
+    assert_close(padded, result.double(), tol=1e-5)
+    for group, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist())):
+        expected = grad[end - size : end].double().t() @ x[end - size : end].double()
+        error = float((result[group].double() - expected).norm()) / max(float(expected.norm()), 1e-9)
+        assert error < 0.06, (group, error)
 
 
 def test_to_tma_aligned_of_batches(device: str) -> None:

@@ -10,10 +10,22 @@ __version__ = "0.1.0"
 
 _library.load()
 
-from . import _cpu, _fakes, batched, bf16_gemm, fp8_fp4_gemm, grouped_gemm, knobs, ops, skip_head  # noqa: E402, F401
+from . import (  # noqa: E402
+    _cpu,  # noqa: F401
+    _fakes,  # noqa: F401
+    batched,
+    bf16_gemm,
+    fp8_fp4_gemm,
+    fused_casts,
+    grouped_gemm,
+    knobs,
+    ops,
+    skip_head,
+)
 from .batched import *  # noqa: E402, F403
 from .bf16_gemm import *  # noqa: E402, F403
 from .fp8_fp4_gemm import *  # noqa: E402, F403
+from .fused_casts import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
@@ -27,6 +39,7 @@ __all__ = [
     *batched.__all__,
     *bf16_gemm.__all__,
     *fp8_fp4_gemm.__all__,
+    *fused_casts.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
     *ops.__all__,

@@ -33,6 +33,8 @@ __all__ = [
 Tensor = torch.Tensor
 
 M_LAYOUTS = ("indices", "psum", "offsets")
+#: Of layouts that have a number for each group, which the kernels keep in shared memory.
+MAX_GROUPS = 1024
 K_LAYOUTS = ("sizes", "psum", "offsets")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Args:
         a: float8_e4m3fn ``[M, K]``, the rows of all groups one after the other; inner stride 1, row stride and base
-            address multiples of 16 bytes (``deep_gemm_ops.to_tma_aligned`` makes them so). M, N, K and G may be 0.
+            address multiples of 16 bytes (``deep_gemm_ops.to_tma_aligned`` makes them so). M, N, K and G may be 0, and
+            G at most 1024, except with ``"indices"``.
         sfa: scales of ``a``, ``[ceil(M / gran_m), ceil(K / gran_k)]``, of the types that :func:`fp8_gemm_nt` takes, any
             strides.
         b: float8_e4m3fn ``[G, N, K]``; inner stride 1, other strides and base address multiples of 16 bytes.
@@ -218,10 +221,16 @@ def k_grouped_fp8_gemm_nt_contiguous(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """:func:`k_grouped_fp8_gemm_tn_contiguous` of operands that are K-major within each group.
+    """:func:`k_grouped_fp8_gemm_tn_contiguous` of operands that are K-major within each group, in either of two forms.
 
-    ``a`` is ``[K * M]``: for each group ``[M, k_g]``, contiguous, group after group; ``b`` is ``[K * N]`` likewise. M
-    and N are those of the scales, ``[rows, M]`` and ``[rows, N]``. Every group's size and start is a multiple of 128.
+    Flat: ``a`` is ``[K * M]``, for each group ``[M, k_g]``, contiguous, group after group, and ``b`` ``[K * N]``
+    likewise. M and N are those of the scales, ``[rows, M]`` and ``[rows, N]``. Every group's size and start is a
+    multiple of 128. On SM90 the operator copies both to the other form first.
+
+    Padded: ``a`` is ``[M, 128 * rows]`` and ``b`` ``[N, 128 * rows]``, each group from a multiple of 128 on with zeros
+    behind its end, so that row i of the scales belongs to columns ``128 * i`` to ``128 * i + 127``:
+    what :func:`k_grouped_per_channel_cast_to_fp8_k_major` returns, and what SM90's kernel reads as it lies. Groups are
+    of any size, and ``ks`` holds what it held for the cast.
     """
     operands = {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "ks": ks}
     keywords = {"layout": layout, "c": c}
@@ -304,7 +313,7 @@ def _check_start(
     sfa: Tensor | None,
     b: Tensor,
     sfb: Tensor | None,
-    ranks: tuple[int, int],
+    ranks: tuple[Sequence[int], Sequence[int]],
     scale_ranks: tuple[int, int],
     scale_dtypes: Sequence[torch.dtype],
     groups_arg: str,
@@ -315,7 +324,9 @@ def _check_start(
 ) -> None:
     """Dtypes, ranks and devices."""
     dtype = torch.bfloat16 if sfa is None else torch.float8_e4m3fn
-    _checks.check_operands(op, dtype, a, b, ranks)
+    for arg, operand, accepted in (("a", a, ranks[0]), ("b", b, ranks[1])):
+        check_dtype(op, arg, operand, (dtype,))
+        check_rank(op, arg, operand, accepted)
     if sfa is not None:
         assert sfb is not None
         _checks.check_scales(op, sfa, sfb, scale_ranks, scale_dtypes)
@@ -355,7 +366,10 @@ def check_m_grouped(
     """Check the arguments of an m-grouped product, FP8 or (without scales) BF16; of a masked one M is M_max."""
     groups_arg, m_name = ("masked_m", "M_max") if masked else ("grouped_layout", "M")
     ranks = (3 if masked else 2, 3)
-    _check_start(op, a, sfa, b, sfb, ranks, ranks, _checks.SCALE_DTYPES, groups_arg, groups, None, out_dtype, out)
+    operand_ranks = ((ranks[0],), (ranks[1],))
+    _check_start(
+        op, a, sfa, b, sfb, operand_ranks, ranks, _checks.SCALE_DTYPES, groups_arg, groups, None, out_dtype, out
+    )
     if not masked:
         _check_layout(op, layout, M_LAYOUTS)
     if expected_m is not None and not concrete(expected_m) >= 0:
@@ -371,6 +385,8 @@ def check_m_grouped(
     _checks.check_operand_layout(op, "a", a, True, real)
     _checks.check_operand_layout(op, "b", b, b_k_major or sfa is None, real)
     per_row = not masked and layout == "indices"
+    if not per_row and not num_groups <= MAX_GROUPS:
+        fail(op, "b", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, groups_arg, groups, "[M]" if per_row else "[G]", m if per_row else num_groups)
     grans = (1, 1, 1)
     if sfa is not None:
@@ -404,7 +420,7 @@ def check_k_grouped(
     sfb: Tensor | None,
     ks: Tensor,
     *,
-    flattened: bool,
+    k_major: bool,
     layout: str,
     c: Tensor | None,
     out_dtype: torch.dtype | None,
@@ -412,12 +428,13 @@ def check_k_grouped(
     real: bool,
 ) -> tuple[int, int, int]:
     """Check the arguments of a k-grouped product, FP8 or (without scales) BF16; returns (M, N, K)."""
-    ranks = (1, 1) if flattened else (2, 2)
+    flat = k_major and a.dim() == 1
+    ranks = ((1, 2), (a.dim(),)) if k_major else ((2,), (2,))
     # Packed scales hold four K groups a word, which would straddle the products' groups.
     scale_dtypes = (torch.float32, torch.float8_e8m0fnu)
     _check_start(op, a, sfa, b, sfb, ranks, (2, 2), scale_dtypes, "ks", ks, c, out_dtype, out)
     _check_layout(op, layout, K_LAYOUTS)
-    if flattened:
+    if flat:
         assert sfa is not None and sfb is not None
         _checks.check_sizes(op, "sfa", sfa, ("rows", "M"))
         _checks.check_sizes(op, "sfb", sfb, ("rows", "N"))
@@ -429,17 +446,20 @@ def check_k_grouped(
         if not k <= _checks.MAX_SIZE:
             fail(op, "a", "K", k, f"at most {_checks.MAX_SIZE}")
     else:
-        _checks.check_sizes(op, "a", a, ("K", "M"))
-        _checks.check_sizes(op, "b", b, ("K", "N"))
-        (k, m), (k_of_b, n) = shape_of(a), shape_of(b)
+        _checks.check_sizes(op, "a", a, ("M", "K") if k_major else ("K", "M"))
+        _checks.check_sizes(op, "b", b, ("N", "K") if k_major else ("K", "N"))
+        k, m = reversed(shape_of(a)) if k_major else shape_of(a)
+        k_of_b, n = reversed(shape_of(b)) if k_major else shape_of(b)
     if not k_of_b == k:
         fail(op, "b", "K", k_of_b, k, "the K of a")
     for arg, operand in (("a", a), ("b", b)):
-        if flattened:
+        if flat:
             _checks.check_inner_stride(op, arg, operand, None)
         else:
-            _checks.check_operand_layout(op, arg, operand, sfa is None, real)
+            _checks.check_operand_layout(op, arg, operand, sfa is None or k_major, real)
     num_groups = shape_of(ks)[0]
+    if not num_groups <= MAX_GROUPS:
+        fail(op, "ks", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, "ks", ks, "[G]", num_groups)
     if sfa is not None:
         assert sfb is not None
@@ -447,8 +467,11 @@ def check_k_grouped(
             rows, columns = shape_of(sf)
             if not columns == mn:
                 fail(op, arg, name, columns, mn, f"the {name} of {arg[-1]}")
+            if k_major and not flat:
+                if not rows * 128 == k:
+                    fail(op, arg, "rows", rows, f"K / 128 = {k / 128:g}")
             # Between groups of "psum" there are rows of a and b without scales.
-            if layout != "psum" and not rows >= ceil_div(k, 128):
+            elif layout != "psum" and num_groups > 0 and not rows >= ceil_div(k, 128):
                 fail(op, arg, "rows", rows, f"at least ceil(K / 128) = {ceil_div(k, 128)}")
     _checks.check_result(op, "[G, M, N]", [num_groups, m, n], c=c, out_dtype=out_dtype, out=out)
     return m, n, k
@@ -548,7 +571,7 @@ def reference_k_grouped(
     *,
     layout: str = "sizes",
     alignment: int = 128,
-    flattened: bool = False,
+    k_major: bool = False,
     c: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     exact: bool = False,
@@ -557,28 +580,35 @@ def reference_k_grouped(
 
     Args:
         a: ``[K, M]``; ``b``: ``[K, N]``: FP8 with scales ``[rows, M]`` and ``[rows, N]``, or BF16 with None for them.
-            ``flattened``: ``[K * M]`` and ``[K * N]``, each group K-major.
+            ``k_major``: ``[K * M]`` and ``[K * N]``, each group K-major, or ``[M, 128 * rows]`` and ``[N, 128 * rows]``
+            with each group from a multiple of 128 on.
         ks: ``[G]``, see :func:`k_grouped_fp8_gemm_tn_contiguous`.
         alignment: what a group's start is a multiple of in the layout "psum".
         c: ``[G, M, N]`` or ``[N]``.
         exact: dequantise and multiply in float64 instead of float32.
     """
     dtype = torch.float64 if exact else torch.float32
-    sizes = [(x.shape[-1] if sf is None else sf.shape[1]) for x, sf in ((a, sfa), (b, sfb))]
-    k = max(x.shape[0] // mn if flattened and mn else x.shape[0] for x, mn in zip((a, b), sizes))
+    flat, padded = k_major and a.dim() == 1, k_major and a.dim() == 2
+    sizes = [x.shape[-1] if sf is None else sf.shape[1] for x, sf in ((a, sfa), (b, sfb))]
+    k = a.shape[-1] if padded else max(x.shape[0] // max(mn, 1) if flat else x.shape[0] for x, mn in zip((a, b), sizes))
     products = torch.zeros(len(ks), *sizes, dtype=dtype, device=a.device)
     if c is not None:
         products += c.to(dtype)
     sf_row = 0
     for group, (begin, end) in enumerate(group_ranges(ks.tolist(), k, layout, alignment)):
         sf_rows = ceil_div(end - begin, 128)
+        if padded:
+            begin, end = min(128 * sf_row, k), min(128 * sf_row + end - begin, k)
         factors = []
         for x, sf, mn in zip((a, b), (sfa, sfb), sizes):
-            x = x[begin * mn : end * mn].view(mn, end - begin) if flattened else x[begin:end].t()
+            if flat:
+                x = x[begin * mn : end * mn].view(mn, end - begin)
+            else:
+                x = x[:, begin:end] if padded else x[begin:end].t()
             if sf is not None:
-                sf = reference.scales_to_float32(sf[sf_row : sf_row + sf_rows], mn)
+                sf = reference.scales_to_float32(sf[sf_row : sf_row + ceil_div(end - begin, 128)], mn)
                 # Rows of scales that are not there are zero, as the hardware reads them.
-                sf = torch.nn.functional.pad(sf, (0, 0, 0, sf_rows - len(sf))).t()
+                sf = torch.nn.functional.pad(sf, (0, 0, 0, ceil_div(end - begin, 128) - len(sf))).t()
             factors.append(_values(x, sf, (1, 128), dtype))
         products[group] += factors[0] @ factors[1].t()
         sf_row += sf_rows
@@ -686,13 +716,13 @@ def _register_masked(op: str, fp8: bool) -> None:
         reference_masked(*operands[:-1], out, grans=shape[3:])
 
 
-def _register_k_grouped(op: str, fp8: bool, flattened: bool) -> None:
+def _register_k_grouped(op: str, fp8: bool, k_major: bool) -> None:
     def check(operands: tuple[Any, ...], real: bool, **rest: Any) -> tuple[int, int, int]:
-        return check_k_grouped(op, *operands, flattened=flattened, real=real, **rest)
+        return check_k_grouped(op, *operands, k_major=k_major, real=real, **rest)
 
     def product(operands: tuple[Any, ...], layout: str, c: Tensor | None, dtype: torch.dtype) -> Tensor:
         alignment = knobs.get_mk_alignment_for_contiguous_layout()
-        options = {"layout": layout, "alignment": alignment, "flattened": flattened}
+        options = {"layout": layout, "alignment": alignment, "k_major": k_major}
         return reference_k_grouped(*operands, c=c, out_dtype=dtype, **options)
 
     @_fake(op)
@@ -701,7 +731,7 @@ def _register_k_grouped(op: str, fp8: bool, flattened: bool) -> None:
     ) -> Tensor:
         a, sfa, b, sfb, ks = operands = _with_scales(given, fp8)
         check(operands, False, layout=layout, c=c, out_dtype=out_dtype, out=None)
-        m, n = ((sfa if flattened else a).shape[1], (sfb if flattened else b).shape[1])
+        m, n = (sfa if k_major else a).shape[1], (sfb if k_major else b).shape[1]
         return a.new_empty((ks.shape[0], m, n), dtype=out_dtype)
 
     @_fake(f"{op}.out")

@@ -3,10 +3,8 @@
 // A CTA quantises 128 x 128, held in registers between its one read and the write.
 //   kVector: 16 bytes a lane, 16 rows at a time (16 lanes a row for 2-byte elements, 32 for float32).
 //   else (any alignment, any column count): a warp a row, lane l has columns l, l + 32, l + 64, l + 96.
-#include "cast/launch.cuh"
+#include "cast/cast_params.cuh"
 #include "cast/memory.cuh"
-#include "cast/scale.cuh"
-#include "host/cast.h"
 
 namespace deep_gemm::cast {
 namespace {
@@ -15,24 +13,12 @@ constexpr int kTile = 128;
 constexpr int kSlots = 16;  // rows at a time
 constexpr int kRowsPerThread = kTile / kSlots;
 
-struct PerBlockParams {
-    const void* x;
-    int64_t x_stride;
-    uint8_t* out;
-    int64_t out_stride;
-    void* sf;
-    int64_t sf_stride;
-    int64_t rows, cols;
-    uint32_t col_tiles;
-    ScaleFormat sf_format;
-};
-
 template <typename T, bool kVector>
 constexpr int kLanesPerRow = kVector ? kTile / Elements<T>::kPer16 : 32;
 
 template <typename T, int kGranK, bool kVector>
 __global__ void __launch_bounds__(kSlots* kLanesPerRow<T, kVector>, 1024 / (kSlots * kLanesPerRow<T, kVector>))
-    per_block_cast_kernel(const __grid_constant__ PerBlockParams params) {
+    per_block_cast_kernel(const __grid_constant__ CastParams params) {
     constexpr int kLanes = kLanesPerRow<T, kVector>;
     constexpr int kWarps = kSlots * kLanes / 32;
     constexpr int kGroups = kTile / kGranK;
@@ -116,7 +102,7 @@ __global__ void __launch_bounds__(kSlots* kLanesPerRow<T, kVector>, 1024 / (kSlo
             const float4 m = *reinterpret_cast<const float4*>(&maxima[g][w]);
             block_amax = max_abs(block_amax, max_abs(max_abs(m.x, m.y), max_abs(m.z, m.w)));
         }
-        return group_scale(block_amax, ue8m0);
+        return group_scale<E4M3>(block_amax, ue8m0);
     };
     GroupScale scale[kOwnGroups];
 #pragma unroll
@@ -168,44 +154,21 @@ __global__ void __launch_bounds__(kSlots* kLanesPerRow<T, kVector>, 1024 / (kSlo
 }
 
 template <typename T, bool kVector>
-cudaError_t launch_for(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    PerBlockParams params = {};
-    params.x = problem.x;
-    params.x_stride = problem.x_stride;
-    params.out = static_cast<uint8_t*>(problem.out);
-    params.out_stride = problem.out_stride;
-    params.sf = problem.sf;
-    params.sf_stride = problem.sf_stride;
-    params.rows = problem.rows;
-    params.cols = problem.cols;
-    params.sf_format = problem.sf_format;
+cudaError_t launch_kernel(const CastProblem& problem, cudaStream_t stream, bool pdl) {
+    const CastParams params = make_cast_params(problem, kTile);
     const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTile);
-    const int64_t col_tiles = ceil_div<int64_t>(problem.cols, kTile);
-    params.col_tiles = static_cast<uint32_t>(col_tiles);
     const auto kernel =
         problem.gran_k == 128 ? per_block_cast_kernel<T, 128, kVector> : per_block_cast_kernel<T, 32, kVector>;
-    return launch(kernel, row_tiles * col_tiles, kSlots * kLanesPerRow<T, kVector>, stream, pdl, params);
-}
-
-template <typename T>
-cudaError_t launch_for(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    constexpr int kElems = Elements<T>::kPer16;
-    const bool vector = is_aligned(problem.x, 16) && problem.x_stride % kElems == 0 && problem.cols % kElems == 0 &&
-                        is_aligned(problem.out, kElems) && problem.out_stride % kElems == 0;
-    return vector ? launch_for<T, true>(problem, stream, pdl) : launch_for<T, false>(problem, stream, pdl);
+    return launch(kernel, row_tiles * params.col_tiles, kSlots * kLanesPerRow<T, kVector>, stream, pdl, params);
 }
 
 }  // namespace
 
 cudaError_t launch_per_block_cast(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    if (problem.rows <= 0 || problem.cols <= 0) return cudaSuccess;
-    if (problem.gran_k != 128 && problem.gran_k != 32) return cudaErrorInvalidValue;
-    switch (problem.x_type) {
-        case InputType::kBFloat16: return launch_for<__nv_bfloat16>(problem, stream, pdl);
-        case InputType::kFloat16: return launch_for<__half>(problem, stream, pdl);
-        case InputType::kFloat32: return launch_for<float>(problem, stream, pdl);
-    }
-    return cudaErrorInvalidValue;
+    return launch_for_type(problem, [&]<typename T>() {
+        return has_vector_access<T>(problem) ? launch_kernel<T, true>(problem, stream, pdl)
+                                             : launch_kernel<T, false>(problem, stream, pdl);
+    });
 }
 
 }  // namespace deep_gemm::cast

@@ -3,12 +3,12 @@
 //
 // A CTA quantises 128 rows x 128 columns (64 where elements have 4 bytes), held in registers between its one read and
 // the write. Column maxima go over a warp's rows in registers, then over the warps through shared memory.
+//   kGrouped: the rows are those of a block of a K group, whose bounds are on the device.
 //   kVector: 16 lanes of 16 bytes a row, 16 rows at a time.
 //   else (any alignment, any column count): a warp a row, lane l has columns l and l + 32 of 64.
-#include "cast/launch.cuh"
+#include "cast/cast_params.cuh"
+#include "cast/k_groups.cuh"
 #include "cast/memory.cuh"
-#include "cast/scale.cuh"
-#include "host/cast.h"
 
 namespace deep_gemm::cast {
 namespace {
@@ -16,18 +16,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileRows = 128;
-
-struct PerChannelParams {
-    const void* x;
-    int64_t x_stride;
-    uint8_t* out;
-    int64_t out_stride;
-    void* sf;
-    int64_t sf_stride;
-    int64_t rows, cols;
-    uint32_t col_tiles;
-    ScaleFormat sf_format;
-};
 
 template <typename T, bool kVector>
 struct Tile {
@@ -98,9 +86,20 @@ struct RawRow<T, false> {
     }
 };
 
-template <typename T, int kGranK, bool kVector>
+// Zeros in rows of `out` that no group owns, in the columns of this CTA.
+__device__ void clear_rows(uint8_t* out, int64_t out_stride, int64_t rows, int cols) {
+    for (int64_t row = threadIdx.x / 32; row < rows; row += kWarps)
+        for (int col = threadIdx.x % 32; col < cols; col += 32) out[row * out_stride + col] = 0;
+}
+
+struct PerChannelParams {
+    CastParams cast;
+    KGroups groups;  // kGrouped
+};
+
+template <typename T, int kGranK, bool kVector, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 4)
-    per_channel_cast_kernel(const __grid_constant__ PerChannelParams params) {
+    per_channel_cast_kernel(const __grid_constant__ PerChannelParams all_params) {
     using Tile = Tile<T, kVector>;
     constexpr int kElems = Tile::kElems;
     constexpr int kGroups = kTileRows / kGranK;
@@ -109,9 +108,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     __shared__ alignas(16) float inverses[kGroups][Tile::kPitch];
     __shared__ alignas(4) uint8_t packed[Tile::kCols][4];
 
+    const CastParams& params = all_params.cast;
     const int64_t row_tile = blockIdx.x / params.col_tiles;
-    const int64_t row_0 = row_tile * kTileRows, col_0 = int64_t{blockIdx.x % params.col_tiles} * Tile::kCols;
-    const int rows = static_cast<int>(min(int64_t{kTileRows}, params.rows - row_0));
+    const int64_t col_0 = int64_t{blockIdx.x % params.col_tiles} * Tile::kCols;
     const int cols = static_cast<int>(min(int64_t{Tile::kCols}, params.cols - col_0));
     const int warp = threadIdx.x / 32;
     const int slot = threadIdx.x / Tile::kLanesPerRow, lane = threadIdx.x % Tile::kLanesPerRow;
@@ -120,6 +119,19 @@ __global__ void __launch_bounds__(kThreads, 4)
     launch_dependents();
     wait_for_dependencies();
 
+    int64_t row_0 = row_tile * kTileRows;
+    int rows = static_cast<int>(min(int64_t{kTileRows}, params.rows - row_0));
+    if constexpr (kGrouped) {
+        const KBlock block = find_k_block(all_params.groups, row_tile);
+        row_0 = block.row_0, rows = block.rows;
+        if (block.gap_rows > 0)
+            clear_rows(params.out + block.gap_0 * params.out_stride + col_0, params.out_stride, block.gap_rows, cols);
+        if (rows == 0) {
+            if (row_tile < all_params.groups.scale_rows() && static_cast<int>(threadIdx.x) < cols)
+                static_cast<float*>(params.sf)[row_tile * params.sf_stride + col_0 + threadIdx.x] = 0;
+            return;
+        }
+    }
     const T* x = static_cast<const T*>(params.x) + (row_0 + slot) * params.x_stride + col_0;
     RawRow<T, kVector> raw[Tile::kRowsPerThread];
 #pragma unroll
@@ -154,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         float amax = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) amax = max_abs(amax, maxima[g][w][Tile::place(c)]);
-        const GroupScale scale = group_scale(amax, ue8m0);
+        const GroupScale scale = group_scale<E4M3>(amax, ue8m0);
         inverses[g][Tile::place(c)] = scale.inverse;
         if (params.sf_format == ScaleFormat::kUE8M0Packed)
             packed[c][g] = g < groups ? packed_scale(scale.sf) : 0;
@@ -210,44 +222,38 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <typename T, bool kVector>
-cudaError_t launch_for(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    PerChannelParams params = {};
-    params.x = problem.x;
-    params.x_stride = problem.x_stride;
-    params.out = static_cast<uint8_t*>(problem.out);
-    params.out_stride = problem.out_stride;
-    params.sf = problem.sf;
-    params.sf_stride = problem.sf_stride;
-    params.rows = problem.rows;
-    params.cols = problem.cols;
-    params.sf_format = problem.sf_format;
+cudaError_t launch_kernel(const CastProblem& problem, cudaStream_t stream, bool pdl) {
+    const PerChannelParams params = {make_cast_params(problem, Tile<T, kVector>::kCols), {}};
     const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kTileRows);
-    const int64_t col_tiles = ceil_div<int64_t>(problem.cols, Tile<T, kVector>::kCols);
-    params.col_tiles = static_cast<uint32_t>(col_tiles);
-    const auto kernel =
-        problem.gran_k == 128 ? per_channel_cast_kernel<T, 128, kVector> : per_channel_cast_kernel<T, 32, kVector>;
-    return launch(kernel, row_tiles * col_tiles, kThreads, stream, pdl, params);
+    const auto kernel = problem.gran_k == 128 ? per_channel_cast_kernel<T, 128, kVector, false>
+                                              : per_channel_cast_kernel<T, 32, kVector, false>;
+    return launch(kernel, row_tiles * params.cast.col_tiles, kThreads, stream, pdl, params);
 }
 
-template <typename T>
-cudaError_t launch_for(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    constexpr int kElems = Elements<T>::kPer16;
-    const bool vector = is_aligned(problem.x, 16) && problem.x_stride % kElems == 0 && problem.cols % kElems == 0 &&
-                        is_aligned(problem.out, kElems) && problem.out_stride % kElems == 0;
-    return vector ? launch_for<T, true>(problem, stream, pdl) : launch_for<T, false>(problem, stream, pdl);
+template <bool kVector>
+cudaError_t launch_grouped(const CastProblem& problem, const KGroups& groups, cudaStream_t stream, bool pdl) {
+    using T = __nv_bfloat16;
+    static_assert(kTileRows == kGroupBlock);
+    const PerChannelParams params = {make_cast_params(problem, Tile<T, kVector>::kCols), groups};
+    return launch(per_channel_cast_kernel<T, kGroupBlock, kVector, true>,
+                  max_k_blocks(groups) * params.cast.col_tiles, kThreads, stream, pdl, params);
 }
 
 }  // namespace
 
 cudaError_t launch_per_channel_cast(const CastProblem& problem, cudaStream_t stream, bool pdl) {
-    if (problem.rows <= 0 || problem.cols <= 0) return cudaSuccess;
-    if (problem.gran_k != 128 && problem.gran_k != 32) return cudaErrorInvalidValue;
-    switch (problem.x_type) {
-        case InputType::kBFloat16: return launch_for<__nv_bfloat16>(problem, stream, pdl);
-        case InputType::kFloat16: return launch_for<__half>(problem, stream, pdl);
-        case InputType::kFloat32: return launch_for<float>(problem, stream, pdl);
-    }
-    return cudaErrorInvalidValue;
+    return launch_for_type(problem, [&]<typename T>() {
+        return has_vector_access<T>(problem) ? launch_kernel<T, true>(problem, stream, pdl)
+                                             : launch_kernel<T, false>(problem, stream, pdl);
+    });
+}
+
+cudaError_t launch_k_grouped_per_channel_cast(const CastProblem& problem, const KGroups& groups, cudaStream_t stream,
+                                              bool pdl) {
+    if (problem.cols <= 0) return cudaSuccess;
+    if (problem.x_type != InputType::kBFloat16) return cudaErrorInvalidValue;
+    return has_vector_access<__nv_bfloat16>(problem) ? launch_grouped<true>(problem, groups, stream, pdl)
+                                                     : launch_grouped<false>(problem, groups, stream, pdl);
 }
 
 }  // namespace deep_gemm::cast

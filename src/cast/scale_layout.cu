@@ -214,21 +214,6 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t 
     return launch(kernel, row_tiles * unit_tiles * problem.batch, kThreads, stream, pdl, params);
 }
 
-cudaError_t launch_expand_ue8m0(const void* src, bool packed, int64_t src_mn_stride, int64_t src_k_stride, float* dst,
-                                int64_t dst_k_stride, int64_t mn, int64_t k_sf, cudaStream_t stream, bool pdl) {
-    ScaleLayoutProblem problem;
-    problem.src = src;
-    problem.src_type = packed ? ScaleType::kPackedUE8M0 : ScaleType::kE8M0;
-    problem.src_mn_stride = src_mn_stride;
-    problem.src_k_stride = src_k_stride;
-    problem.dst = dst;
-    problem.dst_type = ScaleType::kFloat32;
-    problem.dst_k_stride = dst_k_stride;
-    problem.mn = mn;
-    problem.k_sf = k_sf;
-    return launch_scale_layout(problem, stream, pdl);
-}
-
 cudaError_t launch_k_grouped_pack_ue8m0(const GroupedPackProblem& problem, cudaStream_t stream, bool pdl) {
     if (problem.mn <= 0 || problem.dst_rows <= 0) return cudaSuccess;
     GroupedPackParams params = {};

@@ -6,11 +6,14 @@
 //   amax = max(1e-4, max |x|) over the group; a NaN in the group makes amax NaN, and so the scale and every value of it
 //   sf = amax / 448, rounded up to a power of two for the UE8M0 formats (Inf and NaN stay, byte 0xFF when packed)
 //   value = e4m3(x * (1 / sf)), nearest even, saturating; NaN is written as 0x7F
+// and for FP4 sf = amax / 6, value = e2m1(x * (1 / sf)), nearest even; NaN is written as 6.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "gemm_problem.h"
 
 namespace deep_gemm::cast {
 
@@ -38,11 +41,64 @@ struct CastProblem {
 // A scale per row and gran_k columns: sf[row + group * sf_stride]; packed: word [row + (group / 4) * sf_stride].
 cudaError_t launch_per_token_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
 
+// The same of silu(gate) * up * weight: x is [rows, 2 * cols] BF16, gate in the first cols columns, up in the others.
+// With `clamped`, gate is at most clamp and up between -clamp and clamp. topk_weights: a float for each row, or null.
+struct SwigluProblem {
+    CastProblem cast;
+    const float* topk_weights = nullptr;
+    int64_t weight_stride = 1;
+    bool clamped = false;
+    float clamp = 0;
+};
+cudaError_t launch_swiglu_cast(const SwigluProblem& problem, cudaStream_t stream, bool pdl);
+
+// As launch_per_token_cast, to FP4: out is [rows, cols / 2] bytes, the even column's value in the low half; cols is even.
+cudaError_t launch_per_token_cast_fp4(const CastProblem& problem, cudaStream_t stream, bool pdl);
+
 // A scale per gran_k rows and column: sf[group * sf_stride + column]; packed: word [(group / 4) * sf_stride + column].
 cudaError_t launch_per_channel_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
 
 // A scale per 128 rows and gran_k columns: sf[block_row + group * sf_stride]; packed as for per_token.
 cudaError_t launch_per_block_cast(const CastProblem& problem, cudaStream_t stream, bool pdl);
+
+// Both the values as they lie and their transposed copy, out_t [cols, rows], in one read of x. gran_k is 128.
+struct TransposedCastProblem {
+    CastProblem cast;
+    void* out_t = nullptr;    // E4M3, rows contiguous; fastest on a multiple of 16 bytes with a stride of such
+    int64_t out_t_stride = 0;
+    void* sf_t = nullptr;     // as sf, of the transposed matrix
+    int64_t sf_t_stride = 0;
+};
+
+// out and sf as launch_per_token_cast; out_t has a scale per column of x and 128 rows: sf_t[column + group * sf_t_stride].
+cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
+
+// out and sf as launch_per_block_cast; out_t has the same values and scales: sf_t[block_column + block_row * sf_t_stride].
+cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
+
+// Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
+// before them.
+struct KGroups {
+    const int32_t* ends = nullptr;  // [num_groups]: what `layout` says
+    int64_t ends_stride = 1;
+    int64_t num_groups = 0;
+    int64_t rows = 0;               // of x
+    GroupLayout layout = GroupLayout::kSizes;  // or kPsum, kOffsets
+    int64_t alignment = 1;          // of kPsum
+
+    // Rows of scales, 128 rows of a group each, that are enough for any sizes.
+    __host__ __device__ int64_t scale_rows() const { return rows / 128 + num_groups; }
+};
+
+// BF16, gran_k 128. As launch_per_channel_cast within each group: ceil(size / 128) rows of scales a group, group after
+// group. sf has groups.scale_rows() rows; those after the last group are zero, and so are values of rows of no group.
+cudaError_t launch_k_grouped_per_channel_cast(const CastProblem& problem, const KGroups& groups, cudaStream_t stream,
+                                              bool pdl);
+
+// The same values transposed, each group from a multiple of 128 on: out_t is [cols, 128 * groups.scale_rows()], row i of
+// the scales sf_t belongs to columns 128 i .. 128 i + 127. What no row of x fills is zero. `out` and `sf` are not used.
+cudaError_t launch_k_grouped_cast_k_major(const TransposedCastProblem& problem, const KGroups& groups,
+                                          cudaStream_t stream, bool pdl);
 
 // out[b, c, r] = x[b, r, c] for 8-bit elements, any strides. Fastest where x and its strides are multiples of 4 bytes
 // and out and its strides multiples of 16 (a temporary for a GEMM operand should be: round the row stride up).
@@ -54,6 +110,19 @@ struct TransposeProblem {
     int64_t rows = 0, cols = 0, batch = 1;         // of x
 };
 cudaError_t launch_transpose_fp8(const TransposeProblem& problem, cudaStream_t stream, bool pdl);
+
+// FP8 values of K groups as the k-grouped product reads them: out [mn, 128 * groups.scale_rows()], each group from a multiple
+// of 128 on, zeros behind its end up to the next multiple. Columns behind the last group are left alone.
+struct KGroupedTransposeProblem {
+    const void* x = nullptr;  // [groups.rows, mn]; flat: for each group [mn, its rows], group after group
+    bool flat = false;
+    int64_t x_stride = 0;     // bytes, between rows; not used where flat
+    int64_t mn = 0;
+    void* out = nullptr;      // on a multiple of 16 bytes
+    int64_t out_stride = 0;   // bytes, a multiple of 16
+};
+cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& problem, const KGroups& groups,
+                                           cudaStream_t stream, bool pdl);
 
 enum class ScaleType : int { kFloat32 = 0, kE8M0 = 1, kPackedUE8M0 = 2 };
 
@@ -73,11 +142,6 @@ struct ScaleLayoutProblem {
     int mn_repeat = 1;
 };
 cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl);
-
-// E8M0 bytes or packed words to float32, MN-major; a wrapper of launch_scale_layout for one GEMM operand.
-// packed: src is [mn, ceil(k_sf / 4)] int32, else [mn, k_sf] bytes.
-cudaError_t launch_expand_ue8m0(const void* src, bool packed, int64_t src_mn_stride, int64_t src_k_stride, float* dst,
-                                int64_t dst_k_stride, int64_t mn, int64_t k_sf, cudaStream_t stream, bool pdl);
 
 // Packs float32 scales of K groups of different sizes, [sf_rows, mn], so that no word holds scales of two groups.
 // ks: [num_groups] int32 sizes along K on the device; group g has ceil(ks[g] / gran_k) rows of src. dst: [dst_rows, mn]

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace deep_gemm::ops {
 
@@ -116,37 +117,77 @@ void check_shape(std::string_view op, const char* arg, const X& x, const char* n
          std::string(names) + " = " + text(std::span(expected.begin(), expected.size())));
 }
 
-// The last dimension of a matrix is dense (irrelevant where it has one element or the matrix none).
+template <class X>
+bool is_empty(const X& x) {
+    for (int64_t i = 0; i < x.dim(); ++i) {
+        if (x.size(i) == 0) return true;
+    }
+    return false;
+}
+
+// The last dimension is dense (irrelevant where it has one element or the tensor none).
 template <class X>
 void check_inner_stride(std::string_view op, const char* arg, const X& x, const char* helper) {
-    if (x.size(1) > 1 && x.size(0) > 0 && x.stride(1) != 1) {
-        fail(op, arg, "inner stride", x.stride(1), int64_t{1},
+    const int64_t last = x.dim() - 1;
+    if (x.stride(last) != 1 && x.size(last) > 1 && !is_empty(x)) {
+        fail(op, arg, "inner stride", x.stride(last), int64_t{1},
              helper ? "use deep_gemm_ops." + std::string(helper) : "");
     }
 }
 
-// Rows of a matrix that is written do not overlap.
+// How the stride of an outer dimension is called.
+template <class X>
+std::string stride_name(const X& x, int64_t dimension) {
+    return x.dim() == 2 ? "row stride" : "dimension-" + std::to_string(dimension) + " stride";
+}
+
+// Rows of a tensor that is written do not overlap.
 template <class X>
 void check_rows_apart(std::string_view op, const char* arg, const X& x) {
-    if (x.size(0) > 1 && x.size(1) > 0 && x.stride(0) < x.size(1)) {
-        fail(op, arg, "row stride", x.stride(0), "at least " + std::to_string(x.size(1)));
+    if (is_empty(x)) return;
+    // From the dimension whose elements are closest to the one whose are farthest apart, of two at most.
+    const int64_t outer = x.dim() - 1;
+    int64_t order[2] = {0, 1};
+    if (outer == 2 && x.stride(1) < x.stride(0)) std::swap(order[0], order[1]);
+    int64_t extent = x.size(outer);
+    for (int64_t i = 0; i < outer; ++i) {
+        const int64_t dimension = order[i], size = x.size(dimension), stride = x.stride(dimension);
+        if (size <= 1) continue;
+        if (stride < extent) {
+            fail(op, arg, stride_name(x, dimension).c_str(), stride, "at least " + std::to_string(extent));
+        }
+        extent += (size - 1) * stride;
     }
 }
 
-// A matrix of bytes that TMA reads as it lies: dense rows, 16-byte row stride and base address.
+inline int64_t element_size(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::BFloat16:
+        case ScalarType::Half: return 2;
+        case ScalarType::Float:
+        case ScalarType::Int: return 4;
+        default: return 1;  // of those that pass the checks of dtypes
+    }
+}
+
+// What TMA reads as it lies: dense rows, 16-byte outer strides and base address, no two rows overlapping.
 template <class X>
 void check_tma_readable(std::string_view op, const char* arg, const X& x) {
     constexpr int64_t kAlignment = 16;
     check_inner_stride(op, arg, x, "to_tma_aligned");
-    const int64_t rows = x.size(0), cols = x.size(1);
-    if (rows == 0 || cols == 0) return;
+    if (is_empty(x)) return;
     const char* helper = "use deep_gemm_ops.to_tma_aligned";
-    if (rows > 1) {
-        const int64_t stride = x.stride(0);
-        if (stride % kAlignment != 0) {
-            fail(op, arg, "row stride", std::to_string(stride) + " bytes", "a multiple of 16 bytes", helper);
+    const int64_t last = x.dim() - 1, cols = x.size(last), bytes = element_size(x.scalar_type());
+    for (int64_t i = 0; i < last; ++i) {
+        if (x.size(i) <= 1) continue;
+        const int64_t stride = x.stride(i);
+        if (stride * bytes % kAlignment != 0) {
+            fail(op, arg, stride_name(x, i).c_str(), std::to_string(stride * bytes) + " bytes",
+                 "a multiple of 16 bytes", helper);
         }
-        if (stride < cols) fail(op, arg, "row stride", stride, "at least " + std::to_string(cols), helper);
+        if (stride < cols) {
+            fail(op, arg, stride_name(x, i).c_str(), stride, "at least " + std::to_string(cols), helper);
+        }
     }
     const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % kAlignment;
     if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 16 bytes", int64_t{0}, helper);

@@ -1,60 +1,54 @@
-#include "../host/gemm.h"
-#include "../host/gemm_sm100.h"
+// Products of two matrices: FP8, FP4 and BF16, and FP8 with columns written head by head.
+#include "product.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include <array>
-
-#include "../host/cast.h"
-#include "../host/knobs.h"
-#include "../host/selection_cache.h"
-#include "check.h"
 #include "gemm_ops.h"
-#include "stream.h"
-#include "tensor_info.h"
 
 namespace deep_gemm::ops {
 
 namespace {
 
-using torch::stable::detail::to;
-
-constexpr const char* kNames[][4] = {
-    {"fp8_gemm_nt", "fp8_gemm_nn", "fp8_gemm_tn", "fp8_gemm_tt"},
-    {"fp8_fp4_gemm_nt", "fp8_fp4_gemm_nn", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt"},
-};
+constexpr const char* kFP8Names[] = {"fp8_gemm_nt", "fp8_gemm_nn", "fp8_gemm_tn", "fp8_gemm_tt"};
+constexpr const char* kFP8FP4Names[] = {"fp8_fp4_gemm_nt", "fp8_fp4_gemm_nn", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt"};
+constexpr const char* kBF16Names[] = {"bf16_gemm_nt", "bf16_gemm_nn", "bf16_gemm_tn", "bf16_gemm_tt"};
 
 constexpr bool a_is_k_major(Layout layout) { return layout == Layout::kNT || layout == Layout::kNN; }
 constexpr bool b_is_k_major(Layout layout) { return layout == Layout::kNT || layout == Layout::kTT; }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// [left, mid, right] of a head's columns; all 0 where the result has no gaps.
+struct Heads {
+    int64_t left = 0, mid = 0, right = 0;
 
-void check_launch(cudaError_t error, const char* op, const char* what) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string(op) + ": " + what + " failed: " + cudaGetErrorString(error));
-    }
-}
-
-// A matrix in [MN, K] terms; an operand that is stored MN-major has stride_k != 1.
-struct Operand {
-    int64_t mn, k;
-    int64_t stride_mn, stride_k;
+    bool any() const { return left + right > 0; }
+    int64_t width() const { return left + mid + right; }
 };
 
-Operand view(const TensorInfo& x, bool k_major) {
-    if (k_major) return {x.size(0), x.size(1), x.stride(0), x.stride(1)};
-    return {x.size(1), x.size(0), x.stride(1), x.stride(0)};
+Heads check_head_splits(const char* op, const std::vector<int64_t>& splits) {
+    bool fits = splits.size() == 3;
+    for (int64_t part : splits) fits = fits && part >= 0 && part <= kMaxSize;
+    if (!fits || splits[0] + splits[2] == 0 || splits[0] + splits[2] > kMaxSize) {
+        fail(op, "head_splits", "value", text(std::span(splits.data(), splits.size())),
+             "[left, mid, right], none negative, with left + right positive");
+    }
+    return {splits[0], splits[1], splits[2]};
 }
 
-// Two E2M1 values a byte.
-bool is_fp4(const TensorInfo& x) { return x.scalar_type() != ScalarType::Float8_e4m3fn; }
+// Zeros `width` columns of each head, from `first` on.
+void zero_columns(const Result& result, const Heads& parts, int64_t first, int64_t width) {
+    if (width == 0) return;
+    const std::array<int64_t, 3> sizes = {result.sizes[0], result.sizes[1] / parts.width(), width};
+    const std::array<int64_t, 3> strides = {result.strides[0], parts.width(), 1};
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(result.handle(), 3, sizes.data(), strides.data(), first, &handle));
+    const OwnedTensor columns(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(columns.get()));
+}
 
-void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, Operands operands, bool k_major) {
-    if (operands == Operands::kFP8FP4 && k_major) {
-        check_dtype(op, arg, x,
-                    {ScalarType::Float8_e4m3fn, ScalarType::Float4_e2m1fn_x2, ScalarType::Char, ScalarType::Byte});
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
+    if (or_fp4) {
+        check_dtype(op, arg, x, {dtype, ScalarType::Float4_e2m1fn_x2, ScalarType::Char, ScalarType::Byte});
     } else {
-        check_dtype(op, arg, x, {ScalarType::Float8_e4m3fn});  // FP4 is packed along K, so it is K-major
+        check_dtype(op, arg, x, {dtype});
     }
 }
 
@@ -69,241 +63,78 @@ void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, 
     if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
 }
 
-// One or two granularities to choose from.
-struct Choices {
-    std::array<int64_t, 2> values = {};
-    int count = 0;
+// Checks everything, then runs. `sfa` and `sfb` are there for FP8 operands, `head_splits` where columns have gaps. Returns
+// the result, allocated here, unless `out` is there to write to. With `or_fp4` K-major operands may be FP4.
+OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const TensorInfo* sfa, const TensorInfo& b,
+                const TensorInfo* sfb, const TensorInfo* c, ScalarType out_dtype, const Recipe& recipe,
+                const std::vector<int64_t>* head_splits, const TensorInfo* out, bool or_fp4 = false) {
+    const bool a_k_major = a_is_k_major(layout), b_k_major = b_is_k_major(layout), is_fp8 = sfa != nullptr;
+    const ScalarType dtype = is_fp8 ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
 
-    Choices() = default;
-    Choices(std::initializer_list<int64_t> list) {
-        for (int64_t value : list) push_back(value);
-    }
-    void push_back(int64_t value) { values[count++] = value; }
-    const int64_t* begin() const { return values.data(); }
-    const int64_t* end() const { return values.data() + count; }
-};
-
-struct Granularity {
-    int64_t mn = 0;
-    Choices fit_k;  // all that explain the columns
-};
-
-// "3", or "3 or 5" where two choices differ.
-std::string unique_sizes(const std::vector<int64_t>& sizes) {
-    const bool differ = sizes.size() > 1 && sizes[1] != sizes[0];
-    return text(sizes[0]) + (differ ? " or " + text(sizes[1]) : "");
-}
-
-int64_t scale_columns(int64_t k, int64_t gran_k, bool packed) {
-    const int64_t columns = ceil_div(k, gran_k);
-    return packed ? ceil_div(columns, 4) : columns;
-}
-
-[[noreturn]] void fail_scales(const char* op, const char* arg, const TensorInfo& sf, bool k_major, int64_t mn,
-                              int64_t k, const std::string& mn_name, const Choices& grans_mn, const Choices& grans_k) {
-    const bool packed = sf.scalar_type() == ScalarType::Int;
-    std::string names[2];
-    std::vector<int64_t> sizes[2];
-    for (int64_t gran : grans_mn) {
-        names[0] += (names[0].empty() ? "" : " or ") +
-                    (gran == 1 ? mn_name : "ceil(" + mn_name + " / " + text(gran) + ")");
-        sizes[0].push_back(ceil_div(mn, gran));
-    }
-    for (int64_t gran : grans_k) {
-        names[1] += (names[1].empty() ? "" : " or ") + ("ceil(K / " + text(packed ? gran * 4 : gran)) + ")";
-        sizes[1].push_back(scale_columns(k, gran, packed));
-    }
-    const int first = k_major ? 0 : 1;
-    fail(op, arg, "shape", text(sf.sizes()),
-         "[" + names[first] + ", " + names[1 - first] + "] = [" + unique_sizes(sizes[first]) + ", " +
-             unique_sizes(sizes[1 - first]) + "]");
-}
-
-// Granularities that explain the shape of the scales `sf` of an operand with `mn` rows.
-Granularity match_scales(const char* op, const char* arg, const TensorInfo& sf, bool k_major, int64_t mn, int64_t k,
-                         const char* mn_name, const Choices& grans_mn, const Choices& grans_k) {
-    const bool packed = sf.scalar_type() == ScalarType::Int;
-    const Operand scales = view(sf, k_major);
-    Granularity result;
-    for (int64_t gran : grans_k) {
-        if (scales.k == scale_columns(k, gran, packed)) result.fit_k.push_back(gran);
-    }
-    for (int64_t gran : grans_mn) {
-        if (scales.mn == ceil_div(mn, gran) && result.fit_k.count > 0) {
-            result.mn = gran;
-            return result;
-        }
-    }
-    fail_scales(op, arg, sf, k_major, mn, k, mn_name, grans_mn, grans_k);
-}
-
-// Scales as the kernels take them (see ScaleTensor): float32, and MN-major where there is one per row; for SM100 packed
-// UE8M0 words, MN-major, always per row. What is not so is brought into that form in `scratch` by one small kernel.
-ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, bool k_major, int64_t mn, int64_t gran_mn,
-                           int64_t k_groups, bool per_row, bool packed, cudaStream_t stream, OwnedTensor& scratch) {
-    const Operand scales = view(sf, k_major);
-    const cast::ScaleType type = sf.scalar_type() == ScalarType::Float ? cast::ScaleType::kFloat32
-                                 : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
-                                                                           : cast::ScaleType::kE8M0;
-    const cast::ScaleType wanted = packed ? cast::ScaleType::kPackedUE8M0 : cast::ScaleType::kFloat32;
-    const int64_t columns = packed ? ceil_div(k_groups, 4) : k_groups;
-    const bool repeat = per_row && gran_mn == 128;
-    const bool stride_k_fits = columns == 1 || (scales.stride_k % 4 == 0 && scales.stride_k >= mn);
-    const bool tma_readable = (scales.stride_mn == 1 || mn == 1) && stride_k_fits &&
-                              reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
-    if (type == wanted && !repeat && (!per_row || tma_readable)) {
-        return {static_cast<const float*>(sf.data_ptr()), scales.stride_mn, scales.stride_k, static_cast<int>(gran_mn)};
-    }
-    cast::ScaleLayoutProblem problem;
-    problem.mn = repeat ? mn : scales.mn;
-    problem.mn_repeat = repeat ? 128 : 1;
-    const int64_t aligned = ceil_div(problem.mn, 4) * 4;
-    const std::array<int64_t, 2> sizes = {columns, aligned}, strides = {aligned, 1};
-    scratch.reset(new_empty_strided(sizes, strides, packed ? ScalarType::Int : ScalarType::Float, sf.get()));
-    problem.src = sf.data_ptr();
-    problem.src_type = type;
-    problem.src_mn_stride = scales.stride_mn;
-    problem.src_k_stride = scales.stride_k;
-    problem.dst = TensorInfo(scratch.get()).data_ptr();
-    problem.dst_type = wanted;
-    problem.dst_k_stride = aligned;
-    problem.k_sf = k_groups;
-    check_launch(cast::launch_scale_layout(problem, stream, knobs().pdl), op, "laying out scales");
-    return {static_cast<const float*>(problem.dst), 1, aligned, repeat ? 1 : static_cast<int>(gran_mn)};
-}
-
-// An operand as the kernels read it.
-struct PreparedOperand {
-    const void* data;
-    int64_t stride;  // elements
-    bool mn_major;
-};
-
-// SM90's FP8 tensor cores read K-major operands alone, so an MN-major one is transposed into `scratch`. SM100's read both,
-// where TMA can address the rows.
-PreparedOperand prepare_operand(const char* op, const TensorInfo& x, bool k_major, bool sm100, cudaStream_t stream,
-                                OwnedTensor& scratch) {
-    // The stride of a single row is never used, but the tensor map wants a multiple of 16 (of 32 bytes with FP4).
-    const int64_t stride = x.size(0) > 1 ? x.stride(0) : ceil_div(x.size(1), 32) * 32;
-    if (k_major) return {x.data_ptr(), is_fp4(x) ? 2 * stride : stride, false};
-    if (sm100 && stride % 16 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0) {
-        return {x.data_ptr(), stride, true};
-    }
-    const int64_t k = x.size(0), mn = x.size(1);
-    const int64_t aligned = ceil_div(k, 16) * 16;
-    const std::array<int64_t, 2> sizes = {mn, aligned}, strides = {aligned, 1};
-    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.get()));
-    cast::TransposeProblem problem;
-    problem.x = x.data_ptr();
-    problem.x_stride = x.stride(0);
-    problem.out = TensorInfo(scratch.get()).data_ptr();
-    problem.out_stride = aligned;
-    problem.rows = k;
-    problem.cols = mn;
-    check_launch(cast::launch_transpose_fp8(problem, stream, knobs().pdl), op, "transposing an operand");
-    return {problem.out, aligned, false};
-}
-
-using Recipe = std::optional<std::vector<int64_t>>;
-
-// Checks everything, then runs. Returns the result, allocated here, unless `given_out` is there to write to.
-OwnedTensor run(Operands operands, Layout layout, const TensorInfo& a, const TensorInfo& sfa, const TensorInfo& b, const TensorInfo& sfb,
-                const std::optional<TensorInfo>& c, ScalarType out_dtype, const Recipe& recipe,
-                const TensorInfo* given_out) {
-    const char* op = kNames[static_cast<int>(operands)][static_cast<int>(layout)];
-    const bool a_k_major = a_is_k_major(layout), b_k_major = b_is_k_major(layout);
-
-    check_operand_dtype(op, "a", a, operands, a_k_major);
+    check_operand_dtype(op, "a", a, dtype, or_fp4 && a_k_major);
     check_rank(op, "a", a, 2);
-    check_operand_dtype(op, "b", b, operands, b_k_major);
+    check_operand_dtype(op, "b", b, dtype, or_fp4 && b_k_major);
     check_rank(op, "b", b, 2);
-    check_dtype(op, "sfa", sfa, {ScalarType::Float, ScalarType::Float8_e8m0fnu, ScalarType::Int});
-    check_rank(op, "sfa", sfa, 2);
-    check_dtype(op, "sfb", sfb, {ScalarType::Float, ScalarType::Float8_e8m0fnu, ScalarType::Int});
-    check_rank(op, "sfb", sfb, 2);
-    check_device(op, "b", b, a, "a");
-    check_device(op, "sfa", sfa, a, "a");
-    check_device(op, "sfb", sfb, a, "a");
-    if (c) check_device(op, "c", *c, a, "a");
-    if (given_out) check_device(op, "out", *given_out, a, "a");
-    if (!given_out && out_dtype != ScalarType::BFloat16 && out_dtype != ScalarType::Float) {
-        fail(op, "out_dtype", "value", text(out_dtype), "bfloat16 or float32");
+    if (is_fp8) {
+        check_scales(op, "sfa", *sfa, 2);
+        check_scales(op, "sfb", *sfb, 2);
     }
+    check_device(op, "b", b, a, "a");
+    if (is_fp8) {
+        check_device(op, "sfa", *sfa, a, "a");
+        check_device(op, "sfb", *sfb, a, "a");
+    }
+    if (c) check_device(op, "c", *c, a, "a");
+    if (out) check_device(op, "out", *out, a, "a");
+    if (!out) check_out_dtype(op, out_dtype);
+    const Heads heads = head_splits ? check_head_splits(op, *head_splits) : Heads{};
 
-    Operand operand_a = view(a, a_k_major), operand_b = view(b, b_k_major);
-    if (is_fp4(a)) operand_a.k *= 2;
-    if (is_fp4(b)) operand_b.k *= 2;
+    const Axes axes_a = a_k_major ? kKMajor : kMNMajor, axes_b = b_k_major ? kKMajor : kMNMajor;
     check_size(op, "a", a_k_major ? "M" : "K", a.size(0));
     check_size(op, "a", a_k_major ? "K" : "M", a.size(1));
     check_size(op, "b", b_k_major ? "N" : "K", b.size(0));
     check_size(op, "b", b_k_major ? "K" : "N", b.size(1));
-    const int64_t m = operand_a.mn, n = operand_b.mn, k = operand_a.k;
-    if (operand_b.k != k) fail(op, "b", "K", operand_b.k, k, "the K of a");
-    a_k_major ? check_tma_readable(op, "a", a) : check_inner_stride(op, "a", a, "to_tma_aligned");
-    b_k_major ? check_tma_readable(op, "b", b) : check_inner_stride(op, "b", b, "to_tma_aligned");
+    const auto k_of = [](const TensorInfo& x, const Axes& axes) { return x.size(axes.k) * (is_fp4(x) ? 2 : 1); };
+    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = k_of(a, axes_a);
+    if (k_of(b, axes_b) != k) fail(op, "b", "K", k_of(b, axes_b), k, "the K of a");
+    check_operand_layout(op, "a", a, a_k_major || !is_fp8);
+    check_operand_layout(op, "b", b, b_k_major || !is_fp8);
 
-    Choices grans_m = {1, 128}, grans_n = {1, 128}, grans_k = {128, 32};
-    if (recipe) {
-        const std::vector<int64_t>& r = *recipe;
-        const auto is_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
-        if (r.size() != 3 || !is_mn(r[0]) || !is_mn(r[1]) || (r[2] != 128 && r[2] != 32)) {
-            fail(op, "recipe", "value", text(std::span(r.data(), r.size())), "[1 or 128, 1 or 128, 128 or 32]");
-        }
-        grans_m = {r[0]};
-        grans_n = {r[1]};
-        grans_k = {r[2]};
+    Granularities grans;
+    if (is_fp8) {
+        const Dim m_dim = {Dim::kMN, "M", m}, n_dim = {Dim::kMN, "N", n}, k_dim = {Dim::kK, "K", k};
+        const std::array<Dim, 2> dims_a = {a_k_major ? m_dim : k_dim, a_k_major ? k_dim : m_dim};
+        const std::array<Dim, 2> dims_b = {b_k_major ? n_dim : k_dim, b_k_major ? k_dim : n_dim};
+        grans = match_recipe(op, *sfa, dims_a, *sfb, dims_b, recipe);
     }
-    const Granularity of_a = match_scales(op, "sfa", sfa, a_k_major, m, k, "M", grans_m, grans_k);
-    const Granularity of_b = match_scales(op, "sfb", sfb, b_k_major, n, k, "N", grans_n, of_a.fit_k);
-    if (of_b.fit_k.count > 1 && sfa.scalar_type() == ScalarType::Int && sfb.scalar_type() == ScalarType::Int &&
-        k > 32) {
-        fail(op, "recipe", "value", "None", "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]",
-             "packed scales fit both here");
+    int64_t columns = n;
+    if (heads.any()) {
+        const int64_t kept = heads.left + heads.right;
+        if (n % kept != 0) fail(op, "b", "N", n, "a multiple of left + right = " + text(kept));
+        columns = n / kept * heads.width();
+        if (columns > kMaxSize) fail(op, "head_splits", "columns of the result", columns, "at most " + text(kMaxSize));
     }
-
-    const ScalarType result_dtype = given_out ? given_out->scalar_type() : out_dtype;
-    if (given_out) {
-        check_dtype(op, "out", *given_out, {ScalarType::BFloat16, ScalarType::Float});
-        check_shape(op, "out", *given_out, "[M, N]", {m, n});
-        check_inner_stride(op, "out", *given_out, nullptr);
-        check_rows_apart(op, "out", *given_out);
-    }
-    if (c) {
-        if (c->scalar_type() != result_dtype) {
-            fail(op, "c", "dtype", text(c->scalar_type()), text(result_dtype), "the dtype of the result");
-        }
-        const bool full = c->dim() == 2 && c->size(0) == m && c->size(1) == n;
-        const bool bias = c->dim() == 1 && c->size(0) == n;
-        if (!full && !bias) {
-            fail(op, "c", "shape", text(c->sizes()),
-                 "[M, N] or [N] = [" + text(m) + ", " + text(n) + "] or [" + text(n) + "]");
-        }
-        if (full) {
-            check_inner_stride(op, "c", *c, nullptr);
-        } else if (n > 1 && c->stride(0) != 1) {
-            fail(op, "c", "inner stride", c->stride(0), int64_t{1});
-        }
-    }
+    const std::array<int64_t, 2> shape = {m, columns};
+    const char* names = heads.any() ? "[M, N / (left + right) * (left + mid + right)]" : "[M, N]";
+    check_result(op, names, "N", shape, c, out_dtype, out);
 
     const int device = a.get_device_index();
     const DeviceGuard guard(device);
-    OwnedTensor allocated;
-    if (!given_out) {
-        const std::array<int64_t, 2> sizes = {m, n}, strides = {std::max<int64_t>(n, 1), 1};
-        allocated.reset(new_empty_strided(sizes, strides, result_dtype, a.get()));
-    }
-    const AtenTensorHandle result = given_out ? given_out->get() : allocated.get();
-    if (m == 0 || n == 0) return allocated;
+    Result result(shape, out_dtype, a, out);
+    if (m == 0 || n == 0) return std::move(result.allocated);
+    if (!out && heads.any()) zero_columns(result, heads, heads.left, heads.mid);
     if (k == 0) {
-        STABLE_TORCH_ERROR_CODE_CHECK(c ? aoti_torch_copy_(result, c->get(), 0) : aoti_torch_zero_(result));
-        return allocated;
+        if (heads.any()) {
+            zero_columns(result, heads, 0, heads.left);
+            zero_columns(result, heads, heads.left + heads.mid, heads.right);
+        } else {
+            result.fill(c);
+        }
+        return std::move(result.allocated);
     }
-    const int capability = compute_capability(device);
-    const bool sm100 = capability == 100, has_fp4 = is_fp4(a) || is_fp4(b);
-    if (!sm100 && (capability != 90 || has_fp4)) {
-        fail(op, "a", "architecture", "sm_" + std::to_string(capability), has_fp4 ? "sm_100" : "sm_90 or sm_100",
-             has_fp4 ? "FP4" : "");
-    }
+    const bool sm100 = compute_capability(device) == 100 && !heads.any(), has_fp4 = is_fp4(a) || is_fp4(b);
+    if (!sm100 && has_fp4) fail(op, "a", "architecture", "sm_" + text(compute_capability(device)), "sm_100", "FP4");
+    if (!sm100) check_architecture(op, device);
     check_fp4_unpackable(op, "a", a, k);
     check_fp4_unpackable(op, "b", b, k);
 
@@ -313,93 +144,126 @@ OwnedTensor run(Operands operands, Layout layout, const TensorInfo& a, const Ten
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    const PreparedOperand ready_a = prepare_operand(op, a, a_k_major, sm100, stream, scratch_a);
-    const PreparedOperand ready_b = prepare_operand(op, b, b_k_major, sm100, stream, scratch_b);
-    problem.a = ready_a.data;
-    problem.b = ready_b.data;
-    problem.a_stride = ready_a.stride;
-    problem.b_stride = ready_b.stride;
-    problem.a_mn_major = ready_a.mn_major;
-    problem.b_mn_major = ready_b.mn_major;
-    problem.a_is_fp4 = is_fp4(a);
-    problem.b_is_fp4 = is_fp4(b);
-    problem.gran_k = static_cast<int>(of_b.fit_k.values[0]);
-    const int64_t k_groups = ceil_div(k, problem.gran_k);
-    // In the recipe 1, 128, 128 SM90's kernels read B's block scales as they lie.
-    const bool is_1d2d = of_a.mn == 1 && of_b.mn == 128 && problem.gran_k == 128 && !sm100;
-    problem.sfa = prepare_scales(op, sfa, a_k_major, m, of_a.mn, k_groups, true, sm100, stream, scratch_sfa);
-    problem.sfb = prepare_scales(op, sfb, b_k_major, n, of_b.mn, k_groups, !is_1d2d, sm100, stream, scratch_sfb);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result, &problem.d));
-    problem.d_stride = given_out && m > 1 ? given_out->stride(0) : n;
-    problem.d_type = result_dtype == ScalarType::Float ? DataType::kFloat32 : DataType::kBFloat16;
-    if (c) {
-        problem.c = c->data_ptr();
-        problem.c_stride = c->dim() == 1 ? 0 : m > 1 ? c->stride(0) : n;
+    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100),
+                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100));
+    if (is_fp8) {
+        problem.gran_k = static_cast<int>(grans.k);
+        problem.sfa = prepare_scales(op, *sfa, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0, sm100);
+        const bool per_row = sm100 || !grans.is_1d2d();
+        problem.sfb =
+            prepare_scales(op, *sfb, axes_b, n, grans.n, per_row, grans.k, k, stream, scratch_sfb, 0, sm100);
+    } else {
+        problem.operands = OperandType::kBF16;
+        problem.a_mn_major = !a_k_major;
+        problem.b_mn_major = !b_k_major;
     }
-
-    SelectionLimits limits;
-    limits.num_sms = usable_sms(device);
-    limits.block_m_multiple_of = knobs().block_m_multiple_of;
-    limits.block_n_multiple_of = knobs().block_n_multiple_of;
-    const std::span<const GemmRow> rows = sm100 ? sm100_gemm_rows() : gemm_rows();
-    int row = knobs().forced_row;
-    if (row < 0) {
-        row = select_row_cached(rows, problem, limits);
-    } else if (sm100) {
-        row -= static_cast<int>(gemm_rows().size());  // as dg_instances() counts
-        if (row < 0) throw std::runtime_error(std::string(op) + ": the forced row is one of sm_90a");
-    }
-    DeviceBackend backend(device, stream);
-    (sm100 ? run_sm100_gemm : run_gemm)(problem, limits, row, knobs().pdl, backend);
-    return allocated;
-}
-
-// Arguments as they come from the stack, which owns nothing afterwards.
-OwnedTensor take_tensor(StableIValue value) { return OwnedTensor(to<AtenTensorHandle>(value)); }
-
-// The arguments that both overloads begin with.
-struct Arguments {
-    OwnedTensor a, sfa, b, sfb;
-    std::optional<Tensor> c;
-};
-
-Arguments take_arguments(const StableIValue* stack) {
-    return {take_tensor(stack[0]), take_tensor(stack[1]), take_tensor(stack[2]), take_tensor(stack[3]),
-            to<std::optional<Tensor>>(stack[4])};
-}
-
-OwnedTensor run(Operands operands, Layout layout, const Arguments& arguments, ScalarType out_dtype, const Recipe& recipe,
-                const TensorInfo* out) {
-    const TensorInfo a(arguments.a.get()), sfa(arguments.sfa.get()), b(arguments.b.get()), sfb(arguments.sfb.get());
-    std::optional<TensorInfo> c;
-    if (arguments.c) c.emplace(*arguments.c);
-    return run(operands, layout, a, sfa, b, sfb, c, out_dtype, recipe, out);
+    problem.head_left = static_cast<int>(heads.left);
+    problem.head_mid = static_cast<int>(heads.mid);
+    problem.head_right = static_cast<int>(heads.right);
+    set_result(problem, result, kKMajor, c);
+    run_product(problem, device, stream);
+    return std::move(result.allocated);
 }
 
 }  // namespace
 
-template <Operands kOperands, Layout kLayout>
-void scaled_gemm(StableIValue* stack, uint64_t, uint64_t) {
-    const Arguments arguments = take_arguments(stack);
-    const auto out_dtype = to<ScalarType>(stack[5]);
-    const auto recipe = to<Recipe>(stack[6]);
-    stack[0] = torch::stable::detail::from(run(kOperands, kLayout, arguments, out_dtype, recipe, nullptr).release());
+template <Layout kLayout>
+void fp8_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto out_dtype = arguments.take<ScalarType>();
+    const auto recipe = arguments.take<Recipe>();
+    return_tensor(stack, run(kFP8Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info,
+                             c.get(), out_dtype, recipe, nullptr, nullptr));
 }
 
-template <Operands kOperands, Layout kLayout>
-void scaled_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
-    const Arguments arguments = take_arguments(stack);
-    const auto recipe = to<Recipe>(stack[5]);
-    const OwnedTensor out = take_tensor(stack[6]);
-    const TensorInfo out_info(out.get());
-    run(kOperands, kLayout, arguments, ScalarType::BFloat16, recipe, &out_info);
+template <Layout kLayout>
+void fp8_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto recipe = arguments.take<Recipe>();
+    const TensorArgument out(arguments.take_tensor());
+    run(kFP8Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info, c.get(),
+        ScalarType::BFloat16, recipe, nullptr, &out.info);
 }
 
-#define DG_INSTANTIATE(LAYOUT)                                                              \
-    template void scaled_gemm<Operands::kFP8, LAYOUT>(StableIValue*, uint64_t, uint64_t);        \
-    template void scaled_gemm_out<Operands::kFP8, LAYOUT>(StableIValue*, uint64_t, uint64_t);    \
-    template void scaled_gemm<Operands::kFP8FP4, LAYOUT>(StableIValue*, uint64_t, uint64_t);     \
-    template void scaled_gemm_out<Operands::kFP8FP4, LAYOUT>(StableIValue*, uint64_t, uint64_t);
+template <Layout kLayout>
+void fp8_fp4_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto out_dtype = arguments.take<ScalarType>();
+    const auto recipe = arguments.take<Recipe>();
+    return_tensor(stack, run(kFP8FP4Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info,
+                             c.get(), out_dtype, recipe, nullptr, nullptr, true));
+}
+
+template <Layout kLayout>
+void fp8_fp4_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto recipe = arguments.take<Recipe>();
+    const TensorArgument out(arguments.take_tensor());
+    run(kFP8FP4Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info, c.get(),
+        ScalarType::BFloat16, recipe, nullptr, &out.info, true);
+}
+
+template <Layout kLayout>
+void bf16_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), b(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto out_dtype = arguments.take<ScalarType>();
+    return_tensor(stack, run(kBF16Names[static_cast<int>(kLayout)], kLayout, a.info, nullptr, b.info, nullptr, c.get(),
+                             out_dtype, std::nullopt, nullptr, nullptr));
+}
+
+template <Layout kLayout>
+void bf16_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), b(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const TensorArgument out(arguments.take_tensor());
+    run(kBF16Names[static_cast<int>(kLayout)], kLayout, a.info, nullptr, b.info, nullptr, c.get(),
+        ScalarType::BFloat16, std::nullopt, nullptr, &out.info);
+}
+
+void fp8_gemm_nt_skip_head_mid(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const auto head_splits = arguments.take<std::vector<int64_t>>();
+    const auto out_dtype = arguments.take<ScalarType>();
+    const auto recipe = arguments.take<Recipe>();
+    return_tensor(stack, run("fp8_gemm_nt_skip_head_mid", Layout::kNT, a.info, &sfa.info, b.info, &sfb.info, nullptr,
+                             out_dtype, recipe, &head_splits, nullptr));
+}
+
+void fp8_gemm_nt_skip_head_mid_out(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const auto head_splits = arguments.take<std::vector<int64_t>>();
+    const auto recipe = arguments.take<Recipe>();
+    const TensorArgument out(arguments.take_tensor());
+    run("fp8_gemm_nt_skip_head_mid", Layout::kNT, a.info, &sfa.info, b.info, &sfb.info, nullptr, ScalarType::BFloat16,
+        recipe, &head_splits, &out.info);
+}
+
+#define DG_INSTANTIATE(LAYOUT)                                            \
+    template void fp8_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);      \
+    template void fp8_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t);  \
+    template void fp8_fp4_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);     \
+    template void fp8_fp4_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t); \
+    template void bf16_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);     \
+    template void bf16_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t);
 DG_INSTANTIATE(Layout::kNT)
 DG_INSTANTIATE(Layout::kNN)
 DG_INSTANTIATE(Layout::kTN)

@@ -1,4 +1,5 @@
-#include "../host/cast.h"
+#include <vector>
+
 #include "../host/knobs.h"
 #include "cast_checks.h"
 #include "cast_ops.h"
@@ -15,7 +16,7 @@ cast::ScaleType scale_type(const Tensor& sf) {
                                                                 : cast::ScaleType::kFloat32;
 }
 
-void check_scales_rank(const std::string& op, const Tensor& sf) {
+void check_scales_rank(const char* op, const Tensor& sf) {
     if (sf.dim() != 2 && sf.dim() != 3) fail(op, "sf", "rank", sf.dim(), "2 or 3");
     constexpr const char* kDimensions[] = {"groups", "MN", "K groups"};
     for (int64_t i = 0; i < sf.dim(); ++i) check_size(op, "sf", kDimensions[i + 3 - sf.dim()], sf.size(i));
@@ -29,7 +30,7 @@ std::vector<int64_t> mn_major_strides(const std::vector<int64_t>& shape) {
 }
 
 // Copies `sf` with k_sf scales along K to an MN-major tensor of mn rows, allocated here when absent.
-Tensor run_layout(const std::string& op, const Tensor& sf, int64_t mn, int64_t k_sf, int mn_repeat, bool to_packed,
+Tensor run_layout(const char* op, const Tensor& sf, int64_t mn, int64_t k_sf, int mn_repeat, bool to_packed,
                   const Tensor* given_out) {
     const bool batched = sf.dim() == 3;
     std::vector<int64_t> shape = {mn, to_packed ? ceil_div(k_sf, 4) : k_sf};
@@ -64,22 +65,24 @@ Tensor run_layout(const std::string& op, const Tensor& sf, int64_t mn, int64_t k
     return out;
 }
 
-Tensor run_mn_major(const std::string& op, const Tensor& sf, bool to_packed, const Tensor* given_out) {
+Tensor run_mn_major(const char* op, const Tensor& sf, bool to_packed, const Tensor* given_out) {
     check_dtype(op, "sf", sf, {ScalarType::Float});
     check_scales_rank(op, sf);
     return run_layout(op, sf, sf.size(sf.dim() - 2), sf.size(sf.dim() - 1), 1, to_packed, given_out);
 }
 
 Tensor run_expand(const Tensor& sf, int64_t k_sf, const Tensor* given_out) {
-    const std::string op = "expand_ue8m0";
+    const char* op = "expand_ue8m0";
     check_dtype(op, "sf", sf, {ScalarType::Float8_e8m0fnu, ScalarType::Int});
     check_scales_rank(op, sf);
     if (k_sf < 0 || k_sf > kMaxSize) fail(op, "k_sf", "value", k_sf, "0 to " + std::to_string(kMaxSize));
     const auto sizes = sf.sizes();
     std::vector<int64_t> expected(sizes.begin(), sizes.end());
     expected.back() = is_packed(sf) ? ceil_div(k_sf, 4) : k_sf;
-    const std::string leading = sf.dim() == 3 ? "[G, MN, " : "[MN, ";
-    check_shape(op, "sf", sf, leading + (is_packed(sf) ? "ceil(k_sf / 4)]" : "k_sf]"), expected);
+    if (!has_shape(sf, expected)) {
+        const std::string leading = sf.dim() == 3 ? "[G, MN, " : "[MN, ";
+        fail_shape(op, "sf", sf, leading + (is_packed(sf) ? "ceil(k_sf / 4)]" : "k_sf]"), expected);
+    }
     return run_layout(op, sf, sf.size(sf.dim() - 2), k_sf, 1, false, given_out);
 }
 
@@ -106,7 +109,7 @@ Tensor expand_ue8m0(Tensor sf, int64_t k_sf) { return run_expand(sf, k_sf, nullp
 void expand_ue8m0_out(Tensor sf, int64_t k_sf, Tensor out) { run_expand(sf, k_sf, &out); }
 
 Tensor get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, int64_t gran_k) {
-    const std::string op = "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor";
+    const char* op = "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor";
     check_dtype(op, "sf", sf, {ScalarType::Float});
     check_rank(op, "sf", sf, 2);
     check_dtype(op, "ks", ks, {ScalarType::Int});
@@ -142,7 +145,7 @@ Tensor get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor 
 Tensor transform_sf_into_required_layout(Tensor sf, int64_t mn, int64_t k, std::vector<int64_t> recipe,
                                          std::optional<int64_t> num_groups, std::optional<bool> is_sfa,
                                          bool disable_ue8m0_cast) {
-    const std::string op = "transform_sf_into_required_layout";
+    const char* op = "transform_sf_into_required_layout";
     check_dtype(op, "sf", sf, {ScalarType::Float, ScalarType::Float8_e8m0fnu, ScalarType::Int});
     const auto is_gran_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
     int64_t gran_mn = 0;
@@ -165,10 +168,14 @@ Tensor transform_sf_into_required_layout(Tensor sf, int64_t mn, int64_t k, std::
     check_rank(op, "sf", sf, num_groups ? 3 : 2);
     const int64_t k_sf = ceil_div(k, gran_k);
     std::vector<int64_t> expected = {ceil_div(mn, gran_mn), is_packed(sf) ? ceil_div(k_sf, 4) : k_sf};
-    std::string names = (gran_mn == 1 ? "mn" : "ceil(mn / 128)") + std::string(", ceil(k / ") +
-                        std::to_string(is_packed(sf) ? gran_k * 4 : gran_k) + ")]";
     if (num_groups) expected.insert(expected.begin(), *num_groups);
-    check_shape(op, "sf", sf, (num_groups ? "[num_groups, " : "[") + names, expected);
+    if (!has_shape(sf, expected)) {
+        const std::string leading = num_groups ? "[num_groups, " : "[";
+        fail_shape(op, "sf", sf,
+                   leading + (gran_mn == 1 ? "mn" : "ceil(mn / 128)") + ", ceil(k / " +
+                       std::to_string(is_packed(sf) ? gran_k * 4 : gran_k) + ")]",
+                   expected);
+    }
 
     const DeviceGuard guard(sf.get_device_index());
     // SM90 reads float32 scales of either granularity, SM100 a packed scale for every row.

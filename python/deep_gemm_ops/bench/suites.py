@@ -14,7 +14,7 @@ import torch
 
 import deep_gemm_ops
 
-from .. import reference
+from .. import fused_casts, reference
 from ..testing import bench as timing
 from ..testing.cases import GemmCase, GemmOperands, make_gemm_operands
 from ..testing.numeric import compare, error_bar
@@ -24,13 +24,21 @@ __all__ = ["cast_records", "environment", "gemm_record", "host_records", "rows_r
 
 DEVICE = "cuda"
 RECIPES = {"1d2d": (1, 128, 128), "1d1d": (1, 1, 128)}
-CASTS: tuple[tuple[str, dict[str, bool]], ...] = (
+CASTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("per_token_cast_to_fp8", {}),
     ("per_token_cast_to_fp8", {"use_packed_ue8m0": True}),
     ("per_channel_cast_to_fp8", {}),
     ("per_block_cast_to_fp8", {}),
     ("transpose_fp8", {}),
+    ("per_token_cast_to_fp4", {}),
+    ("swiglu_cast_to_fp8", {}),
+    ("swiglu_cast_to_fp8", {"clamp": 10.0}),
+    ("per_token_cast_to_fp8_with_transpose", {}),
+    ("per_block_cast_to_fp8_with_transpose", {}),
+    ("k_grouped_per_channel_cast_to_fp8", {}),
+    ("k_grouped_per_channel_cast_to_fp8_k_major", {}),
 )
+K_GROUPS = 8  # of K-grouped casts, all but equal
 METHOD = (
     "Bursts of back-to-back calls over operand sets that do not fit the L2, enqueued while the stream is held, the L2 "
     "evicted before each burst; contenders in turns, medians. Times include the gap between two kernels. Results are "
@@ -319,25 +327,28 @@ def rows_record(
 # ---------------------------------------------------------------------------------------------------------------------
 # Casts
 
+_CAST_OUTS = ("out", "out_sf", "out_t", "out_t_sf")
+
 
 def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: int = 20) -> Iterator[dict[str, Any]]:
     """Check (to the bit) and time each cast of a BF16 ``[rows, cols]`` beside a copy that moves as many bytes."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(rows, cols, device=DEVICE, generator=generator).to(torch.bfloat16)
     for op, options in CASTS:
-        source = reference.per_token_cast_to_fp8(x)[0] if op == "transpose_fp8" else x
+        source, *more = _cast_inputs(op, x)
         record: dict[str, Any] = {"op": cast_label(op, options), "rows": rows, "cols": cols, "times": {}, "failed": {}}
         overload = getattr(torch.ops.deep_gemm, op)
-        expected = getattr(reference, op)(source, **options)
+        function = getattr(fused_casts, f"reference_{op}", None) or getattr(reference, op)
+        expected = function(source, *more, **options)
         record["bytes"] = timing.count_bytes(source, expected)
         floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
         calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
         sources = [source] + [source.clone() for _ in range(count - 1)]
         contenders: dict[str, Callable[[int], Any]] = {}
         try:
-            outs = [overload(s, **options) for s in sources]
+            outs = [overload(s, *more, **options) for s in sources]
             check_equal(outs[0], expected)
-            contenders[OURS] = _cast_call(overload.out, sources, outs, options)
+            contenders[OURS] = _cast_call(overload.out, sources, more, outs, options)
         except Exception as why:
             record["failed"][OURS] = _note(f"{record['op']} {rows}x{cols}", why)
         half = record["bytes"] // 2
@@ -350,19 +361,32 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
         yield record
 
 
-def cast_label(op: str, options: dict[str, bool]) -> str:
-    return op + (" packed UE8M0" if options.get("use_packed_ue8m0") else "")
+def _cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that a cast takes where ``x`` is the matrix to quantise."""
+    if op == "transpose_fp8":
+        return (reference.per_token_cast_to_fp8(x)[0],)
+    if op.startswith("k_grouped"):
+        ends = torch.arange(1, K_GROUPS + 1) * x.shape[0] // K_GROUPS
+        return x, ends.diff(prepend=torch.zeros(1)).to(torch.int32).to(x.device)
+    return (x,)
 
 
-def _cast_call(op: Any, sources: Sequence[torch.Tensor], outs: Sequence[Any], options: dict[str, bool]) -> Any:
-    if isinstance(outs[0], torch.Tensor):
-        return lambda i: op(sources[i], out=outs[i])
-    return lambda i: op(sources[i], out=outs[i][0], out_sf=outs[i][1], **options)
+def cast_label(op: str, options: dict[str, Any]) -> str:
+    clamp = options.get("clamp")
+    label = op if clamp is None else f"{op} clamp {clamp:g}"
+    return label + (" packed UE8M0" if options.get("use_packed_ue8m0") else "")
+
+
+def _cast_call(
+    op: Any, sources: Sequence[torch.Tensor], more: Sequence[torch.Tensor], outs: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    keywords = [dict(zip(_CAST_OUTS, (out,) if isinstance(out, torch.Tensor) else out)) | options for out in outs]
+    return lambda i: op(sources[i], *more, **keywords[i])
 
 
 def check_equal(actual: Any, expected: Any) -> None:
     pairs = [(actual, expected)] if isinstance(actual, torch.Tensor) else zip(actual, expected)
-    for name, (got, want) in zip(("values", "scales"), pairs):
+    for name, (got, want) in zip(("values", "scales", "transposed values", "transposed scales"), pairs):
         if got.element_size() == 1:
             got, want = got.view(torch.uint8), want.view(torch.uint8)
         if not torch.equal(got, want):

@@ -1,0 +1,303 @@
+// FP8 quantisation that writes the transposed values, too, or them alone, in one read of x.
+//
+//   kPerToken: values with a scale per row and 128 columns; transposed values with a scale per column and 128 rows
+//   kPerBlock: both with the scale of their 128 x 128 block
+//   kGrouped:  transposed values alone, scales per column and 128 rows of a group; groups are padded to 128 rows
+//
+// A CTA quantises 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its one
+// read and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix, which go
+// through shared memory to become runs of 128 bytes.
+//
+// Shared memory: column c is 128 bytes at 128 c; its 8-byte unit i (rows 8 i .. 8 i + 7) is at place i ^ (c / kPer16 % 16).
+// A write (16 lanes: 16 values of c / kPer16, one unit) and a read (8 lanes: one column, 8 pairs of units) both touch all
+// 32 banks once.
+#include "cast/cast_params.cuh"
+#include "cast/k_groups.cuh"
+#include "cast/memory.cuh"
+
+#include <type_traits>
+
+namespace deep_gemm::cast {
+namespace {
+
+enum class Mode { kPerToken, kPerBlock, kGrouped };
+
+constexpr int kTile = 128;
+constexpr int kSlots = 16;                    // threads along rows
+constexpr int kRowsPerThread = kTile / kSlots;
+
+struct TransposedParams {
+    CastParams cast;
+    uint8_t* out_t;
+    int64_t out_t_stride;
+    void* sf_t;
+    int64_t sf_t_stride;
+    KGroups groups;  // kGrouped
+};
+
+template <typename T>
+struct Shape {
+    static constexpr int kElems = Elements<T>::kPer16;
+    static constexpr int kLanes = kTile / kElems;  // threads along a row
+    static constexpr int kThreads = kSlots * kLanes;
+    static constexpr int kWarps = kThreads / 32;
+    // 64 registers a thread. float16, which takes more to unpack, spills there in one mode: 80.
+    static constexpr int kThreadsPerSM = std::is_same_v<T, __half> ? 768 : 1024;
+};
+
+// The byte of one 128-group in words of packed scales: `index` of `count` groups. The last one also clears what follows.
+__device__ __forceinline__ void store_packed(uint32_t* word, int64_t index, int64_t count, float sf) {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(word);
+    bytes[index % 4] = static_cast<uint8_t>(packed_scale(sf));
+    for (int64_t i = index % 4 + 1; index + 1 == count && i < 4; ++i) bytes[i] = 0;
+}
+
+// sf[i + group * stride], or the byte of `group` in the word there; `groups` of them in all.
+__device__ __forceinline__ void store_scale(void* sf, int64_t i, int64_t group, int64_t groups, int64_t stride,
+                                            ScaleFormat format, float scale) {
+    if (format == ScaleFormat::kUE8M0Packed)
+        store_packed(static_cast<uint32_t*>(sf) + i + group / 4 * stride, group, groups, scale);
+    else
+        static_cast<float*>(sf)[i + group * stride] = scale;
+}
+
+template <typename T, Mode kMode, bool kVector>
+__global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / Shape<T>::kThreads)
+    transposed_cast_kernel(const __grid_constant__ TransposedParams all_params) {
+    constexpr int kElems = Shape<T>::kElems, kLanes = Shape<T>::kLanes;
+    constexpr int kThreads = Shape<T>::kThreads, kWarps = Shape<T>::kWarps;
+    // Values of all columns: the first four of each lane lie together, the others behind them and 16 banks further.
+    // Accesses of 16 bytes by lane are then free of conflicts, and those of 4 bytes by column, too.
+    constexpr int kPitch = kElems == 8 ? 144 : kTile;
+    const auto place = [](int c) {
+        return kElems == 8 ? c / 8 * 4 + c % 4 + (c % 8 >= 4 ? 80 : 0) : c;
+    };
+    __shared__ alignas(128) uint2 tile[kTile][kTile / 8];  // [column][8 rows], swizzled
+    __shared__ alignas(16) float maxima[kWarps][kPitch];
+    __shared__ alignas(16) float inverses[kPitch];
+    __shared__ alignas(16) float of_rows[kTile];  // maxima, then inverses
+
+    const CastParams& params = all_params.cast;
+    const uint32_t col_tile = blockIdx.x % params.col_tiles;
+    const int64_t row_tile = blockIdx.x / params.col_tiles;
+    const int64_t col_0 = int64_t{col_tile} * kTile;
+    const int cols = static_cast<int>(min(int64_t{kTile}, params.cols - col_0));
+    const int warp = threadIdx.x / 32, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const bool ue8m0 = params.sf_format != ScaleFormat::kFloat32;
+
+    launch_dependents();
+    wait_for_dependencies();
+
+    int64_t row_0 = row_tile * kTile;  // of x
+    int rows = static_cast<int>(min(int64_t{kTile}, params.rows - row_0));
+    if constexpr (kMode == Mode::kGrouped) {
+        const KBlock block = find_k_block(all_params.groups, row_tile);
+        row_0 = block.row_0, rows = block.rows;
+    }
+    const int row = slot * kRowsPerThread, col = lane * kElems;
+    const T* x = static_cast<const T*>(params.x) + (row_0 + row) * params.x_stride + col_0 + col;
+    uint4 raw[kRowsPerThread];
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+        raw[i] = make_uint4(0, 0, 0, 0);
+        if (row + i >= rows || col >= cols) continue;
+        if constexpr (kVector) {
+            raw[i] = load_16(x + i * params.x_stride);
+        } else {
+            uint32_t words[4] = {};
+#pragma unroll
+            for (int e = 0; e < kElems; ++e)
+                if (col + e < cols)
+                    words[e * sizeof(T) / 4] |= load_element<sizeof(T)>(x + i * params.x_stride + e)
+                                                << (8 * (e * sizeof(T) % 4));
+            raw[i] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+
+    const auto store_row = [&](int i, const float(&v)[kElems], float inverse) {
+        if (row + i >= rows || col >= cols) return;
+        const typename E4M3::template Packed<kElems> packed = E4M3::pack(v, inverse);
+        uint8_t* p = params.out + (row_0 + row + i) * params.out_stride + col_0 + col;
+        if constexpr (kVector) {
+            *reinterpret_cast<typename E4M3::template Packed<kElems>*>(p) = packed;
+        } else {
+#pragma unroll
+            for (int e = 0; e < kElems; ++e)
+                if (col + e < cols) p[e] = static_cast<uint8_t>(packed.words[e / 4] >> (8 * (e % 4)));
+        }
+    };
+
+    float col_amax[kElems] = {};
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+        float v[kElems];
+        Elements<T>::unpack(raw[i], v);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) col_amax[e] = max_abs(col_amax[e], v[e]);
+        if constexpr (kMode == Mode::kPerToken) {
+            float amax = 0;
+#pragma unroll
+            for (int e = 0; e < kElems; ++e) amax = max_abs(amax, v[e]);
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2)
+                amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
+            if (lane == 0) of_rows[row + i] = amax;
+        }
+    }
+    if constexpr (kMode == Mode::kPerBlock) {
+        float amax = 0;
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) amax = max_abs(amax, col_amax[e]);
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+            amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
+        if (threadIdx.x % 32 == 0) maxima[0][warp] = amax;
+    } else {
+        if constexpr (kLanes == 16) {
+#pragma unroll
+            for (int e = 0; e < kElems; ++e)
+                col_amax[e] = max_abs(col_amax[e], __shfl_xor_sync(0xffffffff, col_amax[e], 16));
+        }
+        if (threadIdx.x % 32 < kLanes) {
+#pragma unroll
+            for (int e = 0; e < kElems; e += 4)
+                *reinterpret_cast<float4*>(&maxima[warp][place(col + e)]) =
+                    make_float4(col_amax[e], col_amax[e + 1], col_amax[e + 2], col_amax[e + 3]);
+        }
+    }
+    __syncthreads();
+
+    const int64_t row_tiles = ceil_div<int64_t>(params.rows, kTile);
+    float inverse[kElems];
+    if constexpr (kMode == Mode::kPerBlock) {
+        float amax = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) amax = max_abs(amax, maxima[0][w]);
+        const GroupScale scale = group_scale<E4M3>(amax, ue8m0);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) inverse[e] = scale.inverse;
+        if (threadIdx.x == 0) {
+            store_scale(params.sf, row_tile, col_tile, params.col_tiles, params.sf_stride, params.sf_format, scale.sf);
+            store_scale(all_params.sf_t, col_tile, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
+                        scale.sf);
+        }
+    } else {
+        const int i = threadIdx.x % kTile;
+        if (threadIdx.x < kTile) {
+            float amax = 0;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) amax = max_abs(amax, maxima[w][place(i)]);
+            const GroupScale scale = group_scale<E4M3>(amax, ue8m0);
+            inverses[place(i)] = scale.inverse;
+            if (kMode == Mode::kGrouped && i < cols)
+                static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + i] =
+                    rows > 0 ? scale.sf : 0;
+            if (kMode == Mode::kPerToken && i < cols)
+                store_scale(all_params.sf_t, col_0 + i, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
+                            scale.sf);
+        } else if (kMode == Mode::kPerToken && threadIdx.x < 2 * kTile) {
+            const GroupScale scale = group_scale<E4M3>(of_rows[i], ue8m0);
+            of_rows[i] = scale.inverse;
+            if (i < rows)
+                store_scale(params.sf, row_0 + i, col_tile, params.col_tiles, params.sf_stride, params.sf_format,
+                            scale.sf);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < kElems; e += 4) {
+            const float4 f = *reinterpret_cast<const float4*>(&inverses[place(col + e)]);
+            inverse[e] = f.x, inverse[e + 1] = f.y, inverse[e + 2] = f.z, inverse[e + 3] = f.w;
+        }
+    }
+    if constexpr (kMode != Mode::kGrouped) {
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            float v[kElems];
+            forget_unpacked(raw[i]);
+            Elements<T>::unpack(raw[i], v);
+            store_row(i, v, kMode == Mode::kPerToken ? of_rows[row + i] : inverse[0]);
+        }
+    }
+
+    // Column by column, so that what is unpacked at a time is one column's 8 values.
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) forget_unpacked(raw[i]);
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) {
+        float v[kRowsPerThread];
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            v[i] = Elements<T>::unpack_at(raw[i], e) * inverse[e];
+            // Padding is zero also where the column's scale is NaN or Inf.
+            if (kMode == Mode::kGrouped && row + i >= rows) v[i] = 0;
+        }
+        tile[col + e][slot ^ lane % 16] =
+            make_uint2(to_e4m3x4(v[0], v[1], v[2], v[3]), to_e4m3x4(v[4], v[5], v[6], v[7]));
+    }
+    __syncthreads();
+
+    // In the grouped form every block has its 128 columns of the result.
+    const int64_t t_row_0 = kMode == Mode::kGrouped ? row_tile * kTile : row_0;
+    const int t_rows = kMode == Mode::kGrouped ? kTile : rows;
+    const int chunk = threadIdx.x % 8, valid = t_rows - chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kTile * 8 / kThreads; ++i) {
+        const int c = threadIdx.x / 8 + i * (kThreads / 8);
+        if (c >= cols || valid <= 0) continue;
+        const int swizzle = c / kElems % 16;
+        uint4 value = *reinterpret_cast<const uint4*>(&tile[c][(chunk ^ swizzle / 2) * 2]);
+        if (swizzle % 2 == 1) value = make_uint4(value.z, value.w, value.x, value.y);
+        uint8_t* p = all_params.out_t + (col_0 + c) * all_params.out_t_stride + t_row_0 + chunk * 16;
+        if (kVector && valid >= 16) {
+            *reinterpret_cast<uint4*>(p) = value;
+        } else {
+            const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+            for (int b = 0; b < 16; ++b)
+                if (b < valid) p[b] = static_cast<uint8_t>(words[b / 4] >> (8 * (b % 4)));
+        }
+    }
+}
+
+template <typename T, Mode kMode>
+cudaError_t launch_kernel(const TransposedCastProblem& problem, const KGroups& groups, int64_t row_tiles,
+                          cudaStream_t stream, bool pdl) {
+    TransposedParams params = {};
+    params.cast = make_cast_params(problem.cast, kTile);
+    params.out_t = static_cast<uint8_t*>(problem.out_t);
+    params.out_t_stride = problem.out_t_stride;
+    params.sf_t = problem.sf_t;
+    params.sf_t_stride = problem.sf_t_stride;
+    params.groups = groups;
+    const bool vector =
+        (kMode == Mode::kGrouped ? has_whole_loads<T>(problem.cast) : has_vector_access<T>(problem.cast)) &&
+        is_aligned(problem.out_t, 16) && problem.out_t_stride % 16 == 0;
+    return launch(vector ? transposed_cast_kernel<T, kMode, true> : transposed_cast_kernel<T, kMode, false>,
+                  row_tiles * params.cast.col_tiles, Shape<T>::kThreads, stream, pdl, params);
+}
+
+template <Mode kMode>
+cudaError_t launch_for(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
+    return launch_for_type(problem.cast, [&]<typename T>() {
+        return launch_kernel<T, kMode>(problem, {}, ceil_div<int64_t>(problem.cast.rows, kTile), stream, pdl);
+    });
+}
+
+}  // namespace
+
+cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
+    return launch_for<Mode::kPerToken>(problem, stream, pdl);
+}
+
+cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
+    return launch_for<Mode::kPerBlock>(problem, stream, pdl);
+}
+
+cudaError_t launch_k_grouped_cast_k_major(const TransposedCastProblem& problem, const KGroups& groups,
+                                          cudaStream_t stream, bool pdl) {
+    if (problem.cast.cols <= 0) return cudaSuccess;
+    if (problem.cast.x_type != InputType::kBFloat16) return cudaErrorInvalidValue;
+    return launch_kernel<__nv_bfloat16, Mode::kGrouped>(problem, groups, groups.scale_rows(), stream, pdl);
+}
+
+}  // namespace deep_gemm::cast

@@ -1,0 +1,245 @@
+#include "fused_cast_ops.h"
+
+#include <charconv>
+#include <utility>
+
+#include "../host/knobs.h"
+#include "cast_checks.h"
+
+namespace deep_gemm::ops {
+
+namespace {
+
+// As Python writes it.
+std::string float_text(double value) {
+    char digits[32];
+    std::string written(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+    if (written.find_first_not_of("-0123456789") == std::string::npos) written += ".0";
+    return written;
+}
+
+void check_input(const char* op, const Tensor& x, std::initializer_list<ScalarType> dtypes, const char* rows_name,
+                 const char* cols_name) {
+    check_dtype(op, "x", x, dtypes);
+    check_rank(op, "x", x, 2);
+    check_size(op, "x", rows_name, x.size(0));
+    check_size(op, "x", cols_name, x.size(1));
+    check_inner_stride(op, "x", x, "to_tma_aligned");
+}
+
+std::tuple<Tensor, Tensor> run_fp4(const Tensor& x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0,
+                                   const Tensor* given_out, const Tensor* given_sf) {
+    const char* op = "per_token_cast_to_fp4";
+    check_input(op, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, "M", "K");
+    const int64_t rows = x.size(0), cols = x.size(1);
+    if (cols % 2 != 0) fail(op, "x", "K", cols, "an even number");
+    check_gran_k(op, gran_k);
+    const MatrixLayout values = dense_layout(rows, cols / 2);
+    const MatrixLayout scales = scale_layout(CastKind::kPerToken, rows, cols, gran_k, use_packed_ue8m0);
+    if (given_out) {
+        check_values_out(op, "out", *given_out, x, "[M, K / 2]", values,
+                         {ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+        check_scales_out(op, "out_sf", *given_sf, x, use_packed_ue8m0, scales);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Byte, x);
+    Tensor sf = given_sf ? *given_sf : empty_matrix(scales, scale_dtype(use_packed_ue8m0), x);
+    if (rows == 0 || cols == 0) return {std::move(out), std::move(sf)};
+    const cast::CastProblem problem = cast_problem(x, cols, out, sf, scales.strides[1], gran_k,
+                                                   scale_format(use_ue8m0, use_packed_ue8m0));
+    check_launch(cast::launch_per_token_cast_fp4(problem, current_stream(x), knobs().pdl), op, "x");
+    return {std::move(out), std::move(sf)};
+}
+
+std::tuple<Tensor, Tensor> run_swiglu(const Tensor& x, const std::optional<Tensor>& topk_weights,
+                                      std::optional<double> clamp, int64_t gran_k, bool use_ue8m0,
+                                      bool use_packed_ue8m0, const Tensor* given_out, const Tensor* given_sf) {
+    const char* op = "swiglu_cast_to_fp8";
+    check_input(op, x, {ScalarType::BFloat16}, "M", "2 * H");
+    const int64_t rows = x.size(0), hidden = x.size(1) / 2;
+    if (x.size(1) % 2 != 0) fail(op, "x", "2 * H", x.size(1), "an even number");
+    if (topk_weights) {
+        check_device(op, "topk_weights", *topk_weights, x, "x");
+        check_dtype(op, "topk_weights", *topk_weights, {ScalarType::Float});
+        check_shape(op, "topk_weights", *topk_weights, "[M]", {rows});
+    }
+    if (clamp && !(*clamp > 0)) fail(op, "clamp", "value", float_text(*clamp), "a positive number");
+    check_gran_k(op, gran_k);
+    const MatrixLayout values = dense_layout(rows, hidden);
+    const MatrixLayout scales = scale_layout(CastKind::kPerToken, rows, hidden, gran_k, use_packed_ue8m0);
+    if (given_out) {
+        check_values_out(op, "out", *given_out, x, "[M, H]", values);
+        check_scales_out(op, "out_sf", *given_sf, x, use_packed_ue8m0, scales);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Float8_e4m3fn, x);
+    Tensor sf = given_sf ? *given_sf : empty_matrix(scales, scale_dtype(use_packed_ue8m0), x);
+    if (rows == 0 || hidden == 0) return {std::move(out), std::move(sf)};
+    cast::SwigluProblem problem;
+    problem.cast = cast_problem(x, hidden, out, sf, scales.strides[1], gran_k,
+                                scale_format(use_ue8m0, use_packed_ue8m0));
+    if (topk_weights) {
+        problem.topk_weights = static_cast<const float*>(topk_weights->data_ptr());
+        problem.weight_stride = topk_weights->stride(0);
+    }
+    problem.clamped = clamp.has_value();
+    problem.clamp = static_cast<float>(clamp.value_or(0));
+    check_launch(cast::launch_swiglu_cast(problem, current_stream(x), knobs().pdl), op, "x");
+    return {std::move(out), std::move(sf)};
+}
+
+struct TransposedOuts {
+    const Tensor& out;
+    const Tensor& sf;
+    const Tensor& out_t;
+    const Tensor& sf_t;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_transposed(CastKind kind, const Tensor& x, bool use_ue8m0,
+                                                          bool use_packed_ue8m0, const TransposedOuts* given) {
+    const char* op = kind == CastKind::kPerToken ? "per_token_cast_to_fp8_with_transpose"
+                                                 : "per_block_cast_to_fp8_with_transpose";
+    check_input(op, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, "dimension 0", "dimension 1");
+    const int64_t rows = x.size(0), cols = x.size(1);
+    const MatrixLayout values = dense_layout(rows, cols);
+    const MatrixLayout values_t = {{cols, rows}, {ceil_div(rows, 16) * 16, 1}};
+    const MatrixLayout scales = scale_layout(kind, rows, cols, 128, use_packed_ue8m0);
+    const MatrixLayout scales_t = scale_layout(kind, cols, rows, 128, use_packed_ue8m0);
+    if (given) {
+        check_values_out(op, "out", given->out, x, "the shape of x", values);
+        check_scales_out(op, "out_sf", given->sf, x, use_packed_ue8m0, scales);
+        check_values_out(op, "out_t", given->out_t, x, "the shape of x.t()", values_t);
+        check_scales_out(op, "out_t_sf", given->sf_t, x, use_packed_ue8m0, scales_t);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    const ScalarType sf_dtype = scale_dtype(use_packed_ue8m0);
+    Tensor out = given ? given->out : empty_matrix(values, ScalarType::Float8_e4m3fn, x);
+    Tensor sf = given ? given->sf : empty_matrix(scales, sf_dtype, x);
+    Tensor out_t = given ? given->out_t : empty_matrix(values_t, ScalarType::Float8_e4m3fn, x);
+    Tensor sf_t = given ? given->sf_t : empty_matrix(scales_t, sf_dtype, x);
+    if (rows > 0 && cols > 0) {
+        cast::TransposedCastProblem problem;
+        problem.cast =
+            cast_problem(x, cols, out, sf, scales.strides[1], 128, scale_format(use_ue8m0, use_packed_ue8m0));
+        problem.out_t = out_t.data_ptr();
+        problem.out_t_stride = row_stride(out_t);
+        problem.sf_t = sf_t.data_ptr();
+        problem.sf_t_stride = scales_t.strides[1];
+        const auto launch = kind == CastKind::kPerToken ? cast::launch_per_token_cast_with_transpose
+                                                        : cast::launch_per_block_cast_with_transpose;
+        check_launch(launch(problem, current_stream(x), knobs().pdl), op, "x");
+    }
+    return {std::move(out), std::move(sf), std::move(out_t), std::move(sf_t)};
+}
+
+std::tuple<Tensor, Tensor> run_k_grouped(bool k_major, const Tensor& x, const Tensor& ks, const std::string& layout,
+                                         bool use_ue8m0, const Tensor* given_out, const Tensor* given_sf) {
+    const char* op =
+        k_major ? "k_grouped_per_channel_cast_to_fp8_k_major" : "k_grouped_per_channel_cast_to_fp8";
+    check_input(op, x, {ScalarType::BFloat16}, "K", "MN");
+    check_dtype(op, "ks", ks, {ScalarType::Int});
+    check_rank(op, "ks", ks, 1);
+    check_device(op, "ks", ks, x, "x");
+    const bool is_sizes = layout == "sizes", is_psum = layout == "psum";
+    if (!is_sizes && !is_psum && layout != "offsets")
+        fail(op, "layout", "value", layout, "sizes, psum or offsets");
+
+    const int64_t k = x.size(0), mn = x.size(1);
+    cast::KGroups groups;
+    groups.ends = static_cast<const int32_t*>(ks.data_ptr());
+    groups.ends_stride = ks.stride(0);
+    groups.num_groups = ks.size(0);
+    groups.rows = k;
+    groups.layout = is_sizes ? GroupLayout::kSizes : is_psum ? GroupLayout::kPsum : GroupLayout::kOffsets;
+    groups.alignment = knobs().mk_alignment;
+    const int64_t sf_rows = groups.scale_rows();
+    const MatrixLayout values = k_major ? dense_layout(mn, 128 * sf_rows) : dense_layout(k, mn);
+    const MatrixLayout scales = {{sf_rows, mn}, {align_4(mn), 1}};
+    if (given_out) {
+        check_values_out(op, "out", *given_out, x, "the shape of the values", values);
+        check_scales_out(op, "out_sf", *given_sf, x, false, scales);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Float8_e4m3fn, x);
+    Tensor sf = given_sf ? *given_sf : empty_matrix(scales, ScalarType::Float, x);
+    if (mn == 0) return {std::move(out), std::move(sf)};
+    cast::TransposedCastProblem problem;
+    problem.cast = cast_problem(x, mn, out, sf, scales.strides[0], 128, scale_format(use_ue8m0, false));
+    problem.out_t = problem.cast.out;
+    problem.out_t_stride = problem.cast.out_stride;
+    problem.sf_t = problem.cast.sf;
+    problem.sf_t_stride = problem.cast.sf_stride;
+    const cudaStream_t stream = current_stream(x);
+    check_launch(k_major ? cast::launch_k_grouped_cast_k_major(problem, groups, stream, knobs().pdl)
+                         : cast::launch_k_grouped_per_channel_cast(problem.cast, groups, stream, knobs().pdl),
+                 op, "x");
+    return {std::move(out), std::move(sf)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> per_token_cast_to_fp4(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0) {
+    return run_fp4(x, gran_k, use_ue8m0, use_packed_ue8m0, nullptr, nullptr);
+}
+
+void per_token_cast_to_fp4_out(Tensor x, int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                               Tensor out_sf) {
+    run_fp4(x, gran_k, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
+}
+
+std::tuple<Tensor, Tensor> swiglu_cast_to_fp8(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp,
+                                              int64_t gran_k, bool use_ue8m0, bool use_packed_ue8m0) {
+    return run_swiglu(x, topk_weights, clamp, gran_k, use_ue8m0, use_packed_ue8m0, nullptr, nullptr);
+}
+
+void swiglu_cast_to_fp8_out(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp, int64_t gran_k,
+                            bool use_ue8m0, bool use_packed_ue8m0, Tensor out, Tensor out_sf) {
+    run_swiglu(x, topk_weights, clamp, gran_k, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> per_token_cast_to_fp8_with_transpose(Tensor x, bool use_ue8m0,
+                                                                                bool use_packed_ue8m0) {
+    return run_transposed(CastKind::kPerToken, x, use_ue8m0, use_packed_ue8m0, nullptr);
+}
+
+void per_token_cast_to_fp8_with_transpose_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                                              Tensor out_sf, Tensor out_t, Tensor out_t_sf) {
+    const TransposedOuts given = {out, out_sf, out_t, out_t_sf};
+    run_transposed(CastKind::kPerToken, x, use_ue8m0, use_packed_ue8m0, &given);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> per_block_cast_to_fp8_with_transpose(Tensor x, bool use_ue8m0,
+                                                                                bool use_packed_ue8m0) {
+    return run_transposed(CastKind::kPerBlock, x, use_ue8m0, use_packed_ue8m0, nullptr);
+}
+
+void per_block_cast_to_fp8_with_transpose_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                                              Tensor out_sf, Tensor out_t, Tensor out_t_sf) {
+    const TransposedOuts given = {out, out_sf, out_t, out_t_sf};
+    run_transposed(CastKind::kPerBlock, x, use_ue8m0, use_packed_ue8m0, &given);
+}
+
+std::tuple<Tensor, Tensor> k_grouped_per_channel_cast_to_fp8(Tensor x, Tensor ks, std::string layout, bool use_ue8m0) {
+    return run_k_grouped(false, x, ks, layout, use_ue8m0, nullptr, nullptr);
+}
+
+void k_grouped_per_channel_cast_to_fp8_out(Tensor x, Tensor ks, std::string layout, bool use_ue8m0, Tensor out,
+                                           Tensor out_sf) {
+    run_k_grouped(false, x, ks, layout, use_ue8m0, &out, &out_sf);
+}
+
+std::tuple<Tensor, Tensor> k_grouped_per_channel_cast_to_fp8_k_major(Tensor x, Tensor ks, std::string layout,
+                                                                     bool use_ue8m0) {
+    return run_k_grouped(true, x, ks, layout, use_ue8m0, nullptr, nullptr);
+}
+
+void k_grouped_per_channel_cast_to_fp8_k_major_out(Tensor x, Tensor ks, std::string layout, bool use_ue8m0, Tensor out,
+                                                   Tensor out_sf) {
+    run_k_grouped(true, x, ks, layout, use_ue8m0, &out, &out_sf);
+}
+
+}  // namespace deep_gemm::ops

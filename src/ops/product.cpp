@@ -1,0 +1,329 @@
+#include "product.h"
+
+#include <algorithm>
+
+#include "../host/cast.h"
+#include "../host/gemm.h"
+#include "../host/gemm_sm100.h"
+#include "../host/knobs.h"
+#include "../host/selection_cache.h"
+
+namespace deep_gemm::ops {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One or two granularities to choose from.
+struct Choices {
+    std::array<int64_t, 2> values = {};
+    int count = 0;
+
+    Choices() = default;
+    Choices(std::initializer_list<int64_t> list) {
+        for (int64_t value : list) push_back(value);
+    }
+    void push_back(int64_t value) { values[count++] = value; }
+    const int64_t* begin() const { return values.data(); }
+    const int64_t* end() const { return values.data() + count; }
+};
+
+// "3", or "3 or 5" where two choices differ.
+std::string unique_sizes(const std::vector<int64_t>& sizes) {
+    const bool differ = sizes.size() > 1 && sizes[1] != sizes[0];
+    return text(sizes[0]) + (differ ? " or " + text(sizes[1]) : "");
+}
+
+int64_t scale_columns(int64_t k, int64_t gran_k, bool packed) {
+    const int64_t columns = ceil_div(k, gran_k);
+    return packed ? ceil_div(columns, 4) : columns;
+}
+
+[[noreturn]] void fail_scales(const char* op, const char* arg, const TensorInfo& sf, std::span<const Dim> dims,
+                              const Choices& grans_mn, const Choices& grans_k) {
+    const bool packed = sf.scalar_type() == ScalarType::Int;
+    std::string all_names, all_sizes;
+    for (const Dim& dim : dims) {
+        std::string names;
+        std::vector<int64_t> sizes;
+        const auto add = [&](const std::string& name, int64_t size) {
+            names += (names.empty() ? "" : " or ") + name;
+            sizes.push_back(size);
+        };
+        const auto per = [&](int64_t gran) { return "ceil(" + std::string(dim.name) + " / " + text(gran) + ")"; };
+        if (dim.kind == Dim::kMN) {
+            for (int64_t gran : grans_mn) add(gran == 1 ? dim.name : per(gran), ceil_div(dim.size, gran));
+        } else if (dim.kind == Dim::kK) {
+            for (int64_t gran : grans_k) add(per(packed ? gran * 4 : gran), scale_columns(dim.size, gran, packed));
+        } else {
+            add(dim.name, dim.size);
+        }
+        all_names += (all_names.empty() ? "" : ", ") + names;
+        all_sizes += (all_sizes.empty() ? "" : ", ") + unique_sizes(sizes);
+    }
+    fail(op, arg, "shape", text(sf.sizes()), "[" + all_names + "] = [" + all_sizes + "]");
+}
+
+// Granularities that explain the shape of `sf`: along MN, and all that fit along K.
+std::pair<int64_t, Choices> match_scales(const char* op, const char* arg, const TensorInfo& sf,
+                                         std::span<const Dim> dims, const Choices& grans_mn, const Choices& grans_k) {
+    const bool packed = sf.scalar_type() == ScalarType::Int;
+    int64_t gran_mn = 0;
+    Choices fit_k;
+    bool groups_fit = true;
+    for (size_t i = 0; i < dims.size(); ++i) {
+        const int64_t size = sf.size(i);
+        if (dims[i].kind == Dim::kMN) {
+            for (int64_t gran : grans_mn) {
+                if (gran_mn == 0 && size == ceil_div(dims[i].size, gran)) gran_mn = gran;
+            }
+        } else if (dims[i].kind == Dim::kK) {
+            for (int64_t gran : grans_k) {
+                if (size == scale_columns(dims[i].size, gran, packed)) fit_k.push_back(gran);
+            }
+        } else {
+            groups_fit = groups_fit && size == dims[i].size;
+        }
+    }
+    if (!groups_fit || gran_mn == 0 || fit_k.count == 0) fail_scales(op, arg, sf, dims, grans_mn, grans_k);
+    return {gran_mn, fit_k};
+}
+
+int64_t size_along(const TensorInfo& x, int axis) { return axis < 0 ? 1 : x.size(axis); }
+int64_t stride_along(const TensorInfo& x, int axis) { return axis < 0 ? 0 : x.stride(axis); }
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scales
+
+void check_scales(const char* op, const char* arg, const TensorInfo& sf, int64_t rank) {
+    check_dtype(op, arg, sf, {ScalarType::Float, ScalarType::Float8_e8m0fnu, ScalarType::Int});
+    check_rank(op, arg, sf, rank);
+}
+
+Granularities match_recipe(const char* op, const TensorInfo& sfa, std::span<const Dim> dims_a, const TensorInfo& sfb,
+                           std::span<const Dim> dims_b, const Recipe& recipe) {
+    Choices grans_m = {1, 128}, grans_n = {1, 128}, grans_k = {128, 32};
+    if (recipe) {
+        const std::vector<int64_t>& r = *recipe;
+        const auto is_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
+        if (r.size() != 3 || !is_mn(r[0]) || !is_mn(r[1]) || (r[2] != 128 && r[2] != 32)) {
+            fail(op, "recipe", "value", text(std::span(r.data(), r.size())), "[1 or 128, 1 or 128, 128 or 32]");
+        }
+        grans_m = {r[0]};
+        grans_n = {r[1]};
+        grans_k = {r[2]};
+    }
+    const auto [gran_m, fit_a] = match_scales(op, "sfa", sfa, dims_a, grans_m, grans_k);
+    // One granularity along K serves both, so what sfa rules out is no longer on offer.
+    const auto [gran_n, fit_b] = match_scales(op, "sfb", sfb, dims_b, grans_n, fit_a);
+    // Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
+    // difference.
+    if (fit_b.count > 1 && sfa.scalar_type() == ScalarType::Int && sfb.scalar_type() == ScalarType::Int) {
+        const auto k = std::find_if(dims_a.begin(), dims_a.end(), [](const Dim& dim) { return dim.kind == Dim::kK; });
+        if (k->size > 32) {
+            fail(op, "recipe", "value", "None", "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]",
+                 "packed scales fit both here");
+        }
+    }
+    return {gran_m, gran_n, fit_b.values[0]};
+}
+
+ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
+                           int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows,
+                           bool packed) {
+    const int64_t groups = size_along(sf, axes.group), k_groups = ceil_div(k, gran_k);
+    const int64_t columns = packed ? ceil_div(k_groups, 4) : k_groups;
+    const int64_t stride_mn = sf.stride(axes.mn), stride_k = sf.stride(axes.k);
+    const int64_t stride_group = stride_along(sf, axes.group);
+    const cast::ScaleType type = sf.scalar_type() == ScalarType::Float ? cast::ScaleType::kFloat32
+                                 : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
+                                                                           : cast::ScaleType::kE8M0;
+    const cast::ScaleType wanted = packed ? cast::ScaleType::kPackedUE8M0 : cast::ScaleType::kFloat32;
+    const bool repeat = per_row && gran_mn == 128;
+    const bool strides_fit = (columns == 1 || (stride_k % 4 == 0 && stride_k >= mn)) &&
+                             (groups == 1 || (stride_group % 4 == 0 && stride_group >= mn));
+    const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= k_groups &&
+                              reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
+    if (type == wanted && !repeat && (!per_row || tma_readable)) {
+        return {static_cast<const float*>(sf.data_ptr()), stride_mn, stride_k, static_cast<int>(gran_mn),
+                stride_group};
+    }
+    cast::ScaleLayoutProblem problem;
+    problem.batch = groups;
+    problem.mn = repeat ? mn : sf.size(axes.mn);
+    problem.mn_repeat = repeat ? 128 : 1;
+    const int64_t aligned = ceil_to(problem.mn, 4), rows = std::max(columns, k_rows);
+    const std::array<int64_t, 3> sizes = {groups, rows, aligned}, strides = {rows * aligned, aligned, 1};
+    scratch.reset(new_empty_strided(sizes, strides, packed ? ScalarType::Int : ScalarType::Float, sf.get()));
+    problem.src = sf.data_ptr();
+    problem.src_type = type;
+    problem.dst_type = wanted;
+    problem.src_batch_stride = stride_group;
+    problem.src_mn_stride = stride_mn;
+    problem.src_k_stride = stride_k;
+    problem.dst = TensorInfo(scratch.get()).data_ptr();
+    problem.dst_batch_stride = strides[0];
+    problem.dst_k_stride = aligned;
+    problem.k_sf = k_groups;
+    check_enqueued(cast::launch_scale_layout(problem, stream, knobs().pdl), op, "laying out scales");
+    return {static_cast<const float*>(problem.dst), 1, aligned, repeat ? 1 : static_cast<int>(gran_mn), strides[0]};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Operands
+
+void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, bool by_tma) {
+    by_tma ? check_tma_readable(op, arg, x) : check_inner_stride(op, arg, x, "to_tma_aligned");
+}
+
+bool is_fp4(const TensorInfo& x) {
+    return x.scalar_type() != ScalarType::Float8_e4m3fn && x.scalar_type() != ScalarType::BFloat16;
+}
+
+Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
+                        bool sm100) {
+    const bool k_major = axes.k == x.dim() - 1;
+    const int row_axis = k_major ? axes.mn : axes.k;
+    // The stride of a single row is never used, but the tensor map wants a multiple of 16 bytes, of 32 with FP4.
+    const int64_t stride = x.size(row_axis) > 1 ? x.stride(row_axis) : ceil_to(x.size(x.dim() - 1), 32);
+    const bool tma_readable = stride % 16 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+    if (k_major || x.scalar_type() == ScalarType::BFloat16 || (sm100 && tma_readable)) {
+        const int64_t elements = is_fp4(x) ? 2 : 1;
+        return {x.data_ptr(), stride * elements, stride_along(x, axes.group) * elements, !k_major, is_fp4(x)};
+    }
+    const int64_t groups = size_along(x, axes.group), k = x.size(axes.k), mn = x.size(axes.mn);
+    const int64_t aligned = ceil_to(k, 16);
+    const std::array<int64_t, 3> sizes = {groups, mn, aligned}, strides = {mn * aligned, aligned, 1};
+    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.get()));
+    cast::TransposeProblem problem;
+    problem.x = x.data_ptr();
+    problem.x_stride = x.stride(axes.k);
+    problem.x_batch_stride = stride_along(x, axes.group);
+    problem.out = TensorInfo(scratch.get()).data_ptr();
+    problem.out_stride = aligned;
+    problem.out_batch_stride = strides[0];
+    problem.rows = k;
+    problem.cols = mn;
+    problem.batch = groups;
+    check_enqueued(cast::launch_transpose_fp8(problem, stream, knobs().pdl), op, "transposing an operand");
+    return {problem.out, aligned, strides[0]};
+}
+
+void set_operands(GemmProblem& problem, const Operand& a, const Operand& b) {
+    problem.a = a.data;
+    problem.a_stride = a.row_stride;
+    problem.a_group_stride = a.group_stride;
+    problem.b = b.data;
+    problem.b_stride = b.row_stride;
+    problem.b_group_stride = b.group_stride;
+    problem.a_mn_major = a.mn_major;
+    problem.b_mn_major = b.mn_major;
+    problem.a_is_fp4 = a.is_fp4;
+    problem.b_is_fp4 = b.is_fp4;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Results
+
+void check_out_dtype(const char* op, ScalarType dtype) {
+    if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Float) {
+        fail(op, "out_dtype", "value", text(dtype), "bfloat16 or float32");
+    }
+}
+
+void check_result(const char* op, const char* names, const char* last_name, std::span<const int64_t> shape,
+                  const TensorInfo* c, ScalarType out_dtype, const TensorInfo* out) {
+    const auto has_shape = [](const TensorInfo& x, std::span<const int64_t> expected) {
+        const auto sizes = x.sizes();
+        return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
+    };
+    if (out) {
+        check_dtype(op, "out", *out, {ScalarType::BFloat16, ScalarType::Float});
+        if (!has_shape(*out, shape)) {
+            fail(op, "out", "shape", text(out->sizes()), std::string(names) + " = " + text(shape));
+        }
+        check_inner_stride(op, "out", *out, nullptr);
+        check_rows_apart(op, "out", *out);
+    }
+    if (!c) return;
+    const ScalarType dtype = out ? out->scalar_type() : out_dtype;
+    if (c->scalar_type() != dtype) {
+        fail(op, "c", "dtype", text(c->scalar_type()), text(dtype), "the dtype of the result");
+    }
+    if (!has_shape(*c, shape) && !has_shape(*c, shape.last(1))) {
+        fail(op, "c", "shape", text(c->sizes()),
+             std::string(names) + " or [" + last_name + "] = " + text(shape) + " or " + text(shape.last(1)));
+    }
+    check_inner_stride(op, "c", *c, nullptr);
+}
+
+Result::Result(std::span<const int64_t> shape, ScalarType dtype, const TensorInfo& like, const TensorInfo* given_out)
+    : out(given_out), fresh_dtype(dtype), sizes{}, strides{} {
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+        sizes[i] = shape[i];
+        strides[i] = out ? out->stride(i) : stride;
+        stride *= std::max<int64_t>(shape[i], 1);
+    }
+    if (out) return;
+    allocated.reset(new_empty_strided(shape, std::span(strides).first(shape.size()), dtype, like.get()));
+}
+
+void Result::zero() const { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle())); }
+
+void Result::fill(const TensorInfo* c) const {
+    if (c == nullptr) return zero();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(handle(), c->get(), 0));
+}
+
+void set_result(GemmProblem& problem, const Result& result, Axes axes, const TensorInfo* c) {
+    // Strides of dimensions of one element are never used, but may keep the kernel from storing in one piece.
+    const int64_t n = result.sizes[axes.k];
+    const auto row_stride = [&](int64_t stride) { return result.sizes[axes.mn] > 1 ? stride : n; };
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result.handle(), &problem.d));
+    problem.d_stride = row_stride(result.strides[axes.mn]);
+    problem.d_type = result.dtype() == ScalarType::Float ? DataType::kFloat32 : DataType::kBFloat16;
+    const bool groups = axes.group >= 0 && result.sizes[axes.group] > 1;
+    if (groups) problem.d_group_stride = result.strides[axes.group];
+    if (c == nullptr) return;
+    problem.c = c->data_ptr();
+    if (c->dim() == 1) return;  // a bias: strides of 0
+    problem.c_stride = row_stride(c->stride(axes.mn));
+    if (groups) problem.c_group_stride = c->stride(axes.group);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launch
+
+void check_architecture(const char* op, int device) {
+    if (compute_capability(device) != 90) {
+        fail(op, "a", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
+    }
+}
+
+void check_enqueued(cudaError_t error, const char* op, const char* what) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string(op) + ": " + what + " failed: " + cudaGetErrorString(error));
+    }
+}
+
+void run_product(const GemmProblem& problem, int device, cudaStream_t stream) {
+    SelectionLimits limits;
+    limits.num_sms = usable_sms(device);
+    limits.block_m_multiple_of = knobs().block_m_multiple_of;
+    limits.block_n_multiple_of = knobs().block_n_multiple_of;
+    const bool sm100 = compute_capability(device) == 100;
+    int row = knobs().forced_row;
+    if (row < 0) {
+        row = select_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits);
+    } else if (sm100) {
+        row -= static_cast<int>(gemm_rows().size());  // as dg_instances() counts
+        if (row < 0) throw std::runtime_error("gemm: the forced row is one of sm_90a");
+    }
+    DeviceBackend backend(device, stream);
+    (sm100 ? run_sm100_gemm : run_gemm)(problem, limits, row, knobs().pdl, backend);
+}
+
+}  // namespace deep_gemm::ops
