@@ -20,11 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import deep_gemm_ops
 from deep_gemm_ops.fp8_fp4_gemm import expand_fp4
 
-from common import GemmCase, arrange_scales, ceil_div, encode_scales, same_bits, strided
-from gemm_sm100_emulation import E2M1
-
-FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-
+from common import same_bits
+from fp4 import E2M1, FP4_DTYPES, Fp4Case
 
 SM100 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (10, 0)
 
@@ -32,37 +29,6 @@ SM100 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (10,
 @pytest.fixture(params=["cpu", "cuda"] if SM100 else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@dataclasses.dataclass(frozen=True)
-class Fp4Case(GemmCase):
-    """A GemmCase of ``fp8_fp4_gemm_<layout>``; operands whose type is "fp8" are made as there."""
-
-    a: str = "fp8"
-    b: str = "fp4"
-    fp4_dtype: torch.dtype = torch.uint8
-
-    @property
-    def repro(self) -> str:
-        return f"{self!r} of test/test_fp8_fp4_gemm.py"
-
-    @property
-    def op(self) -> str:
-        return f"fp8_fp4_gemm_{self.layout}"
-
-    def operand(self, which: str, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if getattr(self, which) == "fp8":
-            return super().operand(which, random)
-        mn = self.m if which == "a" else self.n
-        gran_mn, gran_k = self.recipe[0 if which == "a" else 1], self.recipe[2]
-        codes = torch.randint(0, 16, (mn, self.k), generator=random)
-        packed = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
-        packed = strided(packed, ceil_div(self.k // 2, 32) * 32 + self.pad, self.device, 0x77).view(self.fp4_dtype)
-        exponents = torch.randint(-2, 3, (ceil_div(mn, gran_mn), ceil_div(self.k, gran_k)), generator=random)
-        rows, groups = torch.arange(mn) // gran_mn, torch.arange(self.k) // gran_k
-        dequantised = E2M1[codes] * torch.pow(2.0, exponents.double())[rows][:, groups]
-        sf = arrange_scales(encode_scales(exponents, self.scales, 1), self.sf_strides, self.device)
-        return packed, sf, dequantised
 
 
 @pytest.mark.parametrize("recipe", [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32)], ids=str)
@@ -124,7 +90,7 @@ def test_bad_input() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-a of another type: fp8_fp4_gemm_nt: a has dtype float32, expected float8_e4m3fn, float4_e2m1fn_x2, int8 or uint8
+a of another type: fp8_fp4_gemm_nt: a has dtype float32, expected float8_e4m3fn, uint8, int8 or float4_e2m1fn_x2
 MN-major FP4: fp8_fp4_gemm_tt: a has dtype uint8, expected float8_e4m3fn
 MN-major FP4 b: fp8_fp4_gemm_nn: b has dtype int8, expected float8_e4m3fn
 K: fp8_fp4_gemm_nt: b has K 128, expected 256 (the K of a)

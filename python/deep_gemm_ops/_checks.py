@@ -24,7 +24,7 @@ GRANULARITIES_K = (128, 32)
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.int32)
 #: Two E2M1 values a byte, the low nibble first.
-FP4_DTYPES = (torch.float4_e2m1fn_x2, torch.int8, torch.uint8)
+FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 CAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Kernels count rows, columns and K in 32 bits; offsets in 64.
 MAX_SIZE = 2**31 - 1

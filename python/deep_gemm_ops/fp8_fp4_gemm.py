@@ -11,6 +11,7 @@ import torch
 from . import _checks, reference
 from ._cpu import _cpu
 from ._fakes import _fake
+from .fused_casts import FP4_VALUES
 from .ops import call_product
 
 __all__ = ["fp8_fp4_gemm_nn", "fp8_fp4_gemm_nt", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt"]
@@ -126,17 +127,15 @@ def fp8_fp4_gemm_tt(
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference
 
-#: The value of each code; every one is an FP8 (E4M3) value, too.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
 
 def expand_fp4(x: Tensor) -> Tensor:
-    """``[.., K / 2]`` packed FP4 as float8_e4m3fn ``[.., K]``, exactly; float8_e4m3fn as it is."""
+    """``[.., K / 2]`` packed FP4 as float8_e4m3fn ``[.., K]``, whose values include all of FP4's; FP8 as it is."""
     if x.dtype == torch.float8_e4m3fn:
         return x
     codes = x.view(torch.uint8)
     codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return torch.tensor(E2M1, device=x.device)[codes.long()].to(torch.float8_e4m3fn)
+    values = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=x.device)
+    return values[codes.long()].to(torch.float8_e4m3fn)
 
 
 def reference_gemm(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **options: Any) -> Tensor:

@@ -46,7 +46,7 @@ void zero_columns(const Result& result, const Heads& parts, int64_t first, int64
 
 void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
     if (or_fp4) {
-        check_dtype(op, arg, x, {dtype, ScalarType::Float4_e2m1fn_x2, ScalarType::Char, ScalarType::Byte});
+        check_dtype(op, arg, x, {dtype, ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
     } else {
         check_dtype(op, arg, x, {dtype});
     }
