@@ -15,6 +15,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from deep_gemm_ops import _capi, inspect
+from deep_gemm_ops.bench import roofline
 
 from common import LAYOUTS, ROOT
 from gemm_emulation import entries
@@ -103,6 +104,22 @@ def test_every_problem_has_a_row() -> None:
         for recipe in ((1, 1, 32), (1, 128, 128), None) if not fp4 else ((1, 1, 32),):
             choice = _capi.select(m, 100, 256, recipe=recipe, layout=layout, fp4=fp4, arch="sm_100a", num_sms=NUM_SMS)
             assert choice["row"] >= 0, (m, layout, fp4, recipe)
+
+
+def test_roofline_of_the_docs() -> None:
+    """docs/sm100.md shows what `python -m deep_gemm_ops.bench.roofline` prints."""
+    assert roofline.table(roofline.problems()) in (ROOT / "docs" / "sm100.md").read_text()
+
+
+def test_roofline() -> None:
+    """By hand, for 256 x 192 tiles of a pair: 16 x 22 of them, 56 stages of 128 x (128 + 96) bytes in each CTA."""
+    r = roofline.roofline(4096, 4096, 7168)
+    assert r.row == "sm100_mx_m256n192_pair"
+    assert r.operations == 2 * 4096 * 4096 * 7168
+    assert r.memory_bytes == 2 * 4096 * 7168 * (1 + 1 / 128) + 2 * 4096 * 4096
+    assert r.fill_bytes == 16 * 22 * 2 * 56 * (128 * (128 + 96) + (128 + 192))
+    assert r.tensor_memory_bytes == 16 * 22 * 2 * (8 * 128 * 192 + 56 * 4 * (128 + 192))
+    assert r.bound[0] == "L2 to SM" and r.bound[1] == r.fill_us > r.operations_us > r.memory_us
 
 
 # ---------------------------------------------------------------------------------------------------------------------

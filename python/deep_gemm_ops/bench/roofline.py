@@ -69,7 +69,7 @@ def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: 
     item = 2.0 if operands == "bf16" else 1.0
     scale_bytes = 0.0 if operands == "bf16" else (m + n) * k / gran_k
     memory = m * k * item + n * k * (0.5 if operands == "fp4" else item) + scale_bytes + 2.0 * m * n
-    # A CTA's stage: its rows, and its part of the columns. FP4 crosses from L2 packed and lies in shared memory unpacked.
+    # A CTA's stage: its rows, and its part of the columns. FP4 leaves L2 packed and lies in shared memory unpacked.
     stage = 128 * (block_rows + block_cols / pair)
     packed = 64 * (block_rows if row["swap_ab"] else block_cols / pair) if operands == "fp4" else 0
     scales = 0.0 if operands == "bf16" else (block_rows + block_cols) * row["block_k"] / gran_k
@@ -95,7 +95,7 @@ def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: 
 def table(problems: Iterator[tuple[int, int, int, str, int]]) -> str:
     """Markdown, one line for each problem."""
     lines = [
-        "| M | N | K | operands | row | GFLOP | memory, MB | L2 to SM, MB | tensor memory, MB | bound by | at least, µs |",
+        "| M | N | K | operands | row | GFLOP | memory, MB | L2 to SM, MB | tensor memory, MB | bound | at least, µs |",
         "|---:|---:|---:|---|---|---:|---:|---:|---:|---|---:|",
     ]
     for m, n, k, operands, gran_k in problems:
