@@ -29,6 +29,7 @@ def test_mma(seed):
         (3, ("tmem_inflight", "uninit_tmem")),
         (4, "tmem_alloc"),
         (5, "proxy_fence"),
+        (6, "tcgen05_fence"),
     ],
 )
 @pytest.mark.parametrize("seed", SEEDS)

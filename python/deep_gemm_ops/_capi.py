@@ -64,8 +64,8 @@ def _instances() -> tuple[dict[str, Any], ...]:
 def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
     """The rows of an architecture's table of compiled kernels, in its order; with None of all tables.
 
-    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm" or "bf16_gemm"), ``kernel`` (a
-    part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
+    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm" or "bf16_gemm"), ``kernel``
+    (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
     ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d",
     "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows take any, and operands as they
     lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
@@ -92,9 +92,9 @@ def select(
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
 
-    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one of
-    GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where these
-    are FP4, on ``arch`` sm_100a.
+    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
+    of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
+    these are FP4, on ``arch`` sm_100a.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.

@@ -212,34 +212,29 @@ private:
         while (scheduler.next(work)) {
             const uint32_t accumulator = tensor_memory + accumulator_state.stage_idx * kBlockCols;
             ptx::mbarrier_wait(shared.accumulator_empty[accumulator_state.stage_idx], accumulator_state.phase ^ 1);
-            fence_after_sync();
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-                uint32_t scale_byte = 0;  // of the words, for the block's first instruction
-                if constexpr (kScaled) {
-                    scale_byte = (work.k_block + i) % params.blocks_per_word;
-                    if (begins_word(params, work, i)) {
-                        const int s = scale_state.stage_idx;
-                        ptx::mbarrier_wait(shared.scales_ready[s], scale_state.phase);
-                        fence_after_sync();
-                        // Instructions that are queued read the scales before they are replaced: the queue keeps its order.
-                        copy_scales<kCtas>(row_scales, shared.scales[s][0]);
-#pragma unroll
-                        for (int group = 1; group < Storage::kScaleGroups; ++group) {
-                            copy_scales<kCtas>(col_scales + (group - 1) * kScaleColumns, shared.scales[s][group]);
-                        }
-                        commit<kCtas>(shared.scales_empty[s]);
-                        scale_state.advance();
-                    }
-                }
-                const int s = state.stage_idx;
+                const bool new_word = kScaled && begins_word(params, work, i);
+                const int s = state.stage_idx, scale_stage = scale_state.stage_idx;
+                if (new_word) ptx::mbarrier_wait(shared.scales_ready[scale_stage], scale_state.phase);
                 ptx::mbarrier_wait(shared.full[s], state.phase);
-                fence_after_sync();
+                fence_after_sync();  // behind all waits: the accumulator has been read, operands and scales are there
+                if (new_word) {
+                    // Instructions that are queued read the scales before they are replaced: the queue keeps its order.
+                    copy_scales<kCtas>(row_scales, shared.scales[scale_stage][0]);
+#pragma unroll
+                    for (int group = 1; group < Storage::kScaleGroups; ++group) {
+                        copy_scales<kCtas>(col_scales + (group - 1) * kScaleColumns, shared.scales[scale_stage][group]);
+                    }
+                    commit<kCtas>(shared.scales_empty[scale_stage]);
+                    scale_state.advance();
+                }
                 const uint64_t rows = rows_of_ring + s * (kLayout.row_tile_bytes() / 16);
                 const uint64_t cols = cols_of_ring + s * (kLayout.col_tile_bytes() / 16);
                 // What lies behind the end of K is not multiplied: zeros would do no harm, but their scales may be NaN.
                 const int steps = work.k_block + i == last_block ? params.last_steps : kSteps;
-                const bool per_step = params.blocks_per_word == 1;
+                const bool per_step = params.blocks_per_word == 1;  // else a scale for the whole block
+                const uint32_t scale_byte = (work.k_block + i) % params.blocks_per_word;
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     if (step >= steps) break;

@@ -1,7 +1,7 @@
 // Blackwell tensor memory: a 128x64 bf16 tile with K = 64, and planted bugs.
 #include "ptx.cuh"
 
-enum Bug { None, Leak, NoWaitLd, NoCommitWait, NoAlloc, NoFence };
+enum Bug { None, Leak, NoWaitLd, NoCommitWait, NoAlloc, NoFence, NoTensorFence };
 
 __device__ inline uint64_t umma_desc(const void* p, uint32_t sbo, uint64_t layout) {
     return uint64_t((smem_addr(p) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(sbo >> 4) << 32 | uint64_t(1) << 46 |
@@ -46,7 +46,7 @@ __global__ void umma(const __grid_constant__ TensorMap ta, const __grid_constant
             : "memory");
     }
     if (BUG != NoCommitWait) mbar_wait(&done, 0);
-    asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");
+    if (BUG != NoTensorFence) asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");
     for (int c = 0; c < 64; c += 8) {
         uint32_t r[8];
         ld_x8(r, tmem + (threadIdx.x / 32 * 32 << 16) + c);
@@ -66,6 +66,7 @@ template __global__ void umma<NoCommitWait>(const __grid_constant__ TensorMap, c
                                             float*);
 template __global__ void umma<NoAlloc>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
 template __global__ void umma<NoFence>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
+template __global__ void umma<NoTensorFence>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
 
 // Stores with one shape and loads with another: reveals the lane/column maps.
 extern "C" __global__ void tmem_shapes(uint32_t* out) {
