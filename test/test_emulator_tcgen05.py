@@ -66,6 +66,17 @@ def test_cta_pair(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_loads_of_a_pair(seed):
+    """.cta_group::2: the mbarrier may be in the other CTA of the pair."""
+    x, out = np.arange(64, dtype=np.uint32).reshape(8, 8), np.zeros(64, np.uint32)
+    args = [ptx_emulator.tensor_map(x, "u32", [8, 4]), out]
+    kernels("tcgen05", "100a").launch("pair_loadsILb0E", 2, 32, args, seed=seed)
+    assert np.array_equal(out, x.reshape(-1))
+    kind = ("mbarrier_tx", "inflight_read", "race", "inflight_at_exit")  # as it falls out
+    expect(kind, kernels("tcgen05", "100a").launch, "pair_loadsILb1E", 2, 32, args, seed=seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_block_scaled(seed):
     a, b = (torch.randn(n, 128).to(torch.float8_e4m3fn) for n in (128, 64))
     ea, eb = (torch.randint(120, 134, (n, 4), dtype=torch.uint8) for n in (128, 64))
