@@ -66,9 +66,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
     return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
 }
 void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
-unsigned long sizes[7] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+unsigned long sizes[8] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
                           sizeof(GroupedPackProblem), sizeof(SwigluProblem), sizeof(TransposedCastProblem),
-                          sizeof(KGroups)};
+                          sizeof(KGroups), sizeof(KGroupedTransposeProblem)};
 int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
 int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
 int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
@@ -86,6 +86,10 @@ int k_grouped_cast(const GroupedProblem& p, int pdl) {
 }
 int k_grouped_cast_k_major(const GroupedProblem& p, int pdl) {
     return launch_k_grouped_cast_k_major(p.problem, p.groups, nullptr, pdl);
+}
+struct GroupedTransposeProblem { KGroupedTransposeProblem problem; KGroups groups; };
+int k_grouped_transpose(const GroupedTransposeProblem& p, int pdl) {
+    return launch_k_grouped_transpose_fp8(p.problem, p.groups, nullptr, pdl);
 }
 int transpose_fp8(const TransposeProblem& p, int pdl) { return launch_transpose_fp8(p, nullptr, pdl); }
 int scale_layout(const ScaleLayoutProblem& p, int pdl) { return launch_scale_layout(p, nullptr, pdl); }
@@ -136,8 +140,16 @@ class GroupedProblem(ctypes.Structure):
     _fields_ = [("problem", TransposedCastProblem), ("groups", KGroups)]
 
 
+class KGroupedTransposeProblem(ctypes.Structure):
+    _fields_ = [("x", _P), ("flat", ctypes.c_bool), ("x_stride", _L), ("mn", _L), ("out", _P), ("out_stride", _L)]
+
+
+class GroupedTransposeProblem(ctypes.Structure):
+    _fields_ = [("problem", KGroupedTransposeProblem), ("groups", KGroups)]
+
+
 PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem, SwigluProblem]
-PROBLEMS += [TransposedCastProblem, KGroups]
+PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem]
 _CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
 
 

@@ -194,6 +194,7 @@ def run_row(
         a_mn_major=a_mn_major,
         b_mn_major=b_mn_major,
         num_groups=1,
+        group_alignment=1,
     )
     inputs = {"a": a, "b": b}
     if gran:

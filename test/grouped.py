@@ -615,7 +615,7 @@ def random_case(seed: int, device: str, max_mn: int = 200, max_k: int = 400) -> 
     c = pick("", "full", "bias", "alias")
     if kind == "m":
         common |= {"type": type_, "order": pick("nt", "nn"), "layout": pick("indices", "psum", "offsets")}
-        options = {"alignment": pick(128, 64, 8, 256), "tail": pick(0, 0, 5, 130), "pad": pick(0, 16)}
+        options = {"alignment": pick(128, 64, 16, 256), "tail": pick(0, 0, 5, 130), "pad": pick(0, 16)}
         return MGroupedCase(counts, size(max_mn), size(max_k), **common, **options, **scaled)
     if kind == "masked":
         m_max = max([*counts, size(max_mn)])

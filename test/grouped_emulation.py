@@ -18,7 +18,7 @@ from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits
-from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
+from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
 
 
 def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
@@ -100,7 +100,12 @@ class GroupedCase:
         return owner
 
     def _random(self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator) -> list[torch.Tensor]:
-        """FP8 values, and scales of shape ``groups``."""
+        """Values as the row takes them, and scales of shape ``groups``, which are 1 for BF16."""
+        if self.info["scaling"] == "none":
+            values = torch.randn(shape, generator=random)
+            if self.data != "normal":
+                values = torch.randint(-3, 4, shape, generator=random)
+            return [values.bfloat16(), torch.ones(groups)]
         scales = 2.0 ** torch.randint(-2, 3, groups, generator=random)
         if self.data == "normal":
             values = (torch.randn(shape, generator=random) * 60).clamp(-448, 448)
@@ -115,7 +120,8 @@ class GroupedCase:
         rows, places = self.places()
         own_rows = self.layout in ("masked", "batched")  # each group has its own A and D
         matrices = groups if own_rows else 1
-        gran_n, gran_k = 128 if info["scaling"] == "1d2d" else 1, info["gran_k"]
+        is_bf16 = info["scaling"] == "none"
+        gran_n, gran_k = 128 if info["scaling"] == "1d2d" else 1, k if is_bf16 else info["gran_k"]
         k_groups = ceil_div(k, gran_k)
         random = generator(hash((self.sizes, n, k)) % 2**32)
         a, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random)
@@ -134,7 +140,10 @@ class GroupedCase:
                 block = slice(i * gran_k, (i + 1) * gran_k)
                 product = a[at][:, block].double() @ b[group, :, block].double().t()
                 expected[at] += product * (sfa[at[0], i, start:end, None].double() * sfb[group, columns, i].double())
-        a.view(torch.uint8)[~owned] = 0x7F
+        if is_bf16:
+            a[~owned] = math.nan
+        else:
+            a.view(torch.uint8)[~owned] = 0x7F
         sfa.transpose(1, 2)[~owned] = math.nan
 
         # The product's columns that each column of D holds.
@@ -162,7 +171,9 @@ class GroupedCase:
         before = buffer.clone()
 
         a = spread(a, align(k, 16) + 16, self.interleaved)
-        b = spread(b, align(k, 16) + 16, self.interleaved)
+        if info["b_mn_major"]:
+            b = b.transpose(1, 2)
+        b = spread(b, align(b.shape[2], 16) + 16, self.interleaved)
         sfa = spread(sfa, align(rows, 4) + 4).transpose(1, 2)
         if gran_n == 1:
             sfb = spread(sfb.transpose(1, 2), align(n, 4) + 4).transpose(1, 2)
@@ -176,9 +187,6 @@ class GroupedCase:
             b=b.data_ptr(),
             a_stride=a.stride(1),
             b_stride=b.stride(1),
-            sfa=_Scales(sfa.data_ptr(), sfa.stride(1), sfa.stride(2), 1, sfa.stride(0)),
-            sfb=_Scales(sfb.data_ptr(), sfb.stride(1), sfb.stride(2), gran_n, sfb.stride(0)),
-            gran_k=gran_k,
             d=d.data_ptr(),
             d_stride=d.stride(1),
             d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
@@ -190,7 +198,14 @@ class GroupedCase:
             zero_padding=self.zero_padding,
             group_alignment=self.alignment,
         )
-        inputs = {"a": a, "sfa": sfa, "b": b, "sfb": sfb}
+        inputs = {"a": a, "b": b}
+        if is_bf16:
+            problem.operands, problem.b_mn_major = BF16_OPERANDS, info["b_mn_major"]
+        else:
+            problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(1), sfa.stride(2), 1, sfa.stride(0))
+            problem.sfb = _Scales(sfb.data_ptr(), sfb.stride(1), sfb.stride(2), gran_n, sfb.stride(0))
+            problem.gran_k = gran_k
+            inputs |= {"sfa": sfa, "sfb": sfb}
         if self.layout != "batched":
             values = torch.tensor(self.layout_values(rows, places), dtype=torch.int32)
             inputs["group_layout"] = values
@@ -221,7 +236,8 @@ class GroupedCase:
         for matrix, (actual, wanted) in enumerate(zip(result, expected)):
             actual, wanted = (torch.where(inside[matrix], x, 0) for x in (actual, wanted))
             if self.data == "normal":
-                tol = 2e-6 if self.d == "float32" else error_bar(d.dtype)
+                float_tol = error_bar(d.dtype, "bf16") if is_bf16 else 2e-6
+                tol = float_tol if self.d == "float32" else error_bar(d.dtype)
                 assert_close(actual, wanted, tol=tol, repro=self.repro)
             else:
                 assert_equal(actual, wanted.to(d.dtype), repro=self.repro)

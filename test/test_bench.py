@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 
 from deep_gemm_ops import reference
-from deep_gemm_ops.bench import cli, plot, report, suites
+from deep_gemm_ops.bench import cli, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -471,6 +472,57 @@ def test_cpu_smoke_and_output_files(tmp_path: Path, capsys):
     assert "NaN" not in files[0].read_text()
     assert cli.main(["--from-json", str(files[0])]) == 0
     assert cli.main(["--from-json", str(tmp_path / "missing.json")]) == 2
+
+
+def small_products(monkeypatch) -> None:
+    """The same products at sizes that a CPU can do."""
+    monkeypatch.setattr(products, "CONTIGUOUS", ((2, 128),))
+    monkeypatch.setattr(products, "CONTIGUOUS_SHAPES", ((128, 256),))
+    monkeypatch.setattr(products, "MASKED", ((3, 20),))
+    monkeypatch.setattr(products, "MASKED_MAX", 64)
+    monkeypatch.setattr(products, "K_GROUPED", ((128, 64, 48),))
+    monkeypatch.setattr(products, "BATCHED", ((16, 2, 128, 64),))
+    monkeypatch.setattr(products, "BENCH_SHAPES", ((64, 128),))
+
+
+def test_products(on_cpu):
+    small_products(on_cpu)
+    records = [products.product_record(problem, limits=LIMITS, repeats=3) for problem in products.problems()]
+    assert {record["op"] for record in records} == {
+        *[f"m_grouped_{kind}_gemm_nt_{form}" for kind in ("fp8", "bf16") for form in ("contiguous", "masked")],
+        *[f"k_grouped_{kind}_gemm_tn_contiguous" for kind in ("fp8", "bf16")],
+        "bf16_gemm_nt",
+        "einsum",
+        "fp8_einsum",
+    }
+    for record in records:
+        ours = [name for name in record["failed"] if name.startswith("deep_gemm_ops")]
+        assert not ours, record
+        assert record["times"]["deep_gemm_ops"]["median"] == 10.0
+    run = {"products": records}
+    assert report.failures(run) == []
+    contiguous = [record for record in records if record["op"] == "m_grouped_fp8_gemm_nt_contiguous"]
+    line = report.product_line(contiguous[0])
+    assert_expected_inline(
+        "\n".join([*line.split(" | "), *report.product_means({"products": contiguous})]),
+        """\
+m_grouped_fp8_gemm_nt_contiguous   2 x 128, N 128, K 256                    10.00 us      2 TFLOPS
+psum 50.00 5.00x
+offsets 50.00 5.00x
+  m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops psum       5.000x of 1
+  m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops offsets    5.000x of 1""",
+    )
+
+
+def test_wrong_products_are_not_timed(on_cpu):
+    small_products(on_cpu)
+    problem = next(products.problems())
+    call = problem.ours["deep_gemm_ops psum"]
+    problem.ours["deep_gemm_ops psum"] = lambda p: call(p) * 2
+    record = products.product_record(problem, limits=LIMITS, repeats=3)
+    assert "deep_gemm_ops psum" not in record["times"]
+    (line,) = report.failures({"products": [record]})
+    assert line.startswith("m_grouped_fp8_gemm_nt_contiguous 2 x 128, N 128, K 256 deep_gemm_ops psum: wrong result")
 
 
 def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, capsys):

@@ -187,10 +187,13 @@ def mutated_rows() -> list[Row]:
     kinds: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda row: row["block_m"] * row["block_n"]):
         multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
-        kind = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
-        kind += (row["grouping"],)
+        kind: tuple = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
+        if row["scaling"] == "none" and row["grouping"] == "dense":  # swapped operands and parts change nothing here
+            kind = ("bf16", multicast, reduction)
         if row["grouping"] == "k_grouped":  # what differs is the walk, and the end of a group
             kind = (row["grouping"], row["scaling"])
+        elif row["grouping"] != "dense":  # what differs is the walk
+            kind = (row["grouping"], row["swap_ab"])
         kinds.setdefault(kind, row)
     return list(kinds.values())
 
@@ -203,6 +206,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         following = next(line for line in after if "barrier" in line)
         if "barrier.cluster.arrive.release" in following:
             return "the release of the cluster barrier that follows publishes the mbarriers, too"
+    if mutant.kind == "wgmma fence":
+        fences = [i for i, line in enumerate(before) if "wgmma.fence" in line]
+        if fences and not any(re.search(r"^\s*(?!mov)\w+\S*\.f32\s+%f", line) for line in before[fences[-1] :]):
+            return "since the fence before nothing but the tensor core has written the accumulators"
     if mutant.kind == "warp barrier":
         met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
         if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):

@@ -70,8 +70,10 @@ def test_layouts(row: Row, layout: str) -> None:
 
 
 @m_grouped
-@every_layout
-@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
+@pytest.mark.parametrize(
+    "layout, d",
+    [("indices", "tma"), ("psum", "tma"), ("psum", "direct"), ("offsets", "float32"), ("masked", "direct")],
+)
 def test_outputs(row: Row, layout: str, d: str) -> None:
     """Each way to store D, with padding set to zero where there is any. N is odd."""
     m, n = row["block_m"], row["block_n"]
@@ -119,12 +121,10 @@ HOSTILE = {
 @every_layout
 def test_hostile_layouts(row: Row, layout: str) -> None:
     """They may cost values, never memory: the emulator reports any access outside of the tensors."""
-    for values in HOSTILE[layout]:
-        for zero_padding in (False, True):
-            sizes = (300, 300, 300) if layout == "masked" else (0, 0, 0)
-            case = GroupedCase(row["name"], layout, sizes, 20, 140, alignment(row), values=values, num_sms=4)
-            tail = 0 if layout == "masked" else 300
-            dataclasses.replace(case, tail=tail, zero_padding=zero_padding).run()
+    for i, values in enumerate(HOSTILE[layout]):
+        sizes = (300, 300, 300) if layout == "masked" else (0, 0, 0)
+        case = GroupedCase(row["name"], layout, sizes, 20, 140, alignment(row), values=values, num_sms=4)
+        dataclasses.replace(case, tail=0 if layout == "masked" else 300, zero_padding=i % 2 == 0).run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,9 +132,8 @@ def test_hostile_layouts(row: Row, layout: str) -> None:
 
 
 @batched
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("d", ["tma", "direct", "float32"])
-@pytest.mark.parametrize("c", ["", "full", "bias", "alias"])
+@pytest.mark.parametrize("c, interleaved", [("", False), ("", True), ("full", True), ("bias", False), ("alias", True)])
 def test_batches(row: Row, d: str, c: str, interleaved: bool) -> None:
     m, n = row["block_m"], row["block_n"]
     rows = m - 5 if row["swap_ab"] else m + 5
@@ -143,8 +142,17 @@ def test_batches(row: Row, d: str, c: str, interleaved: bool) -> None:
 
 
 @batched
-@pytest.mark.parametrize("d", ["tma", "direct", "float32"])
-@pytest.mark.parametrize("heads", [(128, 64, 64), (16, 8, 48), (3, 1, 4), (0, 5, 7), (6, 2, 0)])
+@pytest.mark.parametrize(
+    "heads, d",
+    [
+        ((128, 64, 64), "tma"),  # boxes lie in one part of a head
+        ((16, 8, 48), "tma"),  # small ones do
+        ((6, 2, 4), "tma"),
+        ((3, 1, 4), "direct"),
+        ((0, 5, 7), "float32"),
+        ((6, 2, 0), "direct"),
+    ],
+)
 def test_gaps_between_heads(row: Row, d: str, heads: tuple[int, int, int]) -> None:
     """Columns of the product go around a gap in each head, which keeps what it holds."""
     rows = row["block_m"] - 1 if row["swap_ab"] else row["block_m"] + 3

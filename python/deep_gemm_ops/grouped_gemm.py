@@ -78,7 +78,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         grouped_layout: int32, contiguous, on the device of ``a``: which rows belong to which group, see ``layout``.
         layout: what ``grouped_layout`` holds.
             ``"indices"``: ``[M]``, the group of each row, -1 (or anything outside 0 .. G - 1) for padding. A group's
-            rows follow each other and start at a multiple of :func:`get_mk_alignment_for_contiguous_layout`.
+            rows follow each other and start at a multiple of :func:`get_mk_alignment_for_contiguous_layout`, for which
+            SM90's kernels want a multiple of 16.
             ``"psum"``: ``[G]``, the row behind each group's last; a group starts at the previous one's end rounded up
             to that alignment.
             ``"offsets"``: ``[G]``, as ``psum`` without any padding between groups (the ``offs`` of

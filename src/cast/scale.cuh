@@ -33,8 +33,8 @@ struct GroupScale {
     float inverse;
 };
 
-// 1 / x, correctly rounded, for x that are normal and whose reciprocals are: __frcp_rn without its test for others. For
-// Inf and NaN what the second line makes of them is wrong, and rough_reciprocal right.
+// 1 / x in two steps. Together they are correctly rounded for x that are normal and whose reciprocals are: __frcp_rn
+// without its test for others. For Inf and NaN the first alone is right.
 __device__ __forceinline__ float rough_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,8 +49,8 @@ __device__ __forceinline__ float ceil_to_power_of_two(float sf) {
     return __uint_as_float((__float_as_uint(sf) + 0x7fffff) & 0x7f800000);
 }
 
-// Format: E4M3 or E2M1, below. The general division and reciprocal, for kernels that need one scale a thread: held in 64
-// registers, the call behind each is also what keeps ptxas from carrying unpacked elements past it.
+// Format: E4M3 or E2M1, below. The general division and reciprocal, for kernels that need one scale a thread: held in
+// 64 registers, the call behind each is also what keeps ptxas from carrying unpacked elements past it.
 template <class Format>
 __device__ __forceinline__ GroupScale group_scale(float amax, bool round_to_power_of_two) {
     GroupScale scale;
@@ -111,14 +111,14 @@ struct E4M3 {
     }
 };
 
-// ... and of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two a byte, the even column's in the low half. It has
-// no NaN: one is written as 6.
+// ... and of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two a byte, the even column's in the low half. It
+// has no NaN: one is written as 6.
 struct E2M1 {
     static constexpr float kMax = 6;
     static __device__ __forceinline__ int64_t bytes(int64_t values) { return values / 2; }
 
-    // 0x4b000000 + the code of a magnitude up to 6 (and what rounding adds). As a function of the magnitude the code is the
-    // least of three straight lines, each of which a sum with 2^23 rounds to the nearest integer, ties to even.
+    // 0x4b000000 + the code of a magnitude up to 6 (and what rounding adds). As a function of the magnitude the code is
+    // the least of three straight lines, each of which a sum with 2^23 rounds to the nearest integer, ties to even.
     static constexpr uint32_t kCodeBase = 0x4b000000;
     static __device__ __forceinline__ uint32_t based_code(float magnitude) {
         constexpr float kBase = 0x1p+23f;
@@ -127,7 +127,8 @@ struct E2M1 {
         const float above_4 = __fmaf_rn(magnitude, 0.5f, kBase + 4);
         return __float_as_uint(fminf(below_2, fminf(below_4, above_4)));
     }
-    // Only a group with NaN or Inf, whose inverse is NaN or 0, has other values: NaN, which fminf turns into 6, and zeros.
+    // Only a group with NaN or Inf, whose inverse is NaN or 0, has other values: NaN, which fminf turns into 6, and
+    // zeros.
     static __device__ __forceinline__ bool is_ordinary(float inverse) { return inverse > 0; }
     static __device__ __forceinline__ float limited(float value) { return fmaxf(fminf(value, 6.0f), -6.0f); }
 

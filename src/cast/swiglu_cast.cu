@@ -5,8 +5,8 @@
 namespace deep_gemm::cast {
 namespace {
 
-// x / (1 + exp(-x)) as deep_gemm_ops.fused_casts.silu has it, operation by operation: exp by a polynomial of degree four,
-// since the hardware's exponential could not be reproduced elsewhere.
+// x / (1 + exp(-x)) as deep_gemm_ops.fused_casts.silu has it, operation by operation: exp by a polynomial of degree
+// four, since the hardware's exponential could not be reproduced elsewhere.
 __device__ __forceinline__ float silu(float x) {
     constexpr float kLog2E = 0x1.715476p+0f, kRange = 250;          // binary exponents from -125 to 125
     constexpr float kRound = 0x1.8p+23f - kRange / 2;               // adding it leaves an integer in the low bits

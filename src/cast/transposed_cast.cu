@@ -4,13 +4,13 @@
 //   kPerBlock: both with the scale of their 128 x 128 block
 //   kGrouped:  transposed values alone, scales per column and 128 rows of a group; groups are padded to 128 rows
 //
-// A CTA quantises 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its one
-// read and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix, which go
-// through shared memory to become runs of 128 bytes.
+// A CTA quantises 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its
+// one read and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix,
+// which go through shared memory to become runs of 128 bytes.
 //
-// Shared memory: column c is 128 bytes at 128 c; its 8-byte unit i (rows 8 i .. 8 i + 7) is at place i ^ (c / kPer16 % 16).
-// A write (16 lanes: 16 values of c / kPer16, one unit) and a read (8 lanes: one column, 8 pairs of units) both touch all
-// 32 banks once.
+// Shared memory: column c is 128 bytes at 128 c; its 8-byte unit i (rows 8 i .. 8 i + 7) is at place i ^ (c / kPer16 %
+// 16). A write (16 lanes: 16 values of c / kPer16, one unit) and a read (8 lanes: one column, 8 pairs of units) both
+// touch all 32 banks once.
 #include "cast/cast_params.cuh"
 #include "cast/k_groups.cuh"
 #include "cast/memory.cuh"
@@ -45,7 +45,8 @@ struct Shape {
     static constexpr int kThreadsPerSM = std::is_same_v<T, __half> ? 768 : 1024;
 };
 
-// The byte of one 128-group in words of packed scales: `index` of `count` groups. The last one also clears what follows.
+// The byte of one 128-group in words of packed scales: `index` of `count` groups. The last one also clears what
+// follows.
 __device__ __forceinline__ void store_packed(uint32_t* word, int64_t index, int64_t count, float sf) {
     uint8_t* bytes = reinterpret_cast<uint8_t*>(word);
     bytes[index % 4] = static_cast<uint8_t>(packed_scale(sf));

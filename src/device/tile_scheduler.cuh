@@ -3,6 +3,7 @@
 // A scheduler resolves all coordinates into a WorkTile; main loop and epilogue know nothing of groupings.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "gemm_params.h"
@@ -113,6 +114,7 @@ template <int kBlockRows, int kBlockCols, int kRowCtas, int kColCtas, int kStage
 class KGroupedScheduler : DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1> {
     using Dense = DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1>;
 
+    // Elements of K, or, padded, blocks.
     struct Part {
         int start;
         int size;
@@ -150,9 +152,10 @@ public:
             }
             if (kPadded || groups.is_sizes) start = before + up_to - span;
             start = min(start, static_cast<int64_t>(groups.k));
-            size = min(size, groups.k - start);
+            size = min(kPadded ? span : size, groups.k - start);
             if (group >= groups.first_group && group < end) {
-                table.parts[group - groups.first_group] = {static_cast<int>(start), static_cast<int>(size)};
+                constexpr int kUnit = kPadded ? kStageK : 1;
+                table.parts[group - groups.first_group] = {static_cast<int>(start / kUnit), static_cast<int>(size / kUnit)};
             }
             before += __shfl_sync(0xffffffff, up_to, 31);
         }
@@ -165,8 +168,8 @@ public:
         const Part part = table_.parts[group];
         work.token_group = group;
         work.group_end = part.start + part.size;
-        work.k_block = kPadded ? part.start / kStageK : part.start;
-        work.num_k_blocks = (part.size + kStageK - 1) / kStageK;
+        work.k_block = part.start;
+        work.num_k_blocks = kPadded ? part.size : (part.size + kStageK - 1) / kStageK;
         this->tile_ += this->step_;
         return true;
     }
@@ -230,25 +233,33 @@ private:
 //
 // Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... Inside a group tiles
 // along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
-// group in this respect, and a tile whose first row is padding is passed over.
+// group in this respect, and a tile whose first row is padding is passed over. Otherwise each lane has a group of the 32
+// that are looked at, and knows what lies before another 32: those that are not looked at can be loaded again.
 //
 // Whatever the layout holds, all coordinates lie inside the matrices, no row is in two tiles, and the walk is at most as
 // long as with a layout that makes sense.
 template <int kBlockM, int kBlockN, bool kSwapAB>
 class MGroupedScheduler {
 public:
-    struct Storage {
-        WorkQueue queue;
-        // Of each group: tiles along M before it, and the largest end so far (or its rows).
-        int first_tile[kMaxGroups + 1];
-        int end[kMaxGroups];
-    };
-
     // A whole warp.
-    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, Storage& shared) {
+    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, WorkQueue& queue) {
         const int lane = threadIdx.x % 32;
         const bool by_row = schedule.table == kGroupOfRow;
-        const int row_tiles = by_row ? (schedule.rows + kBlockM - 1) / kBlockM : build_table(schedule, shared);
+        const int num_chunks = by_row ? 0 : (schedule.num_groups + 31) / 32;
+        int row_tiles = (schedule.rows + kBlockM - 1) / kBlockM;
+        Before chunk_start = {};  // of the 32 groups from 32 * lane on
+        Group group = {};
+        int loaded = -1;
+        if (!by_row) {
+            Before before = {0, 0};
+            for (int chunk = 0; chunk < num_chunks; ++chunk) {
+                if (lane == chunk) chunk_start = before;
+                group = load_group(schedule, chunk, before);
+            }
+            if (lane >= num_chunks) chunk_start.tiles = INT_MAX;
+            loaded = num_chunks - 1;
+            row_tiles = before.tiles;
+        }
         const int num_tiles = row_tiles * schedule.col_tiles;
         const int step = static_cast<int>(gridDim.x);
         PipelineState<WorkQueue::kSlots> state;
@@ -257,28 +268,64 @@ public:
             WorkTile work;
             const int tile = first + lane * step;
             bool is_tile = tile < num_tiles;
-            bool is_ragged = false;  // by row: the tile may hold padding
-            if (is_tile) is_tile = locate(schedule, shared, row_tiles, tile, work, is_ragged);
-            const uint32_t ragged = __ballot_sync(0xffffffff, is_tile && is_ragged);
-#pragma unroll 1
-            for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0; left &= left - 1) {
-                const int source = __ffs(left) - 1;
-                if (ragged >> source & 1) {
+            if (by_row) {
+                bool is_ragged = false;  // the tile may hold padding
+                if (is_tile) is_tile = locate_by_row(schedule, row_tiles, tile, work, is_ragged);
+                uint32_t ragged = __ballot_sync(0xffffffff, is_tile && is_ragged);
+                for (; ragged != 0; ragged &= ragged - 1) {
+                    const int source = __ffs(ragged) - 1;
                     const int row = __shfl_sync(0xffffffff, kSwapAB ? work.col : work.row, source);
-                    const int group = __shfl_sync(0xffffffff, work.group, source);
-                    const int end = row + count_rows(schedule, row, group);
+                    const int end = row + count_rows(schedule, row, __shfl_sync(0xffffffff, work.group, source));
                     if (lane == source) {
                         work.group_end = end;
                         if (!schedule.zero_padding) work.store_end = end;
                     }
                 }
-                push(shared.queue, state, lane == source, work);
+            } else {
+                const int row_tile = is_tile ? tile / schedule.col_tiles : 0;
+                const int chunk = num_chunks == 1 ? 0 : last_not_above(chunk_start.tiles, row_tile);
+                for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0;) {
+                    const int wanted = __shfl_sync(0xffffffff, chunk, __ffs(left) - 1);
+                    if (wanted != loaded) {
+                        Before before = {__shfl_sync(0xffffffff, chunk_start.tiles, wanted),
+                                         __shfl_sync(0xffffffff, chunk_start.end, wanted)};
+                        group = load_group(schedule, wanted, before);
+                        loaded = wanted;
+                    }
+                    const int source = last_not_above(group.first_tile, row_tile);
+                    const Group mine = {__shfl_sync(0xffffffff, group.first_tile, source),
+                                        __shfl_sync(0xffffffff, group.tiles, source),
+                                        __shfl_sync(0xffffffff, group.start, source),
+                                        __shfl_sync(0xffffffff, group.end, source),
+                                        __shfl_sync(0xffffffff, group.store_end, source)};
+                    if (is_tile && chunk == wanted) locate(schedule, mine, wanted * 32 + source, tile, work);
+                    left &= ~__ballot_sync(0xffffffff, chunk == wanted);
+                }
+            }
+#pragma unroll 1
+            for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0; left &= left - 1) {
+                push(queue, state, lane == __ffs(left) - 1, work);
             }
         }
-        push(shared.queue, state, lane == 0, WorkTile{.num_k_blocks = -1});
+        push(queue, state, lane == 0, WorkTile{.num_k_blocks = -1});
     }
 
 private:
+    // What lies before a group: tiles along M, and the largest end.
+    struct Before {
+        int tiles;
+        int end;
+    };
+
+    // Rows [start, end), stored with zeros up to store_end, in tiles from first_tile on.
+    struct Group {
+        int first_tile;
+        int tiles;
+        int start;
+        int end;
+        int store_end;
+    };
+
     __device__ __forceinline__ static void push(WorkQueue& queue, PipelineState<WorkQueue::kSlots>& state, bool mine,
                                                 const WorkTile& work) {
         ptx::mbarrier_wait(queue.empty[state.stage_idx], state.phase ^ 1);
@@ -293,109 +340,93 @@ private:
         return min((row + schedule.alignment - 1) / schedule.alignment * schedule.alignment, schedule.rows);
     }
 
-    // Fills `first_tile` and `end`; returns the number of tiles along M.
-    __device__ __forceinline__ static int build_table(const MGroupSchedule& schedule, Storage& shared) {
-        const int lane = threadIdx.x % 32;
-        int tiles_before = 0, end_before = 0;
-#pragma unroll 1
-        for (int base = 0; base < schedule.num_groups; base += 32) {
-            const int group = base + lane;
-            int end = group < schedule.num_groups ? min(max(schedule.layout[group], 0), schedule.rows) : 0;
-            int tiles = end;  // rows to cover, at first
-            if (schedule.table == kEndOfGroup) {
-                // The largest end so far, so that an unsorted layout makes empty groups.
+    // The last lane whose number, of those that rise from lane to lane, is at most `bound`. A whole warp.
+    __device__ __forceinline__ static int last_not_above(int number, int bound) {
+        int found = 0;
 #pragma unroll
-                for (int distance = 1; distance < 32; distance *= 2) {
-                    const int other = __shfl_up_sync(0xffffffff, end, distance);
-                    if (lane >= distance) end = max(end, other);
-                }
-                end = max(end, end_before);
-                int previous = __shfl_up_sync(0xffffffff, end, 1);
-                if (lane == 0) previous = end_before;
-                const int start = align(previous, schedule);
-                tiles = max(cover_end(schedule, group, end) - start, 0);
-                end_before = __shfl_sync(0xffffffff, end, 31);
-            }
-            tiles = group < schedule.num_groups ? (tiles + kBlockM - 1) / kBlockM : 0;
-            int up_to = tiles;
+        for (int distance = 16; distance > 0; distance /= 2) {
+            if (__shfl_sync(0xffffffff, number, found + distance) <= bound) found += distance;
+        }
+        return found;
+    }
+
+    // This lane's group of the 32 from 32 * chunk on; `before` moves behind them. A whole warp.
+    __device__ __forceinline__ static Group load_group(const MGroupSchedule& schedule, int chunk, Before& before) {
+        const int lane = threadIdx.x % 32;
+        const int index = chunk * 32 + lane;
+        const bool exists = index < schedule.num_groups;
+        Group group;
+        group.start = 0;
+        group.end = exists ? min(max(schedule.layout[index], 0), schedule.rows) : 0;
+        group.store_end = group.end;
+        if (schedule.table == kEndOfGroup) {
+            // The largest end so far, so that an unsorted layout makes empty groups.
 #pragma unroll
             for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(0xffffffff, up_to, distance);
-                if (lane >= distance) up_to += other;
+                const int other = __shfl_up_sync(0xffffffff, group.end, distance);
+                if (lane >= distance) group.end = max(group.end, other);
             }
-            if (group < schedule.num_groups) {
-                shared.first_tile[group] = tiles_before + up_to - tiles;
-                shared.end[group] = end;
-            }
-            tiles_before += __shfl_sync(0xffffffff, up_to, 31);
+            group.end = max(group.end, before.end);
+            const int previous = __shfl_up_sync(0xffffffff, group.end, 1);
+            group.start = align(lane == 0 ? before.end : previous, schedule);
+            const bool is_last = index == schedule.num_groups - 1;
+            group.store_end = !schedule.zero_padding ? group.end
+                              : is_last              ? schedule.rows
+                                                     : align(group.end, schedule);
+            before.end = __shfl_sync(0xffffffff, group.end, 31);
         }
-        if (lane == 0) shared.first_tile[schedule.num_groups] = tiles_before;
-        __syncwarp();
-        return tiles_before;
+        group.tiles = exists ? (max(group.store_end - group.start, 0) + kBlockM - 1) / kBlockM : 0;
+        int up_to = group.tiles;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(0xffffffff, up_to, distance);
+            if (lane >= distance) up_to += other;
+        }
+        group.first_tile = before.tiles + up_to - group.tiles;
+        before.tiles += __shfl_sync(0xffffffff, up_to, 31);
+        return group;
     }
 
-    // Where the rows end that are stored for a group that ends at `end`.
-    __device__ __forceinline__ static int cover_end(const MGroupSchedule& schedule, int group, int end) {
-        if (!schedule.zero_padding) return end;
-        return group == schedule.num_groups - 1 ? schedule.rows : align(end, schedule);
-    }
-
-    // Tile number `tile`; false where there is nothing to do.
-    __device__ __forceinline__ static bool locate(const MGroupSchedule& schedule, const Storage& shared, int row_tiles,
-                                                  int tile, WorkTile& work, bool& is_ragged) {
-        const bool by_row = schedule.table == kGroupOfRow;
-        int group = 0, first_tile = 0;
-        if (!by_row) {
-            // The last group that starts at or before the tile.
-            int after = schedule.num_groups;
-            const int row_tile = tile / schedule.col_tiles;
-            while (after - group > 1) {
-                const int middle = (group + after) / 2;
-                if (shared.first_tile[middle] <= row_tile) {
-                    group = middle;
-                } else {
-                    after = middle;
-                }
-            }
-            first_tile = shared.first_tile[group];
-            row_tiles = shared.first_tile[group + 1] - first_tile;
-        }
-        const int in_group = tile - first_tile * schedule.col_tiles;
-        const int band = in_group / (schedule.row_tiles * schedule.col_tiles);
+    // Sets the coordinates of tile `tile` of a group that has `row_tiles` along M, from `first_row` on.
+    __device__ __forceinline__ static int set_tile(const MGroupSchedule& schedule, int first_row, int row_tiles, int tile,
+                                                   WorkTile& work) {
+        const int band = tile / (schedule.row_tiles * schedule.col_tiles);
         const int first_of_band = band * schedule.row_tiles;
-        const int in_band = in_group - first_of_band * schedule.col_tiles;
+        const int in_band = tile - first_of_band * schedule.col_tiles;
         const int band_tiles = min(schedule.row_tiles, row_tiles - first_of_band);
         const int col_tile = in_band / band_tiles;
-        int row = (first_of_band + in_band - col_tile * band_tiles) * kBlockM;
-
-        bool is_padding;
-        if (by_row) {
-            const int last = min(row + kBlockM, schedule.rows) - 1;
-            group = schedule.layout[row];
-            is_padding = group < 0 || group >= schedule.num_groups;
-            is_ragged = !is_padding && schedule.layout[last] != group;
-            if (is_padding && !schedule.zero_padding) return false;
-            work.group_end = is_padding ? 0 : last + 1;
-            work.store_end = last + 1;
-            work.token_group = 0;
-        } else if (schedule.table == kEndOfGroup) {
-            const int start = group == 0 ? 0 : align(shared.end[group - 1], schedule);
-            row += start;
-            work.group_end = shared.end[group];
-            work.store_end = cover_end(schedule, group, shared.end[group]);
-            work.token_group = 0;
-            is_padding = row >= work.group_end;
-        } else {
-            work.group_end = work.store_end = shared.end[group];
-            work.token_group = group;
-            is_padding = false;
-        }
+        const int row = first_row + (first_of_band + in_band - col_tile * band_tiles) * kBlockM;
         work.row = kSwapAB ? col_tile * kBlockN : row;
         work.col = kSwapAB ? row : col_tile * kBlockN;
         work.k_block = 0;
+        return row;
+    }
+
+    __device__ __forceinline__ static void locate(const MGroupSchedule& schedule, const Group& group, int index, int tile,
+                                                  WorkTile& work) {
+        const int in_group = tile - group.first_tile * schedule.col_tiles;
+        const int row = set_tile(schedule, group.start, group.tiles, in_group, work);
+        work.num_k_blocks = row < group.end ? schedule.num_k_blocks : 0;
+        work.group = index;
+        work.token_group = schedule.table == kRowsOfGroup ? index : 0;
+        work.group_end = group.end;
+        work.store_end = group.store_end;
+    }
+
+    // False where there is nothing to do.
+    __device__ __forceinline__ static bool locate_by_row(const MGroupSchedule& schedule, int row_tiles, int tile,
+                                                         WorkTile& work, bool& is_ragged) {
+        const int row = set_tile(schedule, 0, row_tiles, tile, work);
+        const int last = min(row + kBlockM, schedule.rows) - 1;
+        const int group = schedule.layout[row];
+        const bool is_padding = group < 0 || group >= schedule.num_groups;
+        is_ragged = !is_padding && schedule.layout[last] != group;
         work.num_k_blocks = is_padding ? 0 : schedule.num_k_blocks;
         work.group = is_padding ? 0 : group;
-        return true;
+        work.token_group = 0;
+        work.group_end = is_padding ? 0 : last + 1;
+        work.store_end = last + 1;
+        return !is_padding || schedule.zero_padding;
     }
 
     // By row: how many rows from `row` on, at most a tile, belong to `group`. A whole warp.

@@ -52,7 +52,8 @@ struct SwigluProblem {
 };
 cudaError_t launch_swiglu_cast(const SwigluProblem& problem, cudaStream_t stream, bool pdl);
 
-// As launch_per_token_cast, to FP4: out is [rows, cols / 2] bytes, the even column's value in the low half; cols is even.
+// As launch_per_token_cast, to FP4: out is [rows, cols / 2] bytes, the even column's value in the low half; cols is
+// even.
 cudaError_t launch_per_token_cast_fp4(const CastProblem& problem, cudaStream_t stream, bool pdl);
 
 // A scale per gran_k rows and column: sf[group * sf_stride + column]; packed: word [(group / 4) * sf_stride + column].
@@ -70,10 +71,12 @@ struct TransposedCastProblem {
     int64_t sf_t_stride = 0;
 };
 
-// out and sf as launch_per_token_cast; out_t has a scale per column of x and 128 rows: sf_t[column + group * sf_t_stride].
+// out and sf as launch_per_token_cast; out_t has a scale per column of x and 128 rows: sf_t[column + group *
+// sf_t_stride].
 cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
 
-// out and sf as launch_per_block_cast; out_t has the same values and scales: sf_t[block_column + block_row * sf_t_stride].
+// out and sf as launch_per_block_cast; out_t has the same values and scales: sf_t[block_column + block_row *
+// sf_t_stride].
 cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
 
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
@@ -95,8 +98,9 @@ struct KGroups {
 cudaError_t launch_k_grouped_per_channel_cast(const CastProblem& problem, const KGroups& groups, cudaStream_t stream,
                                               bool pdl);
 
-// The same values transposed, each group from a multiple of 128 on: out_t is [cols, 128 * groups.scale_rows()], row i of
-// the scales sf_t belongs to columns 128 i .. 128 i + 127. What no row of x fills is zero. `out` and `sf` are not used.
+// The same values transposed, each group from a multiple of 128 on: out_t is [cols, 128 * groups.scale_rows()], row i
+// of the scales sf_t belongs to columns 128 i .. 128 i + 127. What no row of x fills is zero. `out` and `sf` are not
+// used.
 cudaError_t launch_k_grouped_cast_k_major(const TransposedCastProblem& problem, const KGroups& groups,
                                           cudaStream_t stream, bool pdl);
 

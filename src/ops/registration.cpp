@@ -16,56 +16,7 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
-    m.impl("fp8_gemm_nt", &fp8_gemm<Layout::kNT>);
-    m.impl("fp8_gemm_nn", &fp8_gemm<Layout::kNN>);
-    m.impl("fp8_gemm_tn", &fp8_gemm<Layout::kTN>);
-    m.impl("fp8_gemm_tt", &fp8_gemm<Layout::kTT>);
-    m.impl("fp8_gemm_nt.out", &fp8_gemm_out<Layout::kNT>);
-    m.impl("fp8_gemm_nn.out", &fp8_gemm_out<Layout::kNN>);
-    m.impl("fp8_gemm_tn.out", &fp8_gemm_out<Layout::kTN>);
-    m.impl("fp8_gemm_tt.out", &fp8_gemm_out<Layout::kTT>);
-
-    m.impl("fp8_fp4_gemm_nt", &fp8_fp4_gemm<Layout::kNT>);
-    m.impl("fp8_fp4_gemm_nn", &fp8_fp4_gemm<Layout::kNN>);
-    m.impl("fp8_fp4_gemm_tn", &fp8_fp4_gemm<Layout::kTN>);
-    m.impl("fp8_fp4_gemm_tt", &fp8_fp4_gemm<Layout::kTT>);
-    m.impl("fp8_fp4_gemm_nt.out", &fp8_fp4_gemm_out<Layout::kNT>);
-    m.impl("fp8_fp4_gemm_nn.out", &fp8_fp4_gemm_out<Layout::kNN>);
-    m.impl("fp8_fp4_gemm_tn.out", &fp8_fp4_gemm_out<Layout::kTN>);
-    m.impl("fp8_fp4_gemm_tt.out", &fp8_fp4_gemm_out<Layout::kTT>);
-
-    m.impl("bf16_gemm_nt", &bf16_gemm<Layout::kNT>);
-    m.impl("bf16_gemm_nt.out", &bf16_gemm_out<Layout::kNT>);
-    m.impl("bf16_gemm_nn", &bf16_gemm<Layout::kNN>);
-    m.impl("bf16_gemm_nn.out", &bf16_gemm_out<Layout::kNN>);
-    m.impl("bf16_gemm_tn", &bf16_gemm<Layout::kTN>);
-    m.impl("bf16_gemm_tn.out", &bf16_gemm_out<Layout::kTN>);
-    m.impl("bf16_gemm_tt", &bf16_gemm<Layout::kTT>);
-    m.impl("bf16_gemm_tt.out", &bf16_gemm_out<Layout::kTT>);
-    m.impl("fp8_gemm_nt_skip_head_mid", &fp8_gemm_nt_skip_head_mid);
-    m.impl("fp8_gemm_nt_skip_head_mid.out", &fp8_gemm_nt_skip_head_mid_out);
-    m.impl("m_grouped_fp8_gemm_nt_contiguous", &m_grouped_gemm<true, Layout::kNT>);
-    m.impl("m_grouped_fp8_gemm_nt_contiguous.out", &m_grouped_gemm_out<true, Layout::kNT>);
-    m.impl("m_grouped_fp8_gemm_nn_contiguous", &m_grouped_gemm<true, Layout::kNN>);
-    m.impl("m_grouped_fp8_gemm_nn_contiguous.out", &m_grouped_gemm_out<true, Layout::kNN>);
-    m.impl("m_grouped_fp8_gemm_nt_masked", &m_grouped_gemm_masked<true>);
-    m.impl("m_grouped_fp8_gemm_nt_masked.out", &m_grouped_gemm_masked_out<true>);
-    m.impl("k_grouped_fp8_gemm_tn_contiguous", &k_grouped_gemm<true, Layout::kTN>);
-    m.impl("k_grouped_fp8_gemm_tn_contiguous.out", &k_grouped_gemm_out<true, Layout::kTN>);
-    m.impl("k_grouped_fp8_gemm_nt_contiguous", &k_grouped_gemm<true, Layout::kNT>);
-    m.impl("k_grouped_fp8_gemm_nt_contiguous.out", &k_grouped_gemm_out<true, Layout::kNT>);
-    m.impl("m_grouped_bf16_gemm_nt_contiguous", &m_grouped_gemm<false, Layout::kNT>);
-    m.impl("m_grouped_bf16_gemm_nt_contiguous.out", &m_grouped_gemm_out<false, Layout::kNT>);
-    m.impl("m_grouped_bf16_gemm_nn_contiguous", &m_grouped_gemm<false, Layout::kNN>);
-    m.impl("m_grouped_bf16_gemm_nn_contiguous.out", &m_grouped_gemm_out<false, Layout::kNN>);
-    m.impl("m_grouped_bf16_gemm_nt_masked", &m_grouped_gemm_masked<false>);
-    m.impl("m_grouped_bf16_gemm_nt_masked.out", &m_grouped_gemm_masked_out<false>);
-    m.impl("k_grouped_bf16_gemm_tn_contiguous", &k_grouped_gemm<false, Layout::kTN>);
-    m.impl("k_grouped_bf16_gemm_tn_contiguous.out", &k_grouped_gemm_out<false, Layout::kTN>);
-    m.impl("einsum", &einsum<false>);
-    m.impl("fp8_einsum", &einsum<true>);
-    m.impl("einsum.out", &einsum_out<false>);
-    m.impl("fp8_einsum.out", &einsum_out<true>);
+#include "product_impls.inc"
 
     m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));
     m.impl("per_token_cast_to_fp8.out", TORCH_BOX(&per_token_cast_to_fp8_out));

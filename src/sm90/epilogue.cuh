@@ -158,25 +158,24 @@ private:
         }
     }
 
-    // Boxes of 64 rows and 32 columns of FP32, a row of 128 bytes swizzled as TMA expects it. A thread has two columns, 8
-    // bytes: those in odd rows write a box's column groups in another order, which keeps banks apart.
+    // Boxes of 64 rows and 32 columns of FP32, a row of 128 bytes swizzled as TMA expects it. A thread has two columns of
+    // each eight; odd rows write the eights in another order, so that the rows of half a warp lie in different banks.
     __device__ __forceinline__ static void stage_float(uint8_t* boxes, int first_box, int thread,
                                                        const float (&values)[kColGroups * 4]) {
         const int lane = thread % 32;
         const int d_row = thread / 32 * 16 + lane / 4;
         const bool is_odd = d_row % 2 != 0;
-        uint8_t* upper = boxes + d_row * 128 + lane % 2 * 8;
+        uint8_t* row = boxes + d_row * 128 + lane % 2 * 8;
 #pragma unroll
-        for (int i = 0; i < kStagedBoxes * 4; i += 2) {
-            const float* pair = values + (first_box * 4 + i) * 4;  // two groups of 8 columns
-#pragma unroll
-            for (int turn = 0; turn < 2; ++turn) {
-                const int other = turn ^ is_odd;
-                const int chunk = ((i % 4 + other) * 2 + lane % 4 / 2) ^ (d_row % 8);
-                auto* slot = reinterpret_cast<float2*>(upper + i / 4 * kBoxBytes + chunk * 16);
-                slot[0] = other ? make_float2(pair[4], pair[5]) : make_float2(pair[0], pair[1]);
-                slot[8 * 128 / sizeof(float2)] = other ? make_float2(pair[6], pair[7]) : make_float2(pair[2], pair[3]);
-            }
+        for (int i = 0; i < kStagedBoxes * 4; ++i) {
+            const int box = i / 4, turn = i % 4;
+            const float* low = values + ((first_box + box) * 4 + turn % 2) * 4;  // of two eights, two apart
+            const float* high = low + 2 * 4;
+            const bool is_high = is_odd ^ (turn >= 2);
+            const int chunk = ((turn % 2 + 2 * is_high) * 2 + lane % 4 / 2) ^ (d_row % 8);
+            auto* slot = reinterpret_cast<float2*>(row + box * kBoxBytes + chunk * 16);
+            slot[0] = is_high ? make_float2(high[0], high[1]) : make_float2(low[0], low[1]);
+            slot[8 * 128 / sizeof(float2)] = is_high ? make_float2(high[2], high[3]) : make_float2(low[2], low[3]);
         }
     }
 

@@ -167,7 +167,7 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
 
     info = _capi.instances()[row]
     ragged = info["block_k"] * 7 // 8
-    m, n, step = 3 * info["block_m"] - 8, 2 * info["block_n"] - 8, info["split_k"] * info["block_k"]
+    m, n, step = 3 * info["block_m"] - 7, 2 * info["block_n"] - 8, info["split_k"] * info["block_k"]
     blocks = info["num_stages"] + 3
     at_once = cluster_tile(info)
     shapes = [(m, n, blocks, "tma"), (m, n, blocks + 1, "float32"), (at_once[0], 2 * at_once[1], 195, "tma")]

@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "casts", "host", "rows")
+SUITES = ("gemm", "products", "casts", "host", "rows")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -24,7 +24,7 @@ NO_GPU = (
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deep_gemm_ops.bench", description=__doc__)
     suite_help = f"comma-separated: {', '.join(SUITES)}; default %(default)s"
-    parser.add_argument("--suite", default="gemm,casts,host", help=suite_help)
+    parser.add_argument("--suite", default="gemm,products,casts,host", help=suite_help)
     parser.add_argument("--shapes", type=_shapes, help="GEMM shapes as NxK,NxK (default: DeepSeek-V3's projections)")
     parser.add_argument("--m", type=_numbers, help="values of M, comma-separated (default: 1,16,64,128,4096)")
     parser.add_argument("--scaling", choices=("1d2d", "1d1d"), default="1d2d", help="scales of B: per block or per row")
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str, Any]) -> Iterator[tuple[Any, str]]:
     """Each record of one suite with the line to show for it."""
     from ..testing import cases
-    from . import suites
+    from . import products, suites
 
     quick = options.quick
     shapes = options.shapes or (cases.BENCH_SHAPES[4:6] if quick else cases.BENCH_SHAPES)
@@ -142,6 +142,10 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
                 *problem, repeats=repeats, references=references, kernel_times=options.kernel_times, **variant
             )
             yield record, report.gemm_line(record, run["device"], contenders)
+    elif suite == "products":
+        for product in products.problems(quick):
+            record = products.product_record(product, limits=limits, repeats=repeats, references=references)
+            yield record, report.product_line(record)
     elif suite == "rows":
         for problem in problems:
             record = suites.rows_record(*problem, repeats=options.repeats or 7, **variant)
@@ -181,14 +185,14 @@ def cpu_smoke() -> dict[str, Any]:
         run["gemm"].append(record)
     x = make_gemm_operands(GemmCase(130, 128, 304)).a.float().to(torch.bfloat16)
     for op, flags in suites.CASTS:
-        source = x.to(torch.float8_e4m3fn) if op == "transpose_fp8" else x
+        sources = suites.cast_inputs(op, x)
         begin = time.perf_counter()
-        result = getattr(torch.ops.deep_gemm, op)(source, **flags)
+        result = getattr(torch.ops.deep_gemm, op)(*sources, **flags)
         us = (time.perf_counter() - begin) * 1e6
         record = {"op": suites.cast_label(op, flags), "rows": x.shape[0], "cols": x.shape[1]}
-        record |= {"bytes": count_bytes(source, result), "times": {report.OURS: suites.summary([us])}, "failed": {}}
+        record |= {"bytes": count_bytes(sources, result), "times": {report.OURS: suites.summary([us])}, "failed": {}}
         try:
-            suites.check_equal(result, getattr(reference, op)(source, **flags))
+            suites.check_equal(result, suites.cast_reference(op)(*sources, **flags))
         except RuntimeError as why:
             record["failed"][report.OURS] = str(why)
         run["casts"].append(record)

@@ -5,6 +5,8 @@ and one list of records a suite:
 
 - ``gemm``: ``m, n, k, scaling, out_dtype, bytes``, ``times`` {contender: {median, min, max} in us}, ``kernel_us``
   {contender: us}, ``failed`` {contender: why}, ``errors`` {contender: relative error}, ``row`` (the kernel selected)
+- ``products``: ``op, shape, flops, bytes, times, failed, errors``; contenders of ours beside the first are named
+  ``deep_gemm_ops VARIANT``
 - ``casts``: ``op, rows, cols, bytes, times, failed``
 - ``host``: ``name`` and ``us`` or ``failed``
 - ``rows``: ``m, n, k, selected``, ``rows`` [{index, name, us, cost_us}], ``failed`` {index: why}
@@ -149,6 +151,10 @@ def failures(run: Record) -> list[str]:
     for record in run.get("gemm", []):
         if OURS in record.get("failed", {}):
             lines.append(f"M={record['m']} N={record['n']} K={record['k']}: {record['failed'][OURS]}")
+    for record in run.get("products", []):
+        for name, why in record.get("failed", {}).items():
+            if name.startswith(OURS):
+                lines.append(f"{record['op']} {record['shape']} {name}: {why}")
     for record in run.get("casts", []):
         if OURS in record.get("failed", {}):
             lines.append(f"{record['op']} {record['rows']}x{record['cols']}: {record['failed'][OURS]}")
@@ -235,6 +241,9 @@ def text(run: Record) -> str:
                 means = (_mean_speedup(group, name) for name in names)
                 cells = (f" | {mean:15.2f}x" if mean else f" | {'-':>16}" for mean in means)
                 lines.append(f"{'geometric mean, M = ' + str(m):>54}" + "".join(cells))
+    if run.get("products"):
+        lines += ["", "products", *map(product_line, run["products"])]
+        lines += ["time over ours, geometric means", *product_means(run)]
     if run.get("casts"):
         lines += ["", f"{'cast':<26} {'rows':>6} {'cols':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
         lines += [cast_line(record, device) for record in run["casts"]]
@@ -245,6 +254,32 @@ def text(run: Record) -> str:
     lines += ["", goals_text(run)]
     lines += [f"FAILED {line}" for line in failures(run)]
     return "\n".join(lines)
+
+
+def product_line(record: Record) -> str:
+    """One line of the text table: ours, then every other contender with its time over ours."""
+    text = f"{record['op']:<34} {record['shape']:<36}"
+    ours = median_us(record, OURS)
+    text += f" {ours:9.2f} us {record['flops'] / ours * 1e-6:6.0f} TFLOPS" if ours else f" {'-':>9}"
+    for name, timing in record["times"].items():
+        if name != OURS:
+            ratio = f" {timing['median'] / ours:.2f}x" if ours else ""
+            text += f" | {LABELS.get(name, name.removeprefix(OURS + ' '))} {timing['median']:.2f}{ratio}"
+    return text + _failed(record)
+
+
+def product_means(run: Record) -> list[str]:
+    """A line for each operator and contender: the geometric mean of its times over ours."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for record in run.get("products", []):
+        for name in record.get("times", {}):
+            ratio = speedup(record, name)
+            if name != OURS and ratio:
+                ratios.setdefault((record["op"], name), []).append(ratio)
+    return [
+        f"  {op:<34} {LABELS.get(name, name):<24} {geomean(values):.3f}x of {len(values)}"
+        for (op, name), values in ratios.items()
+    ]
 
 
 def cast_line(record: Record, device: Record) -> str:

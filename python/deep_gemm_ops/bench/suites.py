@@ -343,11 +343,10 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(rows, cols, device=DEVICE, generator=generator).to(torch.bfloat16)
     for op, options in CASTS:
-        source, *more = _cast_inputs(op, x)
+        source, *more = cast_inputs(op, x)
         record: dict[str, Any] = {"op": cast_label(op, options), "rows": rows, "cols": cols, "times": {}, "failed": {}}
         overload = getattr(torch.ops.deep_gemm, op)
-        function = getattr(fused_casts, f"reference_{op}", None) or getattr(reference, op)
-        expected = function(source, *more, **options)
+        expected = cast_reference(op)(source, *more, **options)
         record["bytes"] = timing.count_bytes(source, expected)
         floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
         calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
@@ -369,7 +368,7 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
         yield record
 
 
-def _cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors that a cast takes where ``x`` is the matrix to quantise."""
     if op == "transpose_fp8":
         return (reference.per_token_cast_to_fp8(x)[0],)
@@ -377,6 +376,11 @@ def _cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ends = torch.arange(1, K_GROUPS + 1) * x.shape[0] // K_GROUPS
         return x, ends.diff(prepend=torch.zeros(1)).to(torch.int32).to(x.device)
     return (x,)
+
+
+def cast_reference(op: str) -> Callable[..., Any]:
+    """The specification of a cast."""
+    return getattr(fused_casts, f"reference_{op}", None) or getattr(reference, op)
 
 
 def cast_label(op: str, options: dict[str, Any]) -> str:

@@ -1,0 +1,327 @@
+// The operators of src/ops on host memory: what they call of CUDA and of the rest of the library, in plain C++. Products
+// are evaluated from the GemmProblem that an operator has filled, in float64, and what a kernel must not read is not read.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host/cast.h"
+#include "host/gemm.h"
+#include "host/knobs.h"
+#include "host/selection_cache.h"
+#include "ops/gemm_ops.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
+    std::memset(data, value, size);
+    return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+    *stream = nullptr;
+    return 0;
+}
+}
+
+namespace deep_gemm {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Knobs
+
+Knobs& knobs() {
+    static Knobs instance;
+    return instance;
+}
+int usable_sms(int) { return 132; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Casts
+
+namespace cast {
+
+namespace {
+
+float scale_at(const void* src, ScaleType type, int64_t offset, int64_t k) {
+    if (type == ScaleType::kFloat32) return static_cast<const float*>(src)[offset];
+    const int byte = type == ScaleType::kE8M0
+                         ? static_cast<const uint8_t*>(src)[offset]
+                         : static_cast<const uint32_t*>(src)[offset] >> (8 * (k % 4)) & 255;
+    return byte == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, byte - 127);
+}
+
+}  // namespace
+
+cudaError_t launch_transpose_fp8(const TransposeProblem& p, cudaStream_t, bool) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+        const char* x = static_cast<const char*>(p.x) + b * p.x_batch_stride;
+        char* out = static_cast<char*>(p.out) + b * p.out_batch_stride;
+        for (int64_t r = 0; r < p.rows; ++r) {
+            for (int64_t c = 0; c < p.cols; ++c) out[c * p.out_stride + r] = x[r * p.x_stride + c];
+        }
+    }
+    return cudaSuccess;
+}
+
+cudaError_t launch_scale_layout(const ScaleLayoutProblem& p, cudaStream_t, bool) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+        for (int64_t mn = 0; mn < p.mn; ++mn) {
+            for (int64_t k = 0; k < p.k_sf; ++k) {
+                const int64_t unit = p.src_type == ScaleType::kPackedUE8M0 ? k / 4 : k;
+                const int64_t offset =
+                    b * p.src_batch_stride + mn / p.mn_repeat * p.src_mn_stride + unit * p.src_k_stride;
+                static_cast<float*>(p.dst)[b * p.dst_batch_stride + k * p.dst_k_stride + mn] =
+                    scale_at(p.src, p.src_type, offset, k);
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+}  // namespace cast
+
+namespace {
+
+struct Range {
+    int64_t begin, end;
+};
+
+// As deep_gemm_ops.grouped_gemm.group_ranges.
+std::vector<Range> group_ranges(const int32_t* ends, int64_t num_groups, int64_t total, GroupLayout layout,
+                                int64_t alignment) {
+    std::vector<Range> ranges;
+    int64_t end = 0;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        const int64_t value = ends[group];
+        const int64_t begin =
+            layout == GroupLayout::kPsum ? std::min((end + alignment - 1) / alignment * alignment, total) : end;
+        end = std::min(std::max(layout == GroupLayout::kSizes ? begin + value : value, begin), total);
+        ranges.push_back({begin, end});
+    }
+    return ranges;
+}
+
+}  // namespace
+
+namespace cast {
+
+cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& p, const KGroups& groups, cudaStream_t, bool) {
+    int64_t column = 0;
+    for (const Range& range : group_ranges(groups.ends, groups.num_groups, groups.rows, groups.layout, groups.alignment)) {
+        const int64_t size = range.end - range.begin, padded = (size + 127) / 128 * 128;
+        for (int64_t mn = 0; mn < p.mn; ++mn) {
+            for (int64_t k = 0; k < padded; ++k) {
+                const char* x = static_cast<const char*>(p.x);
+                x += p.flat ? range.begin * p.mn + mn * size + k : (range.begin + k) * p.x_stride + mn;
+                static_cast<char*>(p.out)[mn * p.out_stride + column + k] = k < size ? *x : 0;
+            }
+        }
+        column += padded;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace cast
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
+
+std::span<const GemmRow> gemm_rows() { return {}; }
+int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
+EncodeTiledFunction driver_encode_tiled() { return nullptr; }
+void DeviceBackend::launch(const KernelLaunch&) {}
+
+namespace {
+
+double bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+double decode_e4m3(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    double value = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    if (exponent == 15 && mantissa == 7) value = std::numeric_limits<double>::quiet_NaN();
+    return bits & 128 ? -value : value;
+}
+
+double e4m3(uint8_t bits) {
+    static const std::array<double, 256> values = [] {
+        std::array<double, 256> all = {};
+        for (int i = 0; i < 256; ++i) all[i] = decode_e4m3(static_cast<uint8_t>(i));
+        return all;
+    }();
+    return values[bits];
+}
+
+// Values that the kernels load by TMA: their rows and batches have to begin on multiples of 16 bytes.
+void check_tma(const char* what, const void* data, int64_t rows, int64_t stride, int64_t groups, int64_t group_stride,
+               int64_t bytes) {
+    const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * bytes % 16 == 0) &&
+                      (groups <= 1 || group_stride * bytes % 16 == 0);
+    if (!fits) throw std::runtime_error(std::string("host_ops: TMA cannot read ") + what);
+}
+
+class Product {
+public:
+    explicit Product(const GemmProblem& problem) : p_(problem) {
+        const bool is_fp8 = p_.operands == OperandType::kFP8;
+        const int64_t bytes = is_fp8 ? 1 : 2;
+        const bool own_b = p_.grouping != Grouping::kDense && p_.grouping != Grouping::kKGrouped;
+        const bool own_a = own_b && (p_.grouping != Grouping::kMGrouped || p_.layout == GroupLayout::kMasked);
+        check_tma("a", p_.a, p_.a_mn_major ? p_.k : p_.m, p_.a_stride, own_a ? p_.num_groups : 1, p_.a_group_stride, bytes);
+        check_tma("b", p_.b, p_.b_mn_major ? p_.k : p_.n, p_.b_stride, own_b ? p_.num_groups : 1, p_.b_group_stride, bytes);
+        if (!is_fp8) return;
+        const bool is_1d2d = p_.sfa.gran_mn == 1 && p_.sfb.gran_mn == 128 && p_.gran_k == 128;
+        check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1);
+        if (!is_1d2d) check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1);
+    }
+
+    // The sum over [begin, end) of K; scales are those of K from `sf_begin` on.
+    double dot(int64_t group_a, int64_t group_b, int64_t m, int64_t n, int64_t begin, int64_t end) const {
+        double sum = 0;
+        for (int64_t k = begin; k < end; ++k) {
+            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.sfa, group_a) *
+                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.sfb, group_b);
+        }
+        return sum;
+    }
+
+    // Rounds once. `group` is that of D and C.
+    void store(int64_t group, int64_t m, int64_t n, double sum) const {
+        if (p_.c != nullptr) sum += read(p_.c, group * p_.c_group_stride + m * p_.c_stride + n);
+        int64_t column = n;
+        if (const int64_t kept = p_.head_left + p_.head_right; kept > 0) {
+            column = n / kept * (kept + p_.head_mid) + n % kept + (n % kept >= p_.head_left ? p_.head_mid : 0);
+        }
+        const int64_t offset = group * p_.d_group_stride + m * p_.d_stride + column;
+        const float rounded = static_cast<float>(sum);
+        if (p_.d_type == DataType::kFloat32) {
+            static_cast<float*>(p_.d)[offset] = rounded;
+            return;
+        }
+        uint32_t bits = std::bit_cast<uint32_t>(rounded);
+        bits = std::isnan(rounded) ? 0x7FC00000 : bits + 0x7FFF + (bits >> 16 & 1);
+        static_cast<uint16_t*>(p_.d)[offset] = static_cast<uint16_t>(bits >> 16);
+    }
+
+private:
+    void check_vector(const char* what, const ScaleTensor& sf, int64_t mn, int64_t groups) const {
+        if (sf.gran_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: a scale per block in ") + what);
+        if (sf.stride_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: not MN-major: ") + what);
+        check_tma(what, sf.data, (p_.k + p_.gran_k - 1) / p_.gran_k, sf.stride_k, groups, sf.stride_group, 4);
+    }
+
+    double value(const void* data, int64_t offset, int64_t mn, int64_t k, int64_t stride, bool mn_major,
+                 const ScaleTensor& sf, int64_t group) const {
+        offset += mn_major ? k * stride + mn : mn * stride + k;
+        if (p_.operands == OperandType::kBF16) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
+        return e4m3(static_cast<const uint8_t*>(data)[offset]) *
+               sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / p_.gran_k * sf.stride_k];
+    }
+
+    double read(const void* data, int64_t offset) const {
+        return p_.d_type == DataType::kFloat32 ? static_cast<const float*>(data)[offset]
+                                               : bfloat16(static_cast<const uint16_t*>(data)[offset]);
+    }
+
+    const GemmProblem& p_;
+};
+
+}  // namespace
+
+void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) {
+    if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");
+    const Product product(p);
+    const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
+        for (int64_t m = rows.begin; m < rows.end; ++m) {
+            for (int64_t n = 0; n < p.n; ++n) product.store(group_d, m, n, product.dot(group_a, group_b, m, n, k.begin, k.end));
+        }
+    };
+    const Range all_rows = {0, p.m}, all_k = {0, p.k};
+    if (p.grouping == Grouping::kDense) return matrix(0, 0, 0, all_rows, all_k);
+    if (p.grouping == Grouping::kBatched) {
+        for (int64_t group = 0; group < p.num_groups; ++group) matrix(group, group, group, all_rows, all_k);
+    } else if (p.grouping == Grouping::kSummed) {
+        for (int64_t m = 0; m < p.m; ++m) {
+            for (int64_t n = 0; n < p.n; ++n) {
+                double sum = 0;
+                for (int64_t group = 0; group < p.num_groups; ++group) sum += product.dot(group, group, m, n, 0, p.k);
+                product.store(0, m, n, sum);
+            }
+        }
+    } else if (p.grouping == Grouping::kKGrouped) {
+        const bool padded = p.operands == OperandType::kFP8;
+        int64_t column = 0;
+        const auto ranges = group_ranges(p.group_layout, p.num_groups, p.k, p.layout, p.group_alignment);
+        for (int64_t group = 0; group < p.num_groups; ++group) {
+            Range k = ranges[group];
+            if (padded) {
+                const int64_t begin = std::min(column, p.k), size = k.end - k.begin;
+                column += (size + 127) / 128 * 128;
+                k = {begin, std::min(begin + size, p.k)};
+            }
+            matrix(0, 0, group, all_rows, k);
+        }
+    } else if (p.layout == GroupLayout::kMasked) {
+        for (int64_t group = 0; group < p.num_groups; ++group) {
+            const int64_t rows = std::clamp<int64_t>(p.group_layout[group], 0, p.m);
+            matrix(group, group, group, {0, rows}, all_k);
+        }
+    } else {
+        std::vector<int64_t> owner(p.m, -1);
+        if (p.layout == GroupLayout::kIndices) {
+            std::copy_n(p.group_layout, p.m, owner.begin());
+        } else {
+            const auto ranges = group_ranges(p.group_layout, p.num_groups, p.m, p.layout, p.group_alignment);
+            for (int64_t group = 0; group < p.num_groups; ++group) {
+                std::fill(owner.begin() + ranges[group].begin, owner.begin() + ranges[group].end, group);
+            }
+        }
+        for (int64_t m = 0; m < p.m; ++m) {
+            const bool owned = owner[m] >= 0 && owner[m] < p.num_groups;
+            if (owned) matrix(0, owner[m], 0, {m, m + 1}, all_k);
+            if (owned || !p.zero_padding) continue;
+            for (int64_t n = 0; n < p.n; ++n) product.store(0, m, n, 0);
+        }
+    }
+}
+
+}  // namespace deep_gemm
+
+extern "C" void host_ops_set_alignment(int alignment) { deep_gemm::knobs().mk_alignment = alignment; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Registration: the products, for tensors in host memory
+
+namespace {
+
+using namespace deep_gemm::ops;
+
+STABLE_TORCH_LIBRARY(deep_gemm, m) {
+#define DG_SCHEMA(schema) m.def(schema);
+#include "ops/schemas.inc"
+#undef DG_SCHEMA
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CPU, m) {
+#include "ops/product_impls.inc"
+}
+
+}  // namespace
