@@ -37,7 +37,7 @@ enum GroupTable : int {
     kEndOfGroup,   // for each group where it ends; the next one starts there, rounded up to `alignment`
     kRowsOfGroup,  // for each group how many of its `rows` rows count
 };
-inline constexpr int kMaxGroups = 1024;  // of kEndOfGroup and kRowsOfGroup: 32 for each lane of a warp
+inline constexpr int kMaxGroups = 1024;  // of kEndOfGroup and kRowsOfGroup
 
 // Work for MGroupedScheduler (tile_scheduler.cuh). "Rows" are those of A and D, whatever the instruction's rows are.
 struct MGroupSchedule {

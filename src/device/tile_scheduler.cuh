@@ -3,7 +3,6 @@
 // A scheduler resolves all coordinates into a WorkTile; main loop and epilogue know nothing of groupings.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "gemm_params.h"
@@ -233,33 +232,51 @@ private:
 //
 // Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... Inside a group tiles
 // along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
-// group in this respect, and a tile whose first row is padding is passed over. Otherwise each lane has a group of the 32
-// that are looked at, and knows what lies before another 32: those that are not looked at can be loaded again.
+// group in this respect, and a tile whose first row is padding is passed over. Otherwise 32 groups at a time are in shared
+// memory, and of all others what lies before each 32 of them, so that they can be loaded again.
 //
 // Whatever the layout holds, all coordinates lie inside the matrices, no row is in two tiles, and the walk is at most as
 // long as with a layout that makes sense.
 template <int kBlockM, int kBlockN, bool kSwapAB>
 class MGroupedScheduler {
+    // What lies before a group: tiles along M, and the largest end.
+    struct Before {
+        int tiles;
+        int end;
+    };
+
+    // Rows [start, end), stored with zeros up to store_end, in tiles from first_tile on.
+    struct Group {
+        int first_tile;
+        int tiles;
+        int start;
+        int end;
+        int store_end;
+    };
+
 public:
+    struct Storage {
+        WorkQueue queue;
+        Before chunks[kMaxGroups / 32];  // of 32 groups each
+        Group groups[32];                // of one chunk
+    };
+
     // A whole warp.
-    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, WorkQueue& queue) {
+    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, Storage& shared) {
         const int lane = threadIdx.x % 32;
         const bool by_row = schedule.table == kGroupOfRow;
         const int num_chunks = by_row ? 0 : (schedule.num_groups + 31) / 32;
         int row_tiles = (schedule.rows + kBlockM - 1) / kBlockM;
-        Before chunk_start = {};  // of the 32 groups from 32 * lane on
-        Group group = {};
-        int loaded = -1;
         if (!by_row) {
             Before before = {0, 0};
+#pragma unroll 1
             for (int chunk = 0; chunk < num_chunks; ++chunk) {
-                if (lane == chunk) chunk_start = before;
-                group = load_group(schedule, chunk, before);
+                if (lane == 0) shared.chunks[chunk] = before;
+                load_groups(schedule, shared, chunk, before);
             }
-            if (lane >= num_chunks) chunk_start.tiles = INT_MAX;
-            loaded = num_chunks - 1;
             row_tiles = before.tiles;
         }
+        int loaded = num_chunks - 1;
         const int num_tiles = row_tiles * schedule.col_tiles;
         const int step = static_cast<int>(gridDim.x);
         PipelineState<WorkQueue::kSlots> state;
@@ -283,49 +300,38 @@ public:
                 }
             } else {
                 const int row_tile = is_tile ? tile / schedule.col_tiles : 0;
-                const int chunk = num_chunks == 1 ? 0 : last_not_above(chunk_start.tiles, row_tile);
+                int chunk = 0;
+                for (int distance = 16; distance > 0; distance /= 2) {
+                    const int other = chunk + distance;
+                    if (other < num_chunks && shared.chunks[other].tiles <= row_tile) chunk = other;
+                }
+#pragma unroll 1
                 for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0;) {
                     const int wanted = __shfl_sync(0xffffffff, chunk, __ffs(left) - 1);
                     if (wanted != loaded) {
-                        Before before = {__shfl_sync(0xffffffff, chunk_start.tiles, wanted),
-                                         __shfl_sync(0xffffffff, chunk_start.end, wanted)};
-                        group = load_group(schedule, wanted, before);
+                        Before before = shared.chunks[wanted];
+                        load_groups(schedule, shared, wanted, before);
                         loaded = wanted;
                     }
-                    const int source = last_not_above(group.first_tile, row_tile);
-                    const Group mine = {__shfl_sync(0xffffffff, group.first_tile, source),
-                                        __shfl_sync(0xffffffff, group.tiles, source),
-                                        __shfl_sync(0xffffffff, group.start, source),
-                                        __shfl_sync(0xffffffff, group.end, source),
-                                        __shfl_sync(0xffffffff, group.store_end, source)};
-                    if (is_tile && chunk == wanted) locate(schedule, mine, wanted * 32 + source, tile, work);
+                    if (is_tile && chunk == wanted) {
+                        int group = 0;  // the last one that starts at or before the tile
+                        for (int distance = 16; distance > 0; distance /= 2) {
+                            if (shared.groups[group + distance].first_tile <= row_tile) group += distance;
+                        }
+                        locate(schedule, shared.groups[group], wanted * 32 + group, tile, work);
+                    }
                     left &= ~__ballot_sync(0xffffffff, chunk == wanted);
                 }
             }
 #pragma unroll 1
             for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0; left &= left - 1) {
-                push(queue, state, lane == __ffs(left) - 1, work);
+                push(shared.queue, state, lane == __ffs(left) - 1, work);
             }
         }
-        push(queue, state, lane == 0, WorkTile{.num_k_blocks = -1});
+        push(shared.queue, state, lane == 0, WorkTile{.num_k_blocks = -1});
     }
 
 private:
-    // What lies before a group: tiles along M, and the largest end.
-    struct Before {
-        int tiles;
-        int end;
-    };
-
-    // Rows [start, end), stored with zeros up to store_end, in tiles from first_tile on.
-    struct Group {
-        int first_tile;
-        int tiles;
-        int start;
-        int end;
-        int store_end;
-    };
-
     __device__ __forceinline__ static void push(WorkQueue& queue, PipelineState<WorkQueue::kSlots>& state, bool mine,
                                                 const WorkTile& work) {
         ptx::mbarrier_wait(queue.empty[state.stage_idx], state.phase ^ 1);
@@ -340,18 +346,9 @@ private:
         return min((row + schedule.alignment - 1) / schedule.alignment * schedule.alignment, schedule.rows);
     }
 
-    // The last lane whose number, of those that rise from lane to lane, is at most `bound`. A whole warp.
-    __device__ __forceinline__ static int last_not_above(int number, int bound) {
-        int found = 0;
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) {
-            if (__shfl_sync(0xffffffff, number, found + distance) <= bound) found += distance;
-        }
-        return found;
-    }
-
-    // This lane's group of the 32 from 32 * chunk on; `before` moves behind them. A whole warp.
-    __device__ __forceinline__ static Group load_group(const MGroupSchedule& schedule, int chunk, Before& before) {
+    // The 32 groups from 32 * chunk on, a lane for each; `before` moves behind them. A whole warp.
+    __device__ __forceinline__ static void load_groups(const MGroupSchedule& schedule, Storage& shared, int chunk,
+                                                       Before& before) {
         const int lane = threadIdx.x % 32;
         const int index = chunk * 32 + lane;
         const bool exists = index < schedule.num_groups;
@@ -384,7 +381,9 @@ private:
         }
         group.first_tile = before.tiles + up_to - group.tiles;
         before.tiles += __shfl_sync(0xffffffff, up_to, 31);
-        return group;
+        __syncwarp();
+        shared.groups[lane] = group;
+        __syncwarp();
     }
 
     // Sets the coordinates of tile `tile` of a group that has `row_tiles` along M, from `first_row` on.

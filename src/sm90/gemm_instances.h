@@ -79,7 +79,6 @@ inline constexpr GemmRow kGemmRows[] = {
     // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
-    {192, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {64, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},

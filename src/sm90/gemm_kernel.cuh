@@ -103,7 +103,7 @@ public:
             }
             // Read by the consumers, the TMA thread and, where there is one, the warp that loads block scales.
             if constexpr (kLayout.has_work_queue()) {
-                shared.work_queue.init(kConsumerWarps + 1 + kLayout.has_block_scales());
+                shared.groups.queue.init(kConsumerWarps + 1 + kLayout.has_block_scales());
             }
             ptx::fence_mbarrier_init();
         }
@@ -123,7 +123,7 @@ public:
                 if (warp == 1) load_block_scales(params, shared, scheduler);
             }
             if constexpr (kLayout.has_work_queue()) {
-                if (warp == 2) GroupScheduler::run(params.groups, shared.work_queue);
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
@@ -142,7 +142,7 @@ private:
     __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
                                                                bool one_thread) {
         if constexpr (kRow.grouping == Grouping::kMGrouped) {
-            return QueueReader(shared.work_queue, one_thread);
+            return QueueReader(shared.groups.queue, one_thread);
         } else if constexpr (kRow.grouping == Grouping::kBatched) {
             return Scheduler(params.schedule, params.batch);
         } else if constexpr (kKGrouped) {

@@ -95,7 +95,7 @@ struct GemmLayout {
         return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
                align_up(col_scale_bytes(), 128) + 16;
     }
-    constexpr int work_queue_bytes() const { return has_work_queue() ? 256 : 0; }
+    constexpr int work_queue_bytes() const { return has_work_queue() ? 192 + 8 * kMaxGroups / 32 + 32 * 20 + 64 : 0; }
     constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }
     constexpr int fixed_bytes() const {
         return work_queue_bytes() + group_table_bytes() + staging_bytes() + reduce_bytes() +

@@ -41,9 +41,10 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier reduce_full;
     ptx::Barrier reduce_empty;
 
-    // M-grouped: tiles for all roles. K-grouped: each group's part of K.
+    // M-grouped: tiles for all roles, and what is needed to find them. K-grouped: each group's part of K.
     struct Nothing {};
-    std::conditional_t<kLayout.has_work_queue(), WorkQueue, Nothing> work_queue;
+    using Groups = typename MGroupedScheduler<kLayout.row.block_m(), kLayout.row.block_n(), kLayout.row.swap_ab>::Storage;
+    std::conditional_t<kLayout.has_work_queue(), Groups, Nothing> groups;
     std::conditional_t<kLayout.is_k_grouped(), typename Traits::KGroups::Storage, Nothing> k_groups;
 };
 
