@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,9 @@ def cuda_condition() -> str:
 
 
 def on_sm100(device: str) -> bool:
-    """Scales that are no powers of two become NaN there."""
+    """Scales that are no powers of two become NaN there. $HOST_OPS_MAJOR: see test_host_ops.py."""
+    if os.environ.get("HOST_OPS_MAJOR") == "10":
+        return True
     return device != "cpu" and torch.cuda.get_device_capability(device)[0] == 10
 
 
