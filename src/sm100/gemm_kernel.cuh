@@ -2,8 +2,9 @@
 // BF16 without scales; FP32 sums in tensor memory.
 //
 // A tile is 128 rows of the instruction's M by block_cols of its N; its operand "rows" is A, or with swapped operands (small
-// M) the weights B, and "cols" is the other. With split K the CTAs of a cluster share a tile. A pair of CTAs (row_ctas 2) has one instruction of 256 rows: each CTA loads its
-// 128 rows and half of the columns, and gets its rows of the accumulator. A stage is 128 bytes of K, K-major or MN-major.
+// M) the weights B, and "cols" is the other. A pair of CTAs (row_ctas 2) has one instruction of 256 rows: each CTA loads its
+// 128 rows and half of the columns, and gets its rows of the accumulator. With split K the CTAs of a cluster share a tile,
+// each with its part of K. A stage is 128 bytes of K, K-major or MN-major.
 //
 // Warp 0 issues TMA loads. Warp 1 of a pair's first CTA issues all tensor-core operations, a single thread. Warp 2 turns
 // scales round: TMA delivers 128 words after one another, the tensor core wants word 32 j + r in row r, column j. Warps 4 to

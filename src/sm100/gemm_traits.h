@@ -67,7 +67,9 @@ struct GemmLayout {
     constexpr int stage_bytes() const {
         return row_tile_bytes() + col_tile_bytes() + row_scale_bytes() + col_scale_bytes() + 5 * 8;
     }
-    constexpr int fixed_bytes() const { return staging_bytes() + reduce_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024; }
+    constexpr int fixed_bytes() const {
+        return staging_bytes() + reduce_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024;
+    }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
     }
