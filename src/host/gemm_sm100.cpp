@@ -155,9 +155,11 @@ void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, i
 
     const int element_bytes = size_of(problem.d_type);
     gemm.d_is_float = problem.d_type == DataType::kFloat32;
-    const bool tma_can_store = !row.swap_ab && problem.c == nullptr && aligned(problem.d, 16) &&
+    // Sums in place, such as gradients: TMA adds, and the kernel does not wait for what it adds to.
+    const bool adds_in_place = gemm.d_is_float && problem.c == problem.d && problem.c_stride == problem.d_stride;
+    const bool tma_can_store = !row.swap_ab && (problem.c == nullptr || adds_in_place) && aligned(problem.d, 16) &&
                                problem.d_stride * element_bytes % 16 == 0;
-    gemm.output_mode = tma_can_store ? kStoreTma : kStoreDirect;
+    gemm.output_mode = !tma_can_store ? kStoreDirect : problem.c ? kAddTma : kStoreTma;
     if (tma_can_store) {
         const CUtensorMapDataType type =
             gemm.d_is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

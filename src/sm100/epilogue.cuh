@@ -2,7 +2,8 @@
 //
 // A thread has a lane of tensor memory: a row of D, or with swapped operands a column. Each warp works for itself, 32
 // columns of the accumulator at a time, and takes one of three ways:
-//   boxes     D that TMA can address, without C: through swizzled shared memory; the store overlaps what follows
+//   boxes     D that TMA can address, without C: through swizzled shared memory; the store overlaps what follows. FP32 sums
+//             in place, too: TMA adds
 //   elements  C, a bias, odd strides: transposed in shared memory, so that a warp reads and writes 32 neighbours of a row
 //   swapped   a register is 32 neighbours of a row of D already
 #pragma once
@@ -41,7 +42,7 @@ public:
 #pragma unroll
                 for (int i = 0; i < kLoadCols; ++i) values[i] = __uint_as_float(bits[i]);
                 store_swapped<Element>(params, row + lane, col + offset, values);
-            } else if (params.output_mode == kStoreTma) {
+            } else if (params.output_mode != kStoreDirect) {
                 store_box<Element>(params, boxes, buffer, row, col, offset, lane, bits);
             } else {
                 store_elements<Element>(params, reinterpret_cast<float*>(boxes), row, col + offset, lane, bits);
@@ -135,7 +136,11 @@ private:
             ptx::fence_async_shared();
             __syncwarp();
             if (lane == 0) {
-                ptx::tma_store_2d(params.d_map, box, col + offset - col_in_box, row);
+                if (sizeof(Element) == 4 && params.output_mode == kAddTma) {
+                    ptx::tma_add_2d(params.d_map, box, col + offset - col_in_box, row);
+                } else {
+                    ptx::tma_store_2d(params.d_map, box, col + offset - col_in_box, row);
+                }
                 ptx::tma_store_commit();
             }
             buffer ^= 1;
