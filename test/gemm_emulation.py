@@ -42,8 +42,8 @@ BUDGET = 500_000_000
 
 
 @functools.cache
-def _units(arch: str) -> list[tuple[str, ptx_emulator.Module]]:
-    """The library's PTX for an architecture, a module for each translation unit that holds GEMM kernels.
+def units(part: str = "sm90_gemm") -> list[tuple[str, ptx_emulator.Module]]:
+    """The library's PTX, a module for each unit that has ``part`` in its kernels' names.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -51,23 +51,30 @@ def _units(arch: str) -> list[tuple[str, ptx_emulator.Module]]:
         text = Path(override).read_text()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            command = [find_tool("cuobjdump"), "-arch", arch, "-xptx", "all", _capi.library()._name]
+            command = [
+                find_tool("cuobjdump"),
+                "-arch",
+                "sm_100a" if part.startswith("sm100") else "sm_90a",
+                "-xptx",
+                "all",
+                _capi.library()._name,
+            ]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
-    units = [".version" + unit for unit in text.split(".version")[1:]]
-    return [(unit, ptx_emulator.Module(unit)) for unit in units if KERNELS[arch] in unit]
+    texts = [".version" + unit for unit in text.split(".version")[1:]]
+    return [(unit, ptx_emulator.Module(unit)) for unit in texts if part in unit]
 
 
 def entries(arch: str = "sm_90a") -> list[str]:
     """Mangled names of all GEMM kernels in the library for an architecture."""
-    return [entry for _, module in _units(arch) for entry in module.entries]
+    return [entry for _, module in units(KERNELS[arch]) for entry in module.entries]
 
 
 @functools.cache
 def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
-    arch = next(arch for arch, name in KERNELS.items() if name in kernel)
-    found = [(text, module, entry) for text, module in _units(arch) for entry in module.entries if kernel in entry]
+    part = next((part for part in KERNELS.values() if part in kernel), "sm90_gemm")
+    found = [(text, module, entry) for text, module in units(part) for entry in module.entries if kernel in entry]
     if len(found) != 1:
         raise KeyError(f"the library has {len(found)} kernels with {kernel!r} in their names")
     return found[0]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from deep_gemm_ops import reference
-from deep_gemm_ops.bench import cli, plot, products, report, suites
+from deep_gemm_ops import prenorm_gemm, reference
+from deep_gemm_ops.bench import cli, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -240,7 +240,12 @@ def fake_deep_gemm(wrong: bool = False) -> types.ModuleType:
     def fp8_gemm_nt(a, b, d, recipe=None, disable_ue8m0_cast=False):
         d.copy_(reference.fp8_gemm_nt(*a, *b, recipe=recipe) * (2 if wrong else 1))
 
+    def tf32_hc_prenorm_gemm(a, b, d, sqr_sum, num_splits=None):
+        for out, value in zip((d, sqr_sum), prenorm_gemm.reference(a, b)):
+            out.copy_(value * (2 if wrong else 1))
+
     module.fp8_gemm_nt = fp8_gemm_nt
+    module.tf32_hc_prenorm_gemm = tf32_hc_prenorm_gemm
     return module
 
 
@@ -340,6 +345,20 @@ def test_cast_records_are_checked_to_the_bit(on_cpu):
         suites.check_equal(values, (-values.float()).to(values.dtype))
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_prenorm_record(on_cpu, wrong: bool):
+    on_cpu.setitem(sys.modules, "deep_gemm", fake_deep_gemm(wrong))
+    record = suites.prenorm_record(70, 24, 272, limits=LIMITS, repeats=3)
+    assert set(record["times"]) == {"deep_gemm_ops", "torch_tf32", "copy"} | (set() if wrong else {"deep_gemm"})
+    assert ("wrong result" in record["failed"].get("deep_gemm", "")) == wrong
+    assert record["bytes"] == 70 * 272 * 2 + 24 * 272 * 4 + 70 * 25 * 4
+    assert set(suites.prenorm_record(8, 3, 64, limits=LIMITS, references=False)["times"]) == {"deep_gemm_ops", "copy"}
+    run = {"device": vars(LIMITS), "prenorm": [record | {"failed": {"deep_gemm_ops": "wrong result"}}]}
+    assert report.failures(run) == ["pre-norm M=70 N=24 K=272: wrong result"]
+    assert "pre-norm, M" in report.text(run)
+    assert "| 70 | 24 | 272 |" in report.markdown(run)
+
+
 def test_host_records(on_cpu):
     on_cpu.setitem(sys.modules, "deep_gemm", fake_deep_gemm())
     names = [record["name"] for record in suites.host_records()]
@@ -351,6 +370,34 @@ def test_host_records(on_cpu):
     assert report.goals(run)[-1]["met"] is None
     assert "ZeroDivisionError" in report.text(run)
     report.markdown(run)
+
+
+def test_mqa_records(on_cpu):
+    """Ours and the public package over small problems of each kind; a wrong result is not timed."""
+    on_cpu.setattr(
+        mqa_logits, "DENSE", [mqa_logits.Dense(8, 24, 16, split=True), mqa_logits.Dense(6, 30, compressed=True)]
+    )
+    on_cpu.setattr(mqa_logits, "PAGED", [mqa_logits.Paged(3, 2, 90, 32)])
+    module = fake_deep_gemm()
+    module.get_num_sms = lambda: 132
+    module.get_paged_mqa_logits_metadata = torch.ops.deep_gemm.get_paged_mqa_logits_metadata
+
+    def dense(q, kv, weights, start, end, **options):
+        return torch.ops.deep_gemm.fp8_mqa_logits(q, *kv, weights, start, end, **options)
+
+    module.fp8_mqa_logits = dense
+    module.fp8_paged_mqa_logits = lambda *inputs, **options: torch.ops.deep_gemm.fp8_paged_mqa_logits(*inputs) * 2
+    on_cpu.setitem(sys.modules, "deep_gemm", module)
+    records = list(mqa_logits.mqa_records(LIMITS, repeats=3))
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm", "deep_gemm_ops"]] * 2 + [["deep_gemm_ops"]]
+    assert records[0]["flops"] == 2 * 16 * 128 * sum([4, 5, 6, 7][i % 4] - 4 + [4, 16][i // 4] for i in range(8))
+    assert records[2]["failed"]["deep_gemm"].startswith("wrong result")
+    run = {"mqa": records, "device": {"copy_gbps": 4000.0}}
+    assert report.failures(run) == []
+    text = report.text(run)
+    assert "S 8, S_kv 24, H 16, split" in text and "geometric mean over DeepGEMM 1.20x" in text
+    records[0]["failed"]["deep_gemm_ops"] = "wrong result: off"
+    assert report.failures(run) == ["S 8, S_kv 24, H 16, split, deep_gemm_ops: wrong result: off"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,6 +422,10 @@ def full_run(ours: float = 1.0) -> dict:
         {"op": "per_token_cast_to_fp8", "rows": 4096, "cols": 7168, "bytes": 88080384, "failed": {}}
         | {"times": {"deep_gemm_ops": {"median": 24.0 * ours}, "copy": {"median": 22.0}}}
     ]
+    run["prenorm"] = [
+        {"m": 8192, "n": 24, "k": 7168, "bytes": 118925312, "failed": {}}
+        | {"times": {"deep_gemm_ops": {"median": 32.0 * ours}, "copy": {"median": 30.0}, "deep_gemm": {"median": 40.0}}}
+    ]
     run["host"] = [{"name": "deep_gemm_ops.fp8_gemm_nt", "us": 5.0 * ours}, {"name": "reference deep_gemm", "us": 21.0}]
     return run
 
@@ -391,7 +442,7 @@ def test_figures():
 def test_goals_met_missed_and_unmeasured():
     assert all(goal["met"] is True for goal in report.goals(full_run()))
     missed = [goal["goal"] for goal in report.goals(full_run(ours=1.4)) if goal["met"] is False]
-    assert len(missed) == 9
+    assert len(missed) == 10
     nothing = report.goals({"device": vars(LIMITS)})
     assert all(goal["met"] is None for goal in nothing)
     # One shape without a reference leaves the mean unmeasured rather than flattered.
@@ -531,7 +582,8 @@ def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, c
     on_cpu.setattr(torch.cuda, "is_available", lambda: True)
     on_cpu.setattr(cases, "BENCH_CASTS", ((8, 128),))
     path = tmp_path / "run.json"
-    arguments = ["--suite", "gemm,casts,host,rows", "--shapes", "128x256,136x384", "--m", "3,16", "--quick"]
+    on_cpu.setattr(cases, "BENCH_PRENORM", ((8, 24, 128),))
+    arguments = ["--suite", "gemm,casts,host,rows,prenorm", "--shapes", "128x256,136x384", "--m", "3,16", "--quick"]
     assert cli.main([*arguments, "--no-references", "--json", str(path)]) == 0
     run = json.loads(path.read_text())
     problems = [(3, 128, 256), (3, 136, 384), (16, 128, 256), (16, 136, 384)]
@@ -539,6 +591,7 @@ def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, c
     assert len(run["rows"]) == 4
     assert len(run["casts"]) == len(suites.CASTS)
     assert len(run["host"]) == 4
+    assert len(run["prenorm"]) == 1
     assert run["device"]["name"] == "Test GPU"
     assert "selected   0" in capsys.readouterr().out
 

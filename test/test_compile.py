@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import deep_gemm_ops
 
+import mqa_cases
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 from fp4 import Fp4Case
 from grouped import BF16Case, EinsumCase, HeadsCase, KGroupedCase, MaskedCase, MGroupedCase, small_cases
@@ -118,7 +119,17 @@ def samples(device: str) -> list[Sample]:
         x = torch.randint(0, 127, (rows, cols), generator=generator(0), dtype=torch.uint8).to(device).view(FP8)
         calls.append((ops.transpose_fp8.default, (x,), {}))
         calls.append((ops.transpose_fp8.out, (x,), {"out": torch.empty(cols, rows, dtype=FP8, device=device)}))
-    return calls
+
+    for (m, n, k), splits in itertools.product(
+        [(33, 24, 272), (1, 3, 8), (0, 4, 64), (5, 0, 64), (4, 5, 0)], [None, 3]
+    ):
+        a = torch.randn(m, k, generator=generator(0)).bfloat16().to(device)
+        b = torch.randn(n, k, generator=generator(1)).to(device)
+        lead = () if splits is None else (splits,)
+        outs = {"out": torch.zeros(*lead, m, n, device=device), "out_sqr_sum": torch.zeros(*lead, m, device=device)}
+        calls.append((ops.tf32_hc_prenorm_gemm.default, (a, b), {"num_splits": splits}))
+        calls.append((ops.tf32_hc_prenorm_gemm.out, (a, b), {"num_splits": splits, **outs}))
+    return calls + mqa_cases.samples(device)
 
 
 def describe(sample: Sample) -> str:
@@ -177,11 +188,17 @@ deep_gemm::fp8_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=
 deep_gemm::fp8_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_mqa_logits(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, ScalarType logits_dtype=6) -> Tensor
+deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, Tensor(d!) out) -> ()
+deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
+deep_gemm::fp8_paged_mqa_logits.out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, *, int gran_k=128) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None) -> Tensor
+deep_gemm::get_paged_mqa_logits_metadata.out(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::k_grouped_bf16_gemm_tn_contiguous(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
 deep_gemm::k_grouped_bf16_gemm_tn_contiguous.out(Tensor a, Tensor b, Tensor ks, *, Tensor? c=None, str layout="sizes", Tensor(d!) out) -> ()
 deep_gemm::k_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, *, Tensor? c=None, ScalarType out_dtype=6, str layout="sizes") -> Tensor
@@ -218,6 +235,8 @@ deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=Fals
 deep_gemm::per_token_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::tf32_hc_prenorm_gemm(Tensor a, Tensor b, *, int? num_splits=None) -> (Tensor d, Tensor sqr_sum)
+deep_gemm::tf32_hc_prenorm_gemm.out(Tensor a, Tensor b, *, int? num_splits=None, Tensor(d!) out, Tensor(e!) out_sqr_sum) -> ()
 deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",

@@ -10,16 +10,18 @@ __version__ = "0.1.0"
 
 _library.load()
 
-from . import (  # noqa: E402
-    _cpu,  # noqa: F401
-    _fakes,  # noqa: F401
+from . import (  # noqa: E402, F401
+    _cpu,
+    _fakes,
     batched,
     bf16_gemm,
     fp8_fp4_gemm,
     fused_casts,
     grouped_gemm,
     knobs,
+    mqa_logits,
     ops,
+    prenorm_gemm,
     skip_head,
 )
 from .batched import *  # noqa: E402, F403
@@ -29,7 +31,9 @@ from .fused_casts import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .mqa_logits import *  # noqa: E402, F403
 from .ops import *  # noqa: E402, F403
+from .prenorm_gemm import *  # noqa: E402, F403
 from .skip_head import *  # noqa: E402, F403
 
 __all__ = [
@@ -42,6 +46,8 @@ __all__ = [
     *fused_casts.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
+    *mqa_logits.__all__,
     *ops.__all__,
+    *prenorm_gemm.__all__,
     *skip_head.__all__,
 ]

@@ -40,6 +40,9 @@ def library() -> ctypes.CDLL | None:
     lib.dg_set_block_size_multiple_of.restype = None
     lib.dg_force_instance.argtypes = [ctypes.c_int]
     lib.dg_force_instance.restype = None
+    lib.dg_mqa_instances.restype = ctypes.c_char_p
+    lib.dg_force_mqa_row.argtypes = [ctypes.c_int]
+    lib.dg_force_mqa_row.restype = None
     return lib
 
 
@@ -104,6 +107,26 @@ def select(
     other = ("a" in fp4, "b" in fp4, int(arch[3:].rstrip("a")))
     numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
     return json.loads(_require().dg_select(m, n, k, *numbers))
+
+
+def mqa_instances() -> list[dict[str, Any]]:
+    """The rows of the table of kernels for MQA logits, in its order. Each is a dict with ``index``, ``name``, ``arch``,
+    ``family``, ``kernel``, ``heads``, ``head_dim``, ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``,
+    ``shared_bytes`` and ``num_threads``. Empty without the library."""
+    lib = library()
+    return [] if lib is None else json.loads(lib.dg_mqa_instances())
+
+
+@contextlib.contextmanager
+def force_mqa_row(index: int) -> Iterator[None]:
+    """While the context is open, MQA logits run on row ``index`` of their table, or raise where that does not fit."""
+    lib = _require()
+    before = lib.dg_get_forced_mqa_row()
+    lib.dg_force_mqa_row(index)
+    try:
+        yield
+    finally:
+        lib.dg_force_mqa_row(before)
 
 
 @contextlib.contextmanager

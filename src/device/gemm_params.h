@@ -99,6 +99,7 @@ struct GemmParams {
     int64_t c_stride;
     int m;
     int n;
+    int zero;              // always 0 (see in_another_register)
     OutputMode output_mode;
     bool d_is_float;
     bool d_pairs;          // two neighbours of a row of D (and of C) may be accessed at once

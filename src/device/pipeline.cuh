@@ -14,6 +14,22 @@ struct PipelineState {
         stage_idx = stage_idx + 1 == kNumStages ? 0 : stage_idx + 1;
         phase ^= stage_idx == 0;
     }
+
+    // By any number of stages: for steps that happen once per tile.
+    __device__ __forceinline__ void advance_by(uint32_t count) {
+        const uint32_t position = stage_idx + count;
+        phase ^= position / kNumStages & 1;
+        stage_idx = position % kNumStages;
+    }
+
+    // By a number of stages that is known and smaller than the ring.
+    template <int kCount>
+    __device__ __forceinline__ void advance_few() {
+        static_assert(kCount < kNumStages);
+        const bool wraps = stage_idx + kCount >= kNumStages;
+        stage_idx = wraps ? stage_idx + kCount - kNumStages : stage_idx + kCount;
+        phase ^= wraps;
+    }
 };
 
 }  // namespace deep_gemm

@@ -29,15 +29,18 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, uint32_
                  : "memory");
 }
 
-// Writes 16 bytes into the shared memory of CTA `rank` of the cluster, at the offset that `local` has here.
-__device__ __forceinline__ void store_remote_v4(void* local, uint32_t rank, float x, float y, float z, float w) {
+// The address, in the shared memory of CTA `rank` of the cluster, of what is at `local` in this one's.
+__device__ __forceinline__ uint32_t remote_address(const void* local, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(local)), "r"(rank));
+    return remote;
+}
+
+// Writes 16 bytes to a remote address, asynchronously; they count towards a barrier of the same CTA.
+__device__ __forceinline__ void store_async_v4(uint32_t remote, uint32_t remote_barrier, const float4& values) {
     asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
-        "}\n" ::"r"(smem_address(local)),
-        "r"(rank), "f"(x), "f"(y), "f"(z), "f"(w)
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(remote),
+        "r"(remote_barrier), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
         : "memory");
 }
 

@@ -1,11 +1,12 @@
 // The C functions that deep_gemm_ops/_capi.py calls: knobs, the table, selection, and a GEMM on a caller's backend.
-#include <cstring>
 #include <sstream>
 #include <string>
 
+#include "callback_backend.h"
 #include "gemm.h"
 #include "gemm_sm100.h"
 #include "knobs.h"
+#include "prenorm_gemm.h"
 
 #define DG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -32,7 +33,7 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
          << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"scaling\": \""
+         << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"scaling\": \""
          << scaling << "\", \"gran_k\": " << row.gran_k
          << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
@@ -47,27 +48,6 @@ SelectionLimits limits_from_knobs(int num_sms) {
     limits.block_n_multiple_of = knobs().block_n_multiple_of;
     return limits;
 }
-
-// Hands encodes and launches to C callbacks, so that a test can emulate what the device would run.
-using LaunchCallback = int (*)(const char* kernel, int grid, int block, int cluster, int shared_bytes,
-                               const void* params, size_t params_bytes);
-
-class CallbackBackend : public Backend {
-public:
-    CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
-    EncodeTiledFunction encode_tiled() override { return encode_; }
-    void launch(const KernelLaunch& launch) override {
-        const std::string kernel = launch.symbol + ("ILi" + std::to_string(launch.row)) + "E";
-        if (launch_(kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.params,
-                    launch.params_bytes) != 0) {
-            throw std::runtime_error("the launch callback failed");
-        }
-    }
-
-private:
-    EncodeTiledFunction encode_;
-    LaunchCallback launch_;
-};
 
 }  // namespace
 
@@ -152,21 +132,32 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     return json.c_str();
 }
 
-// Runs a problem on host memory through the callbacks; `row` counts as in dg_instances(). Returns 0, or 1 with the message in `error`.
+// Runs a problem on host memory through the callbacks; `row` counts as in dg_instances(). Returns 0, or 1 with the message
+// in `error`.
 DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
                               LaunchCallback launch, char* error, size_t error_size) {
-    try {
-        CallbackBackend backend(encode, launch);
+    return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
         const int sm90_rows = static_cast<int>(gemm_rows().size());
         if (row < sm90_rows) {
             run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
         } else {
             run_sm100_gemm(*problem, limits_from_knobs(num_sms), row - sm90_rows, false, backend);
         }
-        return 0;
-    } catch (const std::exception& exception) {
-        std::strncpy(error, exception.what(), error_size - 1);
-        error[error_size - 1] = '\0';
-        return 1;
-    }
+    });
+}
+
+DG_EXPORT int64_t dg_prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
+    return prenorm_splits(m, n, k, num_sms);
+}
+
+DG_EXPORT size_t dg_prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
+    return prenorm_workspace_bytes(m, n, num_splits);
+}
+
+// As dg_run_fp8_gemm.
+DG_EXPORT int dg_run_prenorm_gemm(const PrenormGemmProblem* problem, int num_sms, EncodeTiledFunction encode,
+                                  LaunchCallback launch, char* error, size_t error_size) {
+    return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
+        run_prenorm_gemm(*problem, num_sms, false, backend);
+    });
 }

@@ -38,6 +38,7 @@ const void* find_kernel(int) { return nullptr; }
 #endif
 
 std::string kernel_name(int row) { return row_name(gemm_rows()[row]); }
+std::string kernel_symbol(int row) { return "sm90_gemmILi" + std::to_string(row) + "E"; }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -311,8 +312,8 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const RowResources resources = row_resources(row);
     KernelLaunch launch;
     launch.kernel = find_kernel(row_idx);
-    launch.symbol = "sm90_gemm";
     launch.name = &kernel_name;
+    launch.symbol = &kernel_symbol;
     launch.row = row_idx;
     launch.grid = clusters * row.cluster_size();
     launch.block = resources.num_threads;

@@ -36,6 +36,7 @@ struct GemmRow {
     Grouping grouping = Grouping::kDense;
     bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies
     bool b_mn_major = false;
+    int k_warpgroups = 1;     // consumer warpgroups that share 64 rows and take turns at the K blocks
     int arch = 90;            // 100: sm100/gemm_instances.h, whose rows take any gran_k and layout at run time
 
     constexpr int element_bytes() const { return operands == OperandType::kBF16 ? 2 : 1; }
@@ -47,5 +48,11 @@ struct GemmRow {
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
 };
+
+// A row of the table with several warpgroups for the same 64 rows.
+constexpr GemmRow k_warpgroups(int count, GemmRow row) {
+    row.k_warpgroups = count;
+    return row;
+}
 
 }  // namespace deep_gemm

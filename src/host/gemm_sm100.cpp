@@ -32,6 +32,7 @@ const void* find_kernel(int) { return nullptr; }
 #endif
 
 std::string kernel_name(int row) { return sm100_row_name(sm100_gemm_rows()[row]); }
+std::string kernel_symbol(int row) { return "sm100_gemmILi" + std::to_string(row) + "E"; }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -185,7 +186,7 @@ void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, i
     const RowResources resources = sm100_row_resources(row);
     KernelLaunch launch;
     launch.kernel = find_kernel(row_idx);
-    launch.symbol = "sm100_gemm";
+    launch.symbol = &kernel_symbol;
     launch.name = &kernel_name;
     launch.row = row_idx;
     launch.grid = clusters * row.cluster_size();

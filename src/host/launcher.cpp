@@ -1,6 +1,7 @@
 #include "launcher.h"
 
 #include <atomic>
+#include <cstdint>
 #include <stdexcept>
 
 namespace deep_gemm {
@@ -16,14 +17,15 @@ void check(cudaError_t error, const KernelLaunch& launch, const char* what) {
 
 // Above 48 KB a kernel has to be told its limit once per device; asking again costs half a microsecond.
 void allow_shared_memory(const KernelLaunch& launch, int device) {
-    constexpr int kMaxRows = 256;
+    constexpr int kSlots = 1024;  // kernels that share one only ask more often
     constexpr int kMaxDevices = 64;
-    static std::atomic<const void*> done[kMaxDevices][kMaxRows];
-    const bool remembered = device < kMaxDevices && launch.row < kMaxRows;
-    if (remembered && done[device][launch.row].load(std::memory_order_acquire) == launch.kernel) return;
+    static std::atomic<const void*> done[kMaxDevices][kSlots];
+    std::atomic<const void*>* const slot =
+        device < kMaxDevices ? &done[device][reinterpret_cast<uintptr_t>(launch.kernel) / 16 % kSlots] : nullptr;
+    if (slot != nullptr && slot->load(std::memory_order_acquire) == launch.kernel) return;
     check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), launch,
           "setting the shared memory size");
-    if (remembered) done[device][launch.row].store(launch.kernel, std::memory_order_release);
+    if (slot != nullptr) slot->store(launch.kernel, std::memory_order_release);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ namespace deep_gemm {
 
 struct KernelLaunch {
     const void* kernel;      // host handle
-    const char* symbol;      // the kernel's name in the source; its template argument is the row
     std::string (*name)(int row);
+    std::string (*symbol)(int row);  // a part of its mangled name
     int row;                 // in its table
     int grid;
     int block;

@@ -201,6 +201,7 @@ std::string row_name(const GemmRow& row) {
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);
     if (row.col_ctas > 1) name += "_cols" + std::to_string(row.col_ctas);
     if (row.split_k > 1) name += "_splitk" + std::to_string(row.split_k);
+    if (row.k_warpgroups > 1) name += "_kwg" + std::to_string(row.k_warpgroups);
     return name;
 }
 

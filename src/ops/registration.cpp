@@ -4,6 +4,8 @@
 #include "cast_ops.h"
 #include "fused_cast_ops.h"
 #include "gemm_ops.h"
+#include "mqa_logits_ops.h"
+#include "prenorm_gemm_ops.h"
 
 namespace {
 
@@ -48,6 +50,15 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("transform_sf_into_required_layout", TORCH_BOX(&transform_sf_into_required_layout));
     m.impl("expand_ue8m0", TORCH_BOX(&expand_ue8m0));
     m.impl("expand_ue8m0.out", TORCH_BOX(&expand_ue8m0_out));
+
+    m.impl("tf32_hc_prenorm_gemm", TORCH_BOX(&tf32_hc_prenorm_gemm));
+    m.impl("tf32_hc_prenorm_gemm.out", TORCH_BOX(&tf32_hc_prenorm_gemm_out));
+    m.impl("fp8_mqa_logits", TORCH_BOX(&fp8_mqa_logits));
+    m.impl("fp8_mqa_logits.out", TORCH_BOX(&fp8_mqa_logits_out));
+    m.impl("get_paged_mqa_logits_metadata", TORCH_BOX(&get_paged_mqa_logits_metadata));
+    m.impl("get_paged_mqa_logits_metadata.out", TORCH_BOX(&get_paged_mqa_logits_metadata_out));
+    m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));
+    m.impl("fp8_paged_mqa_logits.out", TORCH_BOX(&fp8_paged_mqa_logits_out));
 }
 
 }  // namespace

@@ -61,7 +61,8 @@ public:
         constexpr int kSliceCols = kLayout.slice_cols();
         constexpr int kQuads = kSliceCols / 4;
         const int lane = threadIdx.x % 32;
-        ptx::mbarrier_wait_cluster(empty, phase ^ 1);
+        if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, (kParts - 1) * kQuads * 32 * sizeof(float4));
+        ptx::mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
         for (int offset = 0; offset < kBlockCols; offset += kLoadCols) {
             uint32_t bits[kLoadCols] = {};
@@ -79,14 +80,11 @@ public:
                 if (target == part) {
                     *slot = quad;
                 } else {
-                    ptx::store_remote_v4(slot, target, quad.x, quad.y, quad.z, quad.w);
+                    ptx::store_async_v4(ptx::remote_address(slot, target), ptx::remote_address(&full, target), quad);
                 }
             }
         }
-        __syncwarp();
-        const bool reaches_peer = lane < kParts && lane != part;
-        if (reaches_peer) ptx::mbarrier_arrive_remote_release(full, lane);
-        ptx::mbarrier_wait_cluster(full, phase);
+        ptx::mbarrier_wait(full, phase);
         float sums[kSliceCols] = {};
         for (int source = 0; source < kParts; ++source) {
 #pragma unroll
@@ -99,7 +97,7 @@ public:
             }
         }
         __syncwarp();
-        if (reaches_peer) ptx::mbarrier_arrive_remote(empty, lane);
+        if (lane < kParts && lane != part) ptx::mbarrier_arrive_remote(empty, lane);
         store_swapped<Element>(params, row + lane, col + part * kSliceCols, sums);
     }
 

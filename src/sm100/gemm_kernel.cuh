@@ -18,8 +18,8 @@
 // scales_empty[s]       each     1 (commit)                            they are in tensor memory
 // accumulator_full[a]   each     1 (commit)                            accumulator a is complete
 // accumulator_empty[a]  first    epilogue warps of each CTA            accumulator a has been read
-// reduce_full[w]        each     warp w of the other CTAs (split K)    their parts of my slice are in my shared memory
-// reduce_empty[w]       each     warp w of the other CTAs (split K)    my parts have been read there: send the next ones
+// reduce_full[w]        each     1 (warp w), and other CTAs' bytes     split K: their parts of my slice are here
+// reduce_empty[w]       each     warp w of the other CTAs              split K: my parts have been read, send the next ones
 // (first: used in a pair's first CTA only; a commit arrives in both.)
 #pragma once
 
@@ -88,7 +88,7 @@ public:
             }
             if constexpr (kSplitK > 1) {
                 for (int warp = 0; warp < kEpilogueWarps; ++warp) {
-                    ptx::mbarrier_init(shared.reduce_full[warp], kSplitK - 1);
+                    ptx::mbarrier_init(shared.reduce_full[warp], 1);
                     ptx::mbarrier_init(shared.reduce_empty[warp], kSplitK - 1);
                 }
             }

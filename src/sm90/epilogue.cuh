@@ -8,6 +8,7 @@
 #include "../device/ptx_tma.cuh"
 #include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
+#include "wgmma.cuh"
 
 namespace deep_gemm::sm90 {
 
@@ -324,7 +325,8 @@ private:
             } else {
                 if (row >= end_of_rows(params, work)) return;
                 Element* destination = d + row * params.d_stride + d_col(params, col);
-                const Pair<Element> pair{static_cast<Element>(values[i]), static_cast<Element>(values[i + 1])};
+                const Pair<Element> pair{static_cast<Element>(in_another_register(values[i], params.zero)),
+                                         static_cast<Element>(in_another_register(values[i + 1], params.zero))};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {

@@ -7,8 +7,9 @@
 // tensor core's sum is scaled and added to FP32 totals in registers. BF16: the tensor core sums over all of K.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads of operands and of scales per row or column, warp 1 loads scales per
-// block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. All walk the same tiles; nobody
-// waits for a whole CTA after the start.
+// block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. Where few rows leave a K block
+// little to overlap, k_warpgroups of them take turns at the K blocks of the same rows; the first of them, the finisher, adds
+// up their sums and stores. All walk the same tiles; nobody waits for a whole CTA after the start.
 //
 // Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
 // three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
@@ -16,14 +17,16 @@
 //
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
-// empty[s]       consumer warps of the CTAs this CTA loads for        stage s may be overwritten
+// empty[s]       warps that read it, of the CTAs this CTA loads for   stage s may be overwritten
 // scales_full    1 (warp 1)                                           a chunk of block scales is there
 // scales_empty   consumer warps of this CTA                           the chunk may be overwritten
-// reduce_full    consumer warps of the other CTAs (split K)           their parts of my slice are in my shared memory
-// reduce_empty   consumer warps of the other CTAs (split K)           my parts have been read there: send the next ones
+// reduce_full    1 (a finisher), and the other CTAs' bytes (split K)  their parts of my slice are in my shared memory
+// reduce_empty   finishers' warps of other CTAs with a slice (split K) my parts have been read there: send the next ones
 // work full[s]   1 (a lane of warp 2, M-grouped)                      a tile is in slot s of the queue
 // work empty[s]  consumer warps, warp 0, warp 1 if it loads scales    all roles are done with it
-// named 1 + w    128                                                  consumer warpgroup w's staging buffer
+// named 1 + w    128                                                  finisher w's staging buffer
+// named 5 + w    128 k_warpgroups                                     the sums of finisher w's helpers are there
+// named 9 + w    128 k_warpgroups                                     they have been read
 // named, last    all consumers (K-grouped BF16)                       the end of a stage is cleared
 #pragma once
 
@@ -55,6 +58,8 @@ class GemmKernel {
     static constexpr int kStageK = kRow.block_k();
     static constexpr int kKGroups = kLayout.k_groups();
     static constexpr int kConsumerWarps = kLayout.num_consumer_warpgroups() * 4;
+    static constexpr int kRowWarpgroups = kLayout.row_warpgroups();
+    static constexpr int kKWarpgroups = kRow.k_warpgroups;
     static constexpr int kClusterSize = kRow.cluster_size();
     static constexpr int kSplitK = kRow.split_k;
     static constexpr int kMulticastCtas = kRow.multicast_ctas();
@@ -91,15 +96,15 @@ public:
             ptx::prefetch_tensor_map(params.d_map);
             for (int s = 0; s < kNumStages; ++s) {
                 ptx::mbarrier_init(shared.full[s], 1);
-                ptx::mbarrier_init(shared.empty[s], kConsumerWarps * kMulticastCtas);
+                ptx::mbarrier_init(shared.empty[s], kRowWarpgroups * 4 * kMulticastCtas);
             }
             for (int chunk = 0; chunk < kScaleChunks; ++chunk) {
                 ptx::mbarrier_init(shared.scales_full[chunk], 1);
                 ptx::mbarrier_init(shared.scales_empty[chunk], kConsumerWarps);
             }
             if constexpr (kSplitK > 1) {
-                ptx::mbarrier_init(shared.reduce_full, (kSplitK - 1) * kConsumerWarps);
-                ptx::mbarrier_init(shared.reduce_empty, (kSplitK - 1) * kConsumerWarps);
+                ptx::mbarrier_init(shared.reduce_full, 1);
+                ptx::mbarrier_init(shared.reduce_empty, max(other_slices(rank), 1) * kRowWarpgroups * 4);
             }
             // Read by the consumers, the TMA thread and, where there is one, the warp that loads block scales.
             if constexpr (kLayout.has_work_queue()) {
@@ -287,18 +292,27 @@ private:
 
     __device__ __forceinline__ static void consume(const GemmParams& params, Storage& shared, Scheduler scheduler,
                                                    uint32_t rank) {
-        const int warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+        const int consumer = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+        const int warpgroup = consumer % kRowWarpgroups;
+        const int helper = consumer / kRowWarpgroups;  // 0: the finisher
         const int thread = threadIdx.x % 128;
         State state;
         uint32_t reduce_phase = 0;
         WorkTile work;
         PipelineState<kScaleChunks> scale_state;
-        while (scheduler.next(work)) {
+        for (bool is_first = true; scheduler.next(work); is_first = false) {
+            if (kKWarpgroups > 1 && helper == 0 && !is_first) {
+                ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
+            }
             float total[kRowParts][kAccumulators] = {};
             if constexpr (kLayout.is_bf16()) {
                 accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
             } else {
-                accumulate(shared, state, scale_state, work, warpgroup, thread, total);
+                accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
+            }
+            if constexpr (kKWarpgroups > 1) {
+                combine(shared, is_first, warpgroup, helper, thread, params.zero, total[0]);
+                if (helper > 0) continue;
             }
             if constexpr (kLayout.has_work_queue()) scheduler.read(work);
 
@@ -310,7 +324,7 @@ private:
                                         total);
             } else {
                 float slice[1][kLayout.store_cols() / 2];
-                reduce(shared, rank, reduce_phase, threadIdx.x - 128, total[0], slice[0]);
+                reduce(shared, rank, reduce_phase, threadIdx.x - 128, params.zero, total[0], slice[0]);
                 reduce_phase ^= 1;
                 const int split_part = rank / kMulticastCtas;
                 if (split_part < kLayout.num_slices()) {
@@ -321,6 +335,43 @@ private:
         }
         // The staging memory must outlive the stores that read it; their completion is the end of the grid's business.
         if (thread == 0) ptx::tma_store_wait_read<0>();
+    }
+
+    // Adds the helpers' totals to the finisher's, in their order.
+    __device__ __forceinline__ static void combine(Storage& shared, bool is_first, int warpgroup, int helper,
+                                                   int thread, int zero, float (&total)[kAccumulators]) {
+        constexpr int kGroups = kBlockCols / 8;
+        constexpr int kThreads = kRowWarpgroups * 128;
+        const int full_id = 5 + warpgroup;
+        if (helper > 0) {
+            if (!is_first) ptx::named_barrier_sync(9 + warpgroup, 128 * kKWarpgroups);
+            float4* slots = shared.helper_sums + (helper - 1) * kGroups * kThreads + warpgroup * 128 + thread;
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) {
+                slots[j * kThreads] = vector(&total[4 * j], zero);
+            }
+            ptx::named_barrier_arrive(full_id, 128 * kKWarpgroups);
+            return;
+        }
+        ptx::named_barrier_sync(full_id, 128 * kKWarpgroups);
+#pragma unroll
+        for (int source = 0; source < kKWarpgroups - 1; ++source) {
+            const float4* slots = shared.helper_sums + source * kGroups * kThreads + warpgroup * 128 + thread;
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) add(slots[j * kThreads], &total[4 * j]);
+        }
+    }
+
+    __device__ __forceinline__ static float4 vector(const float* totals, int zero) {
+        return make_float4(in_another_register(totals[0], zero), in_another_register(totals[1], zero),
+                           in_another_register(totals[2], zero), in_another_register(totals[3], zero));
+    }
+
+    __device__ __forceinline__ static void add(const float4& addend, float* sum) {
+        sum[0] += addend.x;
+        sum[1] += addend.y;
+        sum[2] += addend.z;
+        sum[3] += addend.w;
     }
 
     // accumulator = rows * cols^T over `kSteps` instructions from `first_step` of the stage on.
@@ -344,11 +395,13 @@ private:
     // Sums all K blocks of a tile into `total`.
     __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
                                                       PipelineState<kScaleChunks>& scale_state, const WorkTile& work,
-                                                      int warpgroup, int thread,
+                                                      int warpgroup, int helper, int thread,
                                                       float (&total)[kRowParts][kAccumulators]) {
         const int col_offset = work.col % 128;
+        const State first_state = state;
+        if constexpr (kKWarpgroups > 1) state.advance_by(helper);
         if constexpr (kBlockScales == 0) {
-            for (int i = 0; i < work.num_k_blocks; ++i) {
+            for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
                 add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, total);
             }
         } else {
@@ -358,13 +411,17 @@ private:
                 const float* blocks = shared.block_scales[chunk][0];
                 const int count = min(left, kScaleChunk);
 #pragma unroll(kUnrollKBlocks)
-                for (int i = 0; i < count; ++i) {
+                for (int i = helper; i < count; i += kKWarpgroups) {
                     add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, total);
                 }
                 __syncwarp();
                 if (thread % 32 == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
                 scale_state.advance();
             }
+        }
+        if constexpr (kKWarpgroups > 1) {
+            state = first_state;
+            state.advance_by(work.num_k_blocks);
         }
     }
 
@@ -424,7 +481,11 @@ private:
                 }
             }
         }
-        state.advance();
+        if constexpr (kKWarpgroups == 1) {
+            state.advance();
+        } else {
+            state.template advance_few<kKWarpgroups>();
+        }
     }
 
     // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
@@ -507,56 +568,63 @@ private:
         }
     }
 
+    // Split K: how many of the tile's other CTAs finish a slice of its columns.
+    __device__ __forceinline__ static int other_slices(uint32_t rank) {
+        const int part = rank / kMulticastCtas;
+        return kLayout.num_slices() - (part < kLayout.num_slices());
+    }
+
     // Split K: sends each other CTA of the tile its slice of my totals, and sums my slice in the order of the parts.
-    __device__ __forceinline__ static void reduce(Storage& shared, uint32_t rank, uint32_t phase, int thread,
+    __device__ __forceinline__ static void reduce(Storage& shared, uint32_t rank, uint32_t phase, int thread, int zero,
                                                   const float (&total)[kAccumulators],
                                                   float (&slice)[kLayout.store_cols() / 2]) {
         constexpr int kGroups = kLayout.store_cols() / 8;
-        constexpr int kThreads = kConsumerWarps * 32;
+        constexpr int kThreads = kRowWarpgroups * 128;
         const int lane = thread % 32;
         const int part = rank / kMulticastCtas;
-        // Part p of this tile is in the CTA base + p * kMulticastCtas.
+        // Part p of this tile is in the CTA base + p * kMulticastCtas, and there my values are in the slots of source
+        // p < part ? part - 1 : part.
         const uint32_t base = rank % kMulticastCtas;
-        const bool reaches_peer = lane < kSplitK && lane != part;
-        const uint32_t peer = base + lane * kMulticastCtas;
+        const bool has_slice = part < kLayout.num_slices();
 
-        ptx::mbarrier_wait_cluster(shared.reduce_empty, phase ^ 1);
+        if (thread == 0 && has_slice) {
+            ptx::mbarrier_arrive_expect_tx(shared.reduce_full, (kSplitK - 1) * kGroups * kThreads * sizeof(float4));
+        }
+        if (other_slices(rank) > 0) ptx::mbarrier_wait(shared.reduce_empty, phase ^ 1);
 #pragma unroll
         for (int target = 0; target < kLayout.num_slices(); ++target) {
+            const float* values = total + target * kGroups * 4;
+            if (target == part) {
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) {
-                const float* value = total + (target * kGroups + j) * 4;
-                float4* slot = shared.reduce + (part * kGroups + j) * kThreads + thread;
-                if (target == part) {
-                    *slot = make_float4(value[0], value[1], value[2], value[3]);
-                } else {
-                    ptx::store_remote_v4(slot, base + target * kMulticastCtas, value[0], value[1], value[2], value[3]);
+                for (int i = 0; i < kGroups * 4; ++i) slice[i] = values[i];
+            } else {
+                const int source = target < part ? part - 1 : part;
+                const uint32_t peer = base + target * kMulticastCtas;
+                const uint32_t slots = ptx::remote_address(shared.reduce + source * kGroups * kThreads + thread, peer);
+                const uint32_t barrier = ptx::remote_address(&shared.reduce_full, peer);
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) {
+                    ptx::store_async_v4(slots + j * kThreads * sizeof(float4), barrier, vector(values + 4 * j, zero));
                 }
             }
         }
-        __syncwarp();
-        if (reaches_peer) ptx::mbarrier_arrive_remote_release(shared.reduce_full, peer);
-        ptx::mbarrier_wait_cluster(shared.reduce_full, phase);
-
-        if (part < kLayout.num_slices()) {
+        if (has_slice) {
+            ptx::mbarrier_wait(shared.reduce_full, phase);
 #pragma unroll
             for (int j = 0; j < kGroups; ++j) {
-                float4 sum = shared.reduce[j * kThreads + thread];
-                for (int source = 1; source < kSplitK; ++source) {
-                    const float4 addend = shared.reduce[(source * kGroups + j) * kThreads + thread];
-                    sum.x += addend.x;
-                    sum.y += addend.y;
-                    sum.z += addend.z;
-                    sum.w += addend.w;
+                const float4 own = make_float4(slice[4 * j], slice[4 * j + 1], slice[4 * j + 2], slice[4 * j + 3]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) slice[4 * j + i] = 0;
+                for (int source = 0; source < kSplitK; ++source) {
+                    const int slot = source < part ? source : source - 1;
+                    add(source == part ? own : shared.reduce[(slot * kGroups + j) * kThreads + thread], &slice[4 * j]);
                 }
-                slice[4 * j + 0] = sum.x;
-                slice[4 * j + 1] = sum.y;
-                slice[4 * j + 2] = sum.z;
-                slice[4 * j + 3] = sum.w;
+            }
+            __syncwarp();
+            if (lane < kSplitK && lane != part) {
+                ptx::mbarrier_arrive_remote(shared.reduce_empty, base + lane * kMulticastCtas);
             }
         }
-        __syncwarp();
-        if (reaches_peer) ptx::mbarrier_arrive_remote(shared.reduce_empty, peer);
     }
 };
 

@@ -27,15 +27,20 @@ struct GemmLayout {
     constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
     constexpr bool cols_mn_major() const { return row.swap_ab ? row.a_mn_major : row.b_mn_major; }
 
-    constexpr int num_consumer_warpgroups() const { return row.block_rows == 256 ? 2 : row.block_rows / 64; }
-    constexpr int row_parts() const { return row.block_rows / 64 / num_consumer_warpgroups(); }  // of a warpgroup
+    // Warpgroups that share a tile's rows out among them; each has k_warpgroups - 1 more that help with its K blocks.
+    constexpr int row_warpgroups() const { return row.block_rows == 256 ? 2 : row.block_rows / 64; }
+    constexpr int row_parts() const { return row.block_rows / 64 / row_warpgroups(); }  // of a warpgroup
+    constexpr int num_consumer_warpgroups() const { return row_warpgroups() * row.k_warpgroups; }
     constexpr int num_threads() const { return 128 * (1 + num_consumer_warpgroups()); }
-    // What setmaxnreg gives a consumer and leaves a producer thread; 0: all have the same.
+    // What setmaxnreg gives a consumer and leaves a producer thread.
     constexpr int consumer_registers() const {
         const int warpgroups = num_consumer_warpgroups();
-        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : 160;
+        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : warpgroups == 3 ? 160 : 112;
     }
-    constexpr int producer_registers() const { return num_consumer_warpgroups() == 3 ? 32 : 40; }
+    constexpr int producer_registers() const {
+        const int warpgroups = num_consumer_warpgroups();
+        return warpgroups >= 3 ? 32 : 40;
+    }
 
     // Tensor maps have the group as a third dimension.
     constexpr bool has_groups() const { return row.grouping == Grouping::kMGrouped || row.grouping == Grouping::kBatched; }
@@ -88,9 +93,12 @@ struct GemmLayout {
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
     constexpr int staging_bytes() const { return row.block_rows / 64 * staged_boxes() * box_bytes(); }
+    // Split K: FP32 parts of this CTA's slice from the others.
     constexpr int reduce_bytes() const {
-        return row.split_k == 1 ? 0 : row.split_k * row.block_rows * store_cols() * 4;
+        return row.split_k == 1 ? 0 : (row.split_k - 1) * row.block_rows * store_cols() * 4;
     }
+    // Sums of the warpgroups that help with K blocks.
+    constexpr int helper_bytes() const { return (row.k_warpgroups - 1) * row.block_rows * row.block_cols * 4; }
     constexpr int stage_bytes() const {
         return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
                align_up(col_scale_bytes(), 128) + 16;
@@ -98,11 +106,13 @@ struct GemmLayout {
     constexpr int work_queue_bytes() const { return has_work_queue() ? 192 + 8 * kMaxGroups / 32 + 32 * 20 + 64 : 0; }
     constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }
     constexpr int fixed_bytes() const {
-        return work_queue_bytes() + group_table_bytes() + staging_bytes() + reduce_bytes() +
+        return work_queue_bytes() + group_table_bytes() + staging_bytes() + reduce_bytes() + helper_bytes() +
                kScaleChunks * (4 * kScaleChunk * num_block_scales() + 16) + 16 + 3 * 128;
     }
+    // A multiple of k_warpgroups: each of them always meets the same stages, and so misses no phase of their barriers.
     constexpr int num_stages() const {
-        return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
+        const int fit = std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
+        return fit / row.k_warpgroups * row.k_warpgroups;
     }
     constexpr int shared_bytes() const {
         return align_up(fixed_bytes() + num_stages() * stage_bytes(), 1024);
@@ -136,6 +146,11 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_rows % (8 * row.col_ctas) != 0) return "a shared row panel is loaded in parts of 8 rows or more";
     if (row.block_cols / 8 % layout.num_slices() != 0) return "split K must divide the columns evenly, 8 at a time";
     if (row.split_k > 1 && layout.row_parts() > 1) return "split K takes one part of 64 rows per warpgroup";
+    if (row.k_warpgroups != 1 && row.k_warpgroups != 2 && row.k_warpgroups != 4) return "k_warpgroups must be 1, 2 or 4";
+    if (layout.num_consumer_warpgroups() > 4) return "at most 4 consumer warpgroups";
+    if (row.k_warpgroups > 1 && (layout.row_parts() > 1 || layout.is_bf16())) {
+        return "K warpgroups take FP8 and one part of 64 rows";
+    }
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
     if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {

@@ -15,7 +15,7 @@ namespace deep_gemm::sm90 {
 // First row, within the tile, of a consumer warpgroup's 64-row part.
 template <class Traits>
 __device__ __forceinline__ int part_row(int part, int warpgroup) {
-    constexpr int kWarpgroups = Traits::kLayout.num_consumer_warpgroups();
+    constexpr int kWarpgroups = Traits::kLayout.row_warpgroups();
     return (part * kWarpgroups + warpgroup) * 64;
 }
 

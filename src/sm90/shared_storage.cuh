@@ -20,7 +20,7 @@ struct alignas(1024) SharedStorage {
     uint8_t cols[kStages][kLayout.col_tile_bytes()];
 
     // BF16 result on its way to TMA, [consumer warpgroup][64-row part][box].
-    uint8_t staging[kLayout.num_consumer_warpgroups()][kLayout.row_parts()][kLayout.staged_boxes()]
+    uint8_t staging[kLayout.row_warpgroups()][kLayout.row_parts()][kLayout.staged_boxes()]
                    [kLayout.box_bytes()];
 
     // Scales of a stage, [K group][row or column].
@@ -31,8 +31,11 @@ struct alignas(1024) SharedStorage {
     static constexpr int kBlockScales = kLayout.num_block_scales() + !kLayout.has_block_scales();
     alignas(16) float block_scales[kScaleChunks][kBlockScales][kScaleChunk];
 
-    // Split K: FP32 parts of this CTA's slice, [source CTA][4-value group][consumer thread].
+    // Split K: FP32 parts of this CTA's slice from the other CTAs, [CTA][4-value group][consumer thread].
     float4 reduce[kLayout.reduce_bytes() / 16 + (kLayout.reduce_bytes() == 0)];
+
+    // Sums of the warpgroups that help with K blocks, [helper][4-value group][consumer thread].
+    float4 helper_sums[kLayout.helper_bytes() / 16 + (kLayout.helper_bytes() == 0)];
 
     ptx::Barrier full[kStages];
     ptx::Barrier empty[kStages];

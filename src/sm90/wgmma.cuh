@@ -33,6 +33,7 @@ DG_WGMMA_SHAPE(144)
 DG_WGMMA_SHAPE(160)
 DG_WGMMA_SHAPE(176)
 DG_WGMMA_SHAPE(192)
+DG_WGMMA_SHAPE(256)
 #undef DG_WGMMA_SHAPE
 
 #define DG_WGMMA_SHAPE(N)                                                                                             \
@@ -113,6 +114,13 @@ template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// A copy of a total for a vector store, whose operands have to be neighbouring registers. Without it ptxas keeps the total
+// itself in such a register, of the same parity as the accumulator that is added to it for every K block, and an FFMA whose
+// operands share a register bank issues slower: 2 to 3 % of a large product. `zero` is 0, which ptxas cannot know.
+__device__ __forceinline__ float in_another_register(float total, int zero) {
+    return __int_as_float(__float_as_int(total) ^ zero);
 }
 
 // Hands registers from the producer to the consumers. Growing waits until there are enough: what all warpgroups end up with

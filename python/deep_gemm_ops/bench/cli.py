@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "products", "casts", "host", "rows")
+SUITES = ("gemm", "products", "prenorm", "mqa", "casts", "host", "rows")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -24,7 +24,7 @@ NO_GPU = (
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deep_gemm_ops.bench", description=__doc__)
     suite_help = f"comma-separated: {', '.join(SUITES)}; default %(default)s"
-    parser.add_argument("--suite", default="gemm,products,casts,host", help=suite_help)
+    parser.add_argument("--suite", default="gemm,products,prenorm,mqa,casts,host", help=suite_help)
     parser.add_argument("--shapes", type=_shapes, help="GEMM shapes as NxK,NxK (default: DeepSeek-V3's projections)")
     parser.add_argument("--m", type=_numbers, help="values of M, comma-separated (default: 1,16,64,128,4096)")
     parser.add_argument("--scaling", choices=("1d2d", "1d1d"), default="1d2d", help="scales of B: per block or per row")
@@ -154,6 +154,15 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
         for rows, cols in cases.BENCH_CASTS[:1] if quick else cases.BENCH_CASTS:
             for record in suites.cast_records(rows, cols, limits=limits, repeats=repeats):
                 yield record, report.cast_line(record, run["device"])
+    elif suite == "prenorm":
+        for problem in cases.BENCH_PRENORM[:5:4] if quick else cases.BENCH_PRENORM:
+            record = suites.prenorm_record(*problem, limits=limits, repeats=repeats, references=references)
+            yield record, report.prenorm_line(record, run["device"])
+    elif suite == "mqa":
+        from . import mqa_logits
+
+        for record in mqa_logits.mqa_records(limits, repeats=repeats, references=references, quick=quick):
+            yield record, report.mqa_line(record, run["device"])
     else:
         for record in suites.host_records(references=references):
             yield record, report.host_line(record)

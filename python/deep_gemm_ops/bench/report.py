@@ -8,6 +8,7 @@ and one list of records a suite:
 - ``products``: ``op, shape, flops, bytes, times, failed, errors``; contenders of ours beside the first are named
   ``deep_gemm_ops VARIANT``
 - ``casts``: ``op, rows, cols, bytes, times, failed``
+- ``prenorm``: ``m, n, k, bytes, times, failed, errors``
 - ``host``: ``name`` and ``us`` or ``failed``
 - ``rows``: ``m, n, k, selected``, ``rows`` [{index, name, us, cost_us}], ``failed`` {index: why}
 
@@ -27,9 +28,11 @@ LABELS = {
     "deep_gemm": "DeepGEMM",
     "deep_gemm_pdl": "DeepGEMM+PDL",
     "copy": "copy",
+    "torch_tf32": "PyTorch TF32",
 }
 BIG_WEIGHTS_BYTES = 32 << 20
 SMALL_M = (1, 16, 64, 128)
+PRENORM_M = (4096, 8192)  # rows that pre-norm's goal is about
 
 Record = Mapping[str, Any]
 
@@ -135,6 +138,12 @@ def goals(run: Record) -> list[dict[str, Any]]:
     add("weights over 32 MB at M <= 128, slowest, share of copy bandwidth", 0.80, min(shares, default=None), "")
     casts = [figures(record, device)["copy_share"] for record in run.get("casts", []) if median_us(record, OURS)]
     add("casts, slowest, share of copy bandwidth", 0.85, min(casts, default=None), "")
+    shares = [
+        figures(record, device)["copy_share"]
+        for record in run.get("prenorm", [])
+        if record["m"] in PRENORM_M and median_us(record, OURS)
+    ]
+    add("pre-norm at M of 4096 and 8192, slowest, share of copy bandwidth", 0.80, min(shares, default=None), "")
     host = [record.get("us", math.nan) for record in run.get("host", []) if _is_ours(record)]
     slowest = math.nan if any(map(math.isnan, host)) else max(host, default=None)
     add("host time of a call, slowest form", 6.0, slowest, "us", below=True)
@@ -158,6 +167,13 @@ def failures(run: Record) -> list[str]:
     for record in run.get("casts", []):
         if OURS in record.get("failed", {}):
             lines.append(f"{record['op']} {record['rows']}x{record['cols']}: {record['failed'][OURS]}")
+    for record in run.get("prenorm", []):
+        if OURS in record.get("failed", {}):
+            lines.append(f"pre-norm M={record['m']} N={record['n']} K={record['k']}: {record['failed'][OURS]}")
+    for record in run.get("mqa", []):
+        for name, why in record["failed"].items():
+            if name != "deep_gemm":
+                lines.append(f"{record['op']}, {name}: {why}")
     for record in run.get("host", []):
         if "failed" in record and _is_ours(record):
             lines.append(f"host time of {record['name']}: {record['failed']}")
@@ -247,6 +263,13 @@ def text(run: Record) -> str:
     if run.get("casts"):
         lines += ["", f"{'cast':<26} {'rows':>6} {'cols':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
         lines += [cast_line(record, device) for record in run["casts"]]
+    if run.get("prenorm"):
+        lines += ["", f"{'pre-norm, M':>26} {'N':>6} {'K':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
+        lines += [prenorm_line(record, device) for record in run["prenorm"]]
+    if run.get("mqa"):
+        lines += ["", *(mqa_line(record, device) for record in run["mqa"])]
+        ratios = [ratio for record in run["mqa"] if (ratio := speedup(record, "deep_gemm"))]
+        lines += [f"geometric mean over DeepGEMM {geomean(ratios):.2f}x"] if ratios else []
     if run.get("host"):
         lines += ["", "host time of a call", *(host_line(record) for record in run["host"])]
     if run.get("rows"):
@@ -289,6 +312,34 @@ def cast_line(record: Record, device: Record) -> str:
         text += f" {f['us']:9.2f} {f['gbps']:6.0f} {_percent(f['copy_share']):>5}"
         copy = median_us(record, "copy")
         text += f" | copy of as many bytes {copy:9.2f} us, {speedup(record, 'copy'):.2f}x" if copy else ""
+    return text + _failed(record)
+
+
+def prenorm_line(record: Record, device: Record) -> str:
+    text = f"{record['m']:26d} {record['n']:6d} {record['k']:6d}"
+    if median_us(record, OURS):
+        f = figures(record, device)
+        text += f" {f['us']:9.2f} {f['gbps']:6.0f} {_percent(f['copy_share']):>5}"
+    for name in ("deep_gemm", "torch_tf32", "copy"):
+        us, ratio = median_us(record, name), speedup(record, name)
+        text += f" | {LABELS[name]} {us:9.2f} us {ratio:5.2f}x" if us and ratio else ""
+    return text
+
+
+def mqa_line(record: Record, device: Record) -> str:
+    """MQA logits: ours, the reference, and each kernel that could have run it."""
+    text = f"{record['op']:<48}"
+    us = median_us(record, OURS)
+    if us:
+        gbps = record["bytes"] / us * 1e-3
+        text += f" {us:9.2f} us {record['flops'] / us * 1e-6:6.0f} TFLOPS {gbps:6.0f} GB/s"
+        text += f" {_percent(gbps / device['copy_gbps']):>5} of copy" if device.get("copy_gbps") else ""
+    reference = median_us(record, "deep_gemm")
+    if us and reference:
+        text += f" | DeepGEMM {reference:9.2f} us {speedup(record, 'deep_gemm'):5.2f}x"
+    for name in record["times"]:
+        if name not in (OURS, "deep_gemm"):
+            text += f"\n       {name:<40} {median_us(record, name):9.2f} us"
     return text + _failed(record)
 
 
@@ -385,6 +436,19 @@ def markdown(run: Record) -> str:
             else:
                 cells += ["-"] * 3
             lines.append(_md_row(cells))
+        lines.append("")
+    if run.get("prenorm"):
+        head = ["Pre-norm, M", "N", "K", "µs", "GB/s", "of copy bandwidth", "over DeepGEMM", "over PyTorch TF32"]
+        lines += [_md_row(head), _md_rule(len(head))]
+        for record in run["prenorm"]:
+            cells = [str(record[x]) for x in ("m", "n", "k")]
+            if median_us(record, OURS):
+                f = figures(record, device)
+                cells += [f"{f['us']:.1f}", f"{f['gbps']:.0f}", _percent(f["copy_share"])]
+            else:
+                cells += ["-"] * 3
+            ratios = (speedup(record, name) for name in ("deep_gemm", "torch_tf32"))
+            lines.append(_md_row(cells + [f"{ratio:.2f}" if ratio else "-" for ratio in ratios]))
         lines.append("")
     if run.get("host"):
         lines += [_md_row(["Host time of a call", "µs"]), _md_rule(2, left=1)]

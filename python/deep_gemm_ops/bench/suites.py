@@ -14,13 +14,13 @@ import torch
 
 import deep_gemm_ops
 
-from .. import fused_casts, reference
+from .. import fused_casts, prenorm_gemm, reference
 from ..testing import bench as timing
 from ..testing.cases import GemmCase, GemmOperands, make_gemm_operands
 from ..testing.numeric import compare, error_bar
 from .report import OURS
 
-__all__ = ["cast_records", "environment", "gemm_record", "host_records", "rows_record"]
+__all__ = ["cast_records", "environment", "gemm_record", "host_records", "prenorm_record", "rows_record"]
 
 DEVICE = "cuda"
 RECIPES = {"1d2d": (1, 128, 128), "1d1d": (1, 1, 128)}
@@ -404,6 +404,68 @@ def check_equal(actual: Any, expected: Any) -> None:
         if not torch.equal(got, want):
             wrong = int((got != want).sum())
             raise RuntimeError(f"{name} differ from the reference in {wrong} of {got.numel()} places")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-norm
+
+
+def prenorm_record(
+    m: int, n: int, k: int, *, limits: timing.DeviceLimits, repeats: int = 20, references: bool = True
+) -> dict[str, Any]:
+    """Check and time ``tf32_hc_prenorm_gemm`` beside the public one, PyTorch, and a copy that moves as many bytes."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.randn(m, k, device=DEVICE, generator=generator).to(torch.bfloat16)
+    b = torch.randn(n, k, device=DEVICE, generator=generator)
+    outs = [(torch.empty(m, n, device=DEVICE), torch.empty(m, device=DEVICE))]
+    record: dict[str, Any] = {"m": m, "n": n, "k": k, "bytes": timing.count_bytes(a, b, outs)}
+    record |= {"times": {}, "failed": {}, "errors": {}}
+    floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
+    calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
+    sets = [(a, b)] + [(a.clone(), b.clone()) for _ in range(count - 1)]
+    outs += [(torch.empty_like(outs[0][0]), torch.empty_like(outs[0][1])) for _ in range(count - 1)]
+    expected = prenorm_gemm.reference(a, b, dtype=torch.float64)
+
+    def ours(i: int) -> None:
+        torch.ops.deep_gemm.tf32_hc_prenorm_gemm.out(*sets[i], out=outs[i][0], out_sqr_sum=outs[i][1])
+
+    def pytorch(i: int) -> None:
+        x = sets[i][0].float()
+        torch.matmul(x, sets[i][1].t(), out=outs[i][0])
+        torch.sum(x.square_(), dim=1, out=outs[i][1])
+
+    contenders: dict[str, Callable[[int], Any]] = {OURS: ours}
+    if references:
+        contenders["torch_tf32"] = pytorch
+        public = _public_deep_gemm()
+        if public is not None and hasattr(public, "tf32_hc_prenorm_gemm"):
+            contenders["deep_gemm"] = lambda i: public.tf32_hc_prenorm_gemm(*sets[i], *outs[i])
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # PyTorch's word for TF32
+    try:
+        for name, call in list(contenders.items()):
+            try:
+                for out in outs[0]:
+                    out.fill_(torch.nan)
+                call(0)
+                verdicts = [compare(x, y, tol=error_bar(torch.float32, "tf32")) for x, y in zip(outs[0], expected)]
+                record["errors"][name] = max(verdict.rel_error for verdict in verdicts)
+                wrong = "; ".join(f"wrong result: {verdict.describe()}" for verdict in verdicts if not verdict.ok)
+            except Exception as why:
+                wrong = _note(f"pre-norm M={m} N={n} K={k} {name}", why)
+            if wrong:
+                record["failed"][name] = wrong
+                del contenders[name]
+        half = record["bytes"] // 2
+        buffers = [torch.empty(2, half, dtype=torch.uint8, device=DEVICE).fill_(1) for _ in range(count)]
+        contenders["copy"] = lambda i: buffers[i][0].copy_(buffers[i][1])
+        samples = timing.time_interleaved(
+            contenders, calls=calls, sets=count, l2_bytes=limits.l2_bytes, repeats=repeats
+        )
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    record["times"] = {name: summary(values) for name, values in samples.items()}
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from .. import reference
 
-__all__ = ["BENCH_CASTS", "BENCH_M", "BENCH_SHAPES", "GemmCase", "GemmOperands", "make_gemm_operands"]
+__all__ = ["BENCH_CASTS", "BENCH_M", "BENCH_PRENORM", "BENCH_SHAPES", "GemmCase", "GemmOperands", "make_gemm_operands"]
 
 BENCH_SHAPES: tuple[tuple[int, int], ...] = (
     (2112, 7168),
@@ -26,6 +26,11 @@ BENCH_M: tuple[int, ...] = (1, 16, 64, 128, 4096)
 
 BENCH_CASTS: tuple[tuple[int, int], ...] = ((4096, 7168), (4096, 16384), (16384, 7168))
 """``(rows, columns)`` of BF16 activations to cast."""
+
+BENCH_PRENORM: tuple[tuple[int, int, int], ...] = tuple(
+    (m, 24, k) for k in (28672, 7168) for m in (8192, 4096, 512, 137, 13)
+)
+"""``(M, N, K)`` of hyper-connections' pre-norm."""
 
 
 @dataclasses.dataclass(frozen=True)

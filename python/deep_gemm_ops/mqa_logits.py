@@ -1,0 +1,740 @@
+"""Scores of the lightning indexer (weighted-ReLU MQA logits), over dense keys and over the blocks of a cache.
+
+Importing this module registers the CPU and fake forms of its operators.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ._checks import (
+    MAX_SIZE,
+    OUT_DTYPES,
+    check_device,
+    check_dtype,
+    check_inner_stride,
+    check_rank,
+    check_rows_apart,
+    check_shape,
+    check_tma_readable,
+    concrete,
+    fail,
+    one_of,
+    shape_of,
+    strides_of,
+)
+from ._cpu import _cpu
+from ._fakes import _fake
+from .layout import TMA_ALIGNMENT_BYTES, ceil_div
+from .ops import _refuse_grad
+
+__all__ = ["fp8_mqa_logits", "fp8_paged_mqa_logits", "get_paged_mqa_logits_metadata"]
+
+Tensor = torch.Tensor
+
+HEADS = (8, 16, 32, 64)
+HEAD_DIMS = (32, 64, 128)
+BLOCK_SIZES = (64, 32)  # keys of a block of the cache
+TILE_KEYS = 64  # keys that the schedule counts as one piece of work
+ATOM_TOKENS = 4  # neighbouring tokens of a sequence that the schedule counts as one, where `indices` are given
+SCALE_BYTES = 4
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def _call(op: str, arguments: dict[str, Any], keywords: dict[str, Any], dtype: torch.dtype | None, out: Any) -> Tensor:
+    overloads = getattr(torch.ops.deep_gemm, op)
+    if torch.is_grad_enabled():
+        tensors = {name: x for name, x in {**arguments, **keywords, "out": out}.items() if isinstance(x, Tensor)}
+        _refuse_grad(op, **tensors)
+    if out is None:
+        if dtype is not None:
+            keywords["logits_dtype"] = dtype
+        return overloads.default(*arguments.values(), **keywords)
+    if dtype is not None and out.dtype != dtype:
+        fail(op, "out", "dtype", out.dtype, dtype, "logits_dtype")
+    overloads.out(*arguments.values(), out=out, **keywords)
+    return out
+
+
+def fp8_mqa_logits(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``out[i, j] = sum_h relu(q[i, h] . kv[j] * kv_sf[j]) * weights[i, h]`` for ``start[i] <= j < end[i]``.
+
+    Args:
+        q: float8_e4m3fn ``[S, H, D]``; H is 8, 16, 32 or 64, D is 32, 64 or 128. Heads lie one after the other, also
+            from token to token (as in a contiguous tensor), at a base address and a stride that are multiples of 16
+            bytes.
+        kv: float8_e4m3fn ``[S_kv, D]``, inner stride 1, row stride and base address multiples of 16 bytes.
+        kv_sf: float32 ``[S_kv]``, stride 1, base address a multiple of 16 bytes. Any values: a negative scale turns
+            the sign of a product before the ReLU.
+        weights: float32 ``[S, H]``, inner stride 1.
+        cu_seq_len_k_start: int32 ``[S]``, any stride: the first key of each token. Values outside of 0 to S_kv are
+            clamped; the range of a token may be empty.
+        cu_seq_len_k_end: int32 ``[S]``, behind the last key of each token, likewise.
+        clean_logits: set what lies outside of the ranges to -inf; otherwise it is left alone (in ``out``) or
+            unspecified.
+        max_seqlen_k: where it is positive the result has that many columns, and row i starts at key ``start[i]``
+            (clamped); keys beyond are not computed. While tracing, a symbolic value counts as positive.
+        logits_dtype: torch.float32 (default) or torch.bfloat16.
+        out: ``[S, S_kv]`` or ``[S, max_seqlen_k]``, inner stride 1, any row stride: written and returned.
+
+    Returns:
+        ``[S, S_kv]`` or ``[S, max_seqlen_k]``, a fresh contiguous tensor unless ``out`` is given.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad.
+
+    Products and sums are FP32, rounded once; the scale is applied to the sum of the heads, where that makes no
+    difference but to the last bits. Specification: ``deep_gemm_ops.mqa_logits.reference_mqa_logits``.
+    """
+    arguments = {
+        "q": q,
+        "kv": kv,
+        "kv_sf": kv_sf,
+        "weights": weights,
+        "cu_seq_len_k_start": cu_seq_len_k_start,
+        "cu_seq_len_k_end": cu_seq_len_k_end,
+    }
+    keywords = {"clean_logits": clean_logits, "max_seqlen_k": max_seqlen_k}
+    return _call("fp8_mqa_logits", arguments, keywords, logits_dtype, out)
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The schedule of :func:`fp8_paged_mqa_logits`: an even share of all keys for each of ``num_sms`` CTAs.
+
+    It is computed on the device, and no value is looked at on the host: in a CUDA graph it follows the lengths of each
+    replay. It holds for every number of heads and of layers until the lengths change.
+
+    Args:
+        context_lens: int32 ``[B]`` or ``[B, next_n]``, any strides. Negative lengths count as 0.
+        block_kv: keys of a block of the cache, 64 or 32.
+        num_sms: CTAs that the kernel will be launched with, usually ``get_num_sms()``.
+        indices: int32 ``[B]``, the sequence of each token, where sequences have different numbers of tokens; the
+            tokens of a sequence should be neighbours. ``next_n`` is 1 then.
+        out: int32 ``[num_sms + 1, 2]``, contiguous: written and returned.
+
+    Returns:
+        int32 ``[num_sms + 1, 2]``. Entry c says where CTA c starts: a row of ``context_lens``, and a piece of 64 keys
+        of it; the last entry is where the last one ends.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, value or device.
+    """
+    arguments = {"context_lens": context_lens, "block_kv": block_kv, "num_sms": num_sms}
+    return _call("get_paged_mqa_logits_metadata", arguments, {"indices": indices}, None, out)
+
+
+def fp8_paged_mqa_logits(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    indices: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``out[b * next_n + t, j] = sum_h relu(q[b, t, h] . kv[j] * kv_sf[j]) * weights[b * next_n + t, h]`` for each key
+    j of the sequence, whose keys lie in the blocks of a cache.
+
+    Args:
+        q: float8_e4m3fn ``[B, next_n, H, D]``; H is 8, 16, 32 or 64, D is 32, 64 or 128. Heads lie one after the other
+            (as in a contiguous tensor), at a base address and a stride that are multiples of 16 bytes.
+        kv_cache: uint8 ``[blocks, block_kv, 1, D + 4]``, block_kv 64 or 32. A block is dense and holds the FP8 values
+            of all its keys, ``[block_kv, D]``, and then all their float32 scales. Blocks may lie further apart; their
+            stride and the base address are multiples of 16 bytes.
+        weights: float32 ``[B * next_n, H]``, inner stride 1.
+        context_lens: int32, any strides. ``[B, next_n]``: the number of keys of each token. ``[B]``: that of each
+            sequence's last token; the token before sees one key less, and so on. What lies between the two is set to
+            -inf with ``clean_logits`` and holds values without it. Lengths are clamped to what ``block_table`` and
+            ``max_context_len`` hold, from below to 0.
+        block_table: int32 ``[B, max_blocks]``, any strides: block ``block_table[b, k]`` holds the keys from
+            ``k * block_kv`` on. A number outside of the cache stands for a block of zeros, whose logits are 0. What
+            lies behind a length is not followed.
+        schedule_metadata: int32 ``[num_sms + 1, 2]`` of :func:`get_paged_mqa_logits_metadata` for these lengths,
+            contiguous. With that of others some logits are not written, and no foreign memory is touched.
+        max_context_len: columns of the result.
+        clean_logits: set what lies behind a token's length to -inf; otherwise it is left alone (in ``out``) or
+            unspecified.
+        logits_dtype: torch.float32 (default) or torch.bfloat16.
+        indices: int32 ``[B]``, any stride: the row of ``block_table`` of each token, where sequences have different
+            numbers of tokens. ``next_n`` is 1, ``context_lens`` counts the keys of each token, and ``block_table`` may
+            have any number of rows; a token whose row it lacks has no keys.
+        out: ``[B * next_n, max_context_len]``, inner stride 1, any row stride: written and returned.
+
+    Returns:
+        ``[B * next_n, max_context_len]``, a fresh contiguous tensor unless ``out`` is given.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad.
+
+    Specification: ``deep_gemm_ops.mqa_logits.reference_paged_mqa_logits``.
+    """
+    arguments = {
+        "q": q,
+        "kv_cache": kv_cache,
+        "weights": weights,
+        "context_lens": context_lens,
+        "block_table": block_table,
+        "schedule_metadata": schedule_metadata,
+        "max_context_len": max_context_len,
+    }
+    return _call(
+        "fp8_paged_mqa_logits", arguments, {"clean_logits": clean_logits, "indices": indices}, logits_dtype, out
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check_heads(op: str, q: Tensor, real: bool) -> tuple[int, int, int]:
+    """q ``[.., H, D]`` is a matrix with a row for each head of each token; returns (tokens, H, D)."""
+    shape, strides = shape_of(q), strides_of(q)
+    heads, dim = shape[-2:]
+    if not any(heads == allowed for allowed in HEADS):
+        fail(op, "q", "heads", heads, one_of(HEADS))
+    if not any(dim == allowed for allowed in HEAD_DIMS):
+        fail(op, "q", "head_dim", dim, one_of(HEAD_DIMS))
+    tokens = 1
+    for size in shape[:-2]:
+        tokens = tokens * size
+    if not tokens * heads <= MAX_SIZE:
+        fail(op, "q", "number of heads", tokens * heads, f"at most {MAX_SIZE}")
+    if 0 in shape:
+        return tokens, heads, dim
+    helper = "use q.contiguous()"
+    if not strides[-1] == 1:
+        fail(op, "q", "inner stride", strides[-1], 1, helper)
+    row_stride = strides[-2]
+    if not row_stride % TMA_ALIGNMENT_BYTES == 0:
+        fail(op, "q", "head stride", f"{row_stride} bytes", f"a multiple of {TMA_ALIGNMENT_BYTES} bytes", helper)
+    if not row_stride >= dim:
+        fail(op, "q", "head stride", row_stride, f"at least {dim}", helper)
+    expected = row_stride * heads
+    for i in range(q.dim() - 3, -1, -1):
+        if shape[i] > 1 and not strides[i] == expected:
+            fail(op, "q", f"stride of dimension {i}", strides[i], expected, helper)
+        expected = expected * shape[i]
+    if real and q.data_ptr() % TMA_ALIGNMENT_BYTES != 0:
+        past = q.data_ptr() % TMA_ALIGNMENT_BYTES
+        fail(op, "q", "base address", f"{past} modulo {TMA_ALIGNMENT_BYTES} bytes", 0, "use q.clone()")
+    return tokens, heads, dim
+
+
+def _check_columns(op: str, name: str, columns: int) -> int:
+    columns = concrete(columns)
+    if not (columns >= 0 and columns <= MAX_SIZE):
+        fail(op, name, "value", columns, f"0 to {MAX_SIZE}")
+    return columns
+
+
+def _check_out(op: str, out: Tensor | None, logits_dtype: torch.dtype | None, names: str, shape: list[int]) -> None:
+    if out is None:
+        if logits_dtype not in OUT_DTYPES:
+            fail(op, "logits_dtype", "value", logits_dtype, one_of(OUT_DTYPES))
+        return
+    check_dtype(op, "out", out, OUT_DTYPES)
+    check_shape(op, "out", out, names, shape)
+    check_inner_stride(op, "out", out, None)
+    check_rows_apart(op, "out", out)
+
+
+def _check_pairs(op: str, arg: str, schedule: Tensor) -> None:
+    strides = strides_of(schedule)
+    if not (strides[0] == 2 and strides[1] == 1):
+        fail(op, arg, "strides", strides, [2, 1])
+
+
+def check_mqa_logits(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    max_seqlen_k: int,
+    logits_dtype: torch.dtype | None,
+    out: Tensor | None,
+    real: bool,
+) -> None:
+    """Check the arguments of ``fp8_mqa_logits``; ``real`` is False where tensors have no memory (fakes)."""
+    op = "fp8_mqa_logits"
+    inputs = {
+        "q": (q, torch.float8_e4m3fn, 3),
+        "kv": (kv, torch.float8_e4m3fn, 2),
+        "kv_sf": (kv_sf, torch.float32, 1),
+        "weights": (weights, torch.float32, 2),
+        "cu_seq_len_k_start": (start, torch.int32, 1),
+        "cu_seq_len_k_end": (end, torch.int32, 1),
+    }
+    for arg, (tensor, dtype, rank) in inputs.items():
+        check_dtype(op, arg, tensor, (dtype,))
+        check_rank(op, arg, tensor, (rank,))
+    for arg, (tensor, _, _) in inputs.items():
+        check_device(op, arg, tensor, q.device, "q")
+    if out is not None:
+        check_device(op, "out", out, q.device, "q")
+    tokens, heads, dim = _check_heads(op, q, real)
+    keys, dim_of_kv = shape_of(kv)
+    if not keys <= MAX_SIZE:
+        fail(op, "kv", "S_kv", keys, f"at most {MAX_SIZE}")
+    if not dim_of_kv == dim:
+        fail(op, "kv", "head_dim", dim_of_kv, dim, "the head_dim of q")
+    check_tma_readable(op, "kv", kv, real)
+    check_shape(op, "kv_sf", kv_sf, "[S_kv]", [keys])
+    check_inner_stride(op, "kv_sf", kv_sf, None)
+    if real and keys > 0 and kv_sf.data_ptr() % TMA_ALIGNMENT_BYTES != 0:
+        past = kv_sf.data_ptr() % TMA_ALIGNMENT_BYTES
+        fail(op, "kv_sf", "base address", f"{past} modulo {TMA_ALIGNMENT_BYTES} bytes", 0, "use kv_sf.clone()")
+    check_shape(op, "weights", weights, "[S, H]", [tokens, heads])
+    check_inner_stride(op, "weights", weights, None)
+    check_shape(op, "cu_seq_len_k_start", start, "[S]", [tokens])
+    check_shape(op, "cu_seq_len_k_end", end, "[S]", [tokens])
+    compressed = not isinstance(max_seqlen_k, int) or max_seqlen_k != 0
+    columns = _check_columns(op, "max_seqlen_k", max_seqlen_k)
+    names = "[S, max_seqlen_k]" if compressed else "[S, S_kv]"
+    _check_out(op, out, logits_dtype, names, [tokens, columns if compressed else keys])
+
+
+def check_metadata(
+    context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor | None, out: Tensor | None
+) -> None:
+    """Check the arguments of ``get_paged_mqa_logits_metadata``."""
+    op = "get_paged_mqa_logits_metadata"
+    check_dtype(op, "context_lens", context_lens, (torch.int32,))
+    check_rank(op, "context_lens", context_lens, (1, 2))
+    if block_kv not in BLOCK_SIZES:
+        fail(op, "block_kv", "value", block_kv, one_of(BLOCK_SIZES))
+    if not 1 <= num_sms <= 65535:
+        fail(op, "num_sms", "value", num_sms, "1 to 65535")
+    shape = shape_of(context_lens)
+    if not shape[0] <= MAX_SIZE:
+        fail(op, "context_lens", "B", shape[0], f"at most {MAX_SIZE}")
+    if indices is not None:
+        check_dtype(op, "indices", indices, (torch.int32,))
+        check_rank(op, "indices", indices, (1,))
+        check_device(op, "indices", indices, context_lens.device, "context_lens")
+        check_shape(op, "indices", indices, "[B]", [shape[0]])
+        if context_lens.dim() == 2 and not shape[1] == 1:
+            fail(op, "context_lens", "next_n", shape[1], 1, "with indices")
+    if out is not None:
+        check_device(op, "out", out, context_lens.device, "context_lens")
+        check_dtype(op, "out", out, (torch.int32,))
+        check_shape(op, "out", out, "[num_sms + 1, 2]", [num_sms + 1, 2])
+        _check_pairs(op, "out", out)
+
+
+def check_paged_mqa_logits(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    logits_dtype: torch.dtype | None,
+    indices: Tensor | None,
+    out: Tensor | None,
+    real: bool,
+) -> None:
+    """Check the arguments of ``fp8_paged_mqa_logits``; ``real`` is False where tensors have no memory (fakes)."""
+    op = "fp8_paged_mqa_logits"
+    inputs = {
+        "q": (q, torch.float8_e4m3fn, (4,)),
+        "kv_cache": (kv_cache, torch.uint8, (4,)),
+        "weights": (weights, torch.float32, (2,)),
+        "context_lens": (context_lens, torch.int32, (1, 2)),
+        "block_table": (block_table, torch.int32, (2,)),
+        "schedule_metadata": (schedule_metadata, torch.int32, (2,)),
+        "indices": (indices, torch.int32, (1,)),
+    }
+    for arg, (tensor, dtype, ranks) in inputs.items():
+        if tensor is not None:
+            check_dtype(op, arg, tensor, (dtype,))
+            check_rank(op, arg, tensor, ranks)
+    for arg, tensor in [*((arg, given[0]) for arg, given in inputs.items()), ("out", out)]:
+        if tensor is not None:
+            check_device(op, arg, tensor, q.device, "q")
+    tokens, heads, dim = _check_heads(op, q, real)
+    batch, next_n = shape_of(q)[:2]
+    blocks, block_kv, heads_of_kv, columns_of_kv = shape_of(kv_cache)
+    if not any(block_kv == allowed for allowed in BLOCK_SIZES):
+        fail(op, "kv_cache", "block_kv", block_kv, one_of(BLOCK_SIZES))
+    expected = [blocks, block_kv, 1, dim + SCALE_BYTES]
+    check_shape(op, "kv_cache", kv_cache, "[blocks, block_kv, 1, D + 4]", expected)
+    if not blocks <= MAX_SIZE:
+        fail(op, "kv_cache", "blocks", blocks, f"at most {MAX_SIZE}")
+    if not blocks == 0:
+        block_stride, key_stride, _, inner_stride = strides_of(kv_cache)
+        if not (inner_stride == 1 and key_stride == columns_of_kv):
+            want = f"[any, {columns_of_kv}, any, 1]"
+            fail(op, "kv_cache", "strides", strides_of(kv_cache), want, "each block dense")
+        if not blocks == 1:
+            if not block_stride % TMA_ALIGNMENT_BYTES == 0:
+                fail(op, "kv_cache", "block stride", f"{block_stride} bytes", "a multiple of 16 bytes")
+            if not block_stride >= block_kv * columns_of_kv:
+                fail(op, "kv_cache", "block stride", block_stride, f"at least {block_kv * columns_of_kv}")
+        if real and kv_cache.data_ptr() % TMA_ALIGNMENT_BYTES != 0:
+            past = kv_cache.data_ptr() % TMA_ALIGNMENT_BYTES
+            fail(op, "kv_cache", "base address", f"{past} modulo {TMA_ALIGNMENT_BYTES} bytes", 0)
+    check_shape(op, "weights", weights, "[B * next_n, H]", [tokens, heads])
+    check_inner_stride(op, "weights", weights, None)
+    if context_lens.dim() == 1:
+        check_shape(op, "context_lens", context_lens, "[B]", [batch])
+    else:
+        check_shape(op, "context_lens", context_lens, "[B, next_n]", [batch, next_n])
+    rows, max_blocks = shape_of(block_table)
+    if indices is None and not rows == batch:
+        fail(op, "block_table", "rows", rows, batch, "the B of q")
+    if not (rows <= MAX_SIZE and max_blocks <= MAX_SIZE):
+        fail(op, "block_table", "shape", [rows, max_blocks], f"at most {MAX_SIZE} each")
+    entries, two = shape_of(schedule_metadata)
+    if not (entries >= 2 and entries <= 65536 and two == 2):
+        fail(op, "schedule_metadata", "shape", [entries, two], "[num_sms + 1, 2], num_sms from 1 to 65535")
+    _check_pairs(op, "schedule_metadata", schedule_metadata)
+    if indices is not None:
+        check_shape(op, "indices", indices, "[B]", [batch])
+        if not next_n == 1:
+            fail(op, "q", "next_n", next_n, 1, "with indices")
+    columns = _check_columns(op, "max_context_len", max_context_len)
+    _check_out(op, out, logits_dtype, "[B * next_n, max_context_len]", [tokens, columns])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def _scores(q: Tensor, keys: Tensor, sf: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[tokens, keys]`` of q ``[tokens, H, D]`` and keys ``[keys, D]``."""
+    products = torch.einsum("ihd,jd->ihj", q.to(torch.float32).to(dtype), keys.to(torch.float32).to(dtype))
+    return torch.einsum("ihj,ih->ij", (products * sf.to(dtype)).relu(), weights.to(dtype))
+
+
+def reference_mqa_logits(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    max_seqlen_k: int = 0,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What ``fp8_mqa_logits`` computes, and where.
+
+    Args:
+        exact: in float64 instead of float32.
+
+    Returns:
+        Logits ``[S, S_kv]`` or ``[S, max_seqlen_k]``, and the mask of those that lie in the ranges; the others are
+        -inf.
+    """
+    tokens, keys = q.shape[0], kv.shape[0]
+    dtype = torch.float64 if exact else torch.float32
+    start = start.long().clamp(0, keys)
+    length = (end.long().clamp(0, keys) - start).clamp(min=0)
+    columns = torch.arange(max_seqlen_k or keys, device=q.device)
+    first = start[:, None] if max_seqlen_k else torch.zeros_like(start)[:, None]
+    key = first + columns
+    inside = (key >= start[:, None]) & (key < (start + length)[:, None])
+    logits = torch.full(key.shape, -math.inf, dtype=dtype, device=q.device)
+    chunk = max(1, 2**24 // max(1, keys * q.shape[1]))  # tokens at once: the products take memory
+    for i in range(0, tokens if keys else 0, chunk):
+        rows = slice(i, i + chunk)
+        scores = _scores(q[rows], kv, kv_sf, weights[rows], dtype)
+        logits[rows] = scores.gather(1, key[rows].clamp(max=keys - 1)).where(inside[rows], -math.inf)
+    return logits, inside
+
+
+def reference_metadata(context_lens: Tensor, num_sms: int, indices: Tensor | None = None) -> Tensor:
+    """``get_paged_mqa_logits_metadata`` in plain loops."""
+    lens = context_lens.amax(1).tolist() if context_lens.dim() == 2 and context_lens.shape[1] else context_lens.tolist()
+    lens = [length if isinstance(length, int) else 0 for length in lens]
+    sequences = list(range(len(lens))) if indices is None else indices.tolist()
+    atoms: list[tuple[int, int]] = []  # (first row of context_lens, pieces of 64 keys)
+    i = 0
+    while i < len(lens):
+        last = i + 1
+        if indices is not None:
+            while last < len(lens) and last < i + ATOM_TOKENS and sequences[last] == sequences[i]:
+                last += 1
+        atoms.append((i, ceil_div(max(0, *lens[i:last]), TILE_KEYS)))
+        i = last
+    total = sum(tiles for _, tiles in atoms)
+    schedule = torch.tensor([[len(lens), 0]] * (num_sms + 1), dtype=torch.int32)
+    for sm in range(num_sms if total else 0):
+        tile = total * sm // num_sms
+        for first, tiles in atoms:
+            if tile < tiles:
+                schedule[sm] = torch.tensor([first, tile])
+                break
+            tile -= tiles
+    return schedule.to(context_lens.device)
+
+
+def reference_paged_mqa_logits(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    indices: Tensor | None = None,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What ``fp8_paged_mqa_logits`` computes, and where: logits ``[B * next_n, max_context_len]`` and the mask of those
+    that are written; the others are -inf."""
+    batch, next_n, heads, dim = q.shape
+    blocks, block_kv = kv_cache.shape[:2]
+    tokens = batch * next_n
+    max_blocks = block_table.shape[1] if blocks else 0
+    sequences = torch.arange(batch, device=q.device) if indices is None else indices.long()
+    sequences = sequences.repeat_interleave(next_n)
+    lens = context_lens.long()
+    if lens.dim() == 2:
+        lens = lens.reshape(-1)
+    else:
+        behind = torch.arange(next_n - 1, -1, -1, device=q.device).repeat(batch) if clean_logits else 0
+        lens = lens.clamp(min=0).repeat_interleave(next_n) - behind
+    lens = lens.clamp(0, min(max_context_len, max_blocks * block_kv))
+    lens = lens.where((sequences >= 0) & (sequences < block_table.shape[0]), 0)
+
+    inside = torch.arange(max_context_len, device=q.device) < lens[:, None]
+    dtype = torch.float64 if exact else torch.float32
+    logits = torch.full((tokens, max_context_len), -math.inf, dtype=dtype, device=q.device)
+    # One block of zeros more, for the entries that are not in the cache.
+    flat = torch.zeros(blocks + 1, block_kv * (dim + SCALE_BYTES), dtype=torch.uint8, device=q.device)
+    flat[:blocks].view(kv_cache.shape).copy_(kv_cache)
+    values = flat[:, : block_kv * dim].view(torch.float8_e4m3fn).view(-1, block_kv, dim)
+    scales = flat[:, block_kv * dim :].clone().view(torch.float32)
+    for token, (sequence, length) in enumerate(zip(sequences.tolist(), lens.tolist())):
+        if length == 0:
+            continue
+        entries = block_table[sequence, : ceil_div(length, block_kv)].long()
+        entries = entries.where((entries >= 0) & (entries < blocks), blocks)
+        keys = values.view(torch.uint8)[entries].view(torch.float8_e4m3fn).view(-1, dim)[:length]
+        query = q[token // next_n, token % next_n][None]
+        sf = scales[entries].view(-1)[:length]
+        logits[token, :length] = _scores(query, keys, sf, weights[token : token + 1], dtype)[0]
+    return logits, inside
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fake implementations
+
+
+def _columns(kv: Tensor, max_seqlen_k: int) -> int:
+    # Asking a symbolic value whether it is 0 would be a guard.
+    return kv.shape[0] if isinstance(max_seqlen_k, int) and max_seqlen_k == 0 else max_seqlen_k
+
+
+@_fake("fp8_mqa_logits")
+def _fake_dense(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
+    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=logits_dtype, out=None, real=False)
+    return q.new_empty((q.shape[0], _columns(kv, max_seqlen_k)), dtype=logits_dtype)
+
+
+@_fake("fp8_mqa_logits.out")
+def _fake_dense_out(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    out: Tensor,
+) -> None:
+    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
+    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=None, out=out, real=False)
+
+
+@_fake("get_paged_mqa_logits_metadata")
+def _fake_metadata(context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None) -> Tensor:
+    check_metadata(context_lens, block_kv, num_sms, indices, None)
+    return context_lens.new_empty((num_sms + 1, 2))
+
+
+@_fake("get_paged_mqa_logits_metadata.out")
+def _fake_metadata_out(
+    context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None, out: Tensor
+) -> None:
+    check_metadata(context_lens, block_kv, num_sms, indices, out)
+
+
+@_fake("fp8_paged_mqa_logits")
+def _fake_paged(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    indices: Tensor | None = None,
+) -> Tensor:
+    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
+    check_paged_mqa_logits(*inputs, logits_dtype=logits_dtype, indices=indices, out=None, real=False)
+    return q.new_empty((q.shape[0] * q.shape[1], max_context_len), dtype=logits_dtype)
+
+
+@_fake("fp8_paged_mqa_logits.out")
+def _fake_paged_out(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    indices: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
+    check_paged_mqa_logits(*inputs, logits_dtype=None, indices=indices, out=out, real=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CPU implementations
+
+
+def _write(out: Tensor, logits: Tensor, inside: Tensor, clean: bool) -> None:
+    """What is outside of the ranges becomes -inf or is left alone."""
+    out.copy_(logits if clean else logits.where(inside, out.to(logits.dtype)))
+
+
+@_cpu("fp8_mqa_logits")
+def _dense(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
+    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=logits_dtype, out=None, real=True)
+    return reference_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k)[0].to(logits_dtype)
+
+
+@_cpu("fp8_mqa_logits.out")
+def _dense_out(
+    q: Tensor,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    out: Tensor,
+) -> None:
+    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
+    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=None, out=out, real=True)
+    _write(out, *reference_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k), clean_logits)
+
+
+@_cpu("get_paged_mqa_logits_metadata")
+def _metadata(context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None) -> Tensor:
+    check_metadata(context_lens, block_kv, num_sms, indices, None)
+    return reference_metadata(context_lens, num_sms, indices)
+
+
+@_cpu("get_paged_mqa_logits_metadata.out")
+def _metadata_out(
+    context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None, out: Tensor
+) -> None:
+    check_metadata(context_lens, block_kv, num_sms, indices, out)
+    out.copy_(reference_metadata(context_lens, num_sms, indices))
+
+
+@_cpu("fp8_paged_mqa_logits")
+def _paged(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    indices: Tensor | None = None,
+) -> Tensor:
+    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
+    check_paged_mqa_logits(*inputs, logits_dtype=logits_dtype, indices=indices, out=None, real=True)
+    inputs = (q, kv_cache, weights, context_lens, block_table, max_context_len)
+    return reference_paged_mqa_logits(*inputs, clean_logits=clean_logits, indices=indices)[0].to(logits_dtype)
+
+
+@_cpu("fp8_paged_mqa_logits.out")
+def _paged_out(
+    q: Tensor,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    indices: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
+    check_paged_mqa_logits(*inputs, logits_dtype=None, indices=indices, out=out, real=True)
+    inputs = (q, kv_cache, weights, context_lens, block_table, max_context_len)
+    _write(out, *reference_paged_mqa_logits(*inputs, clean_logits=clean_logits, indices=indices), clean_logits)

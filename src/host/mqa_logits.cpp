@@ -1,0 +1,189 @@
+#include "mqa_logits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <utility>
+
+#include "../sm90/mqa_logits_dispatch.h"
+#include "../sm90/mqa_logits_instances.h"
+#include "../sm90/mqa_logits_traits.h"
+
+namespace deep_gemm {
+
+namespace {
+
+static_assert(sm90::first_invalid_mqa_row(sm90::kMqaRows, sm90::kNumMqaRows) == -1,
+              "src/sm90/mqa_logits_instances.h has a row that cannot be compiled: see invalid_reason() in "
+              "mqa_logits_traits.h");
+
+#if DG_WITH_SM90
+template <int... kShard>
+const void* find_kernel(int row, std::integer_sequence<int, kShard...>) {
+    static constexpr const void* (*kFind[])(int) = {&sm90::mqa_kernel_in_shard<kShard>...};
+    return kFind[row % DG_NUM_SHARDS](row);
+}
+
+const void* find_kernel(int row) { return find_kernel(row, std::make_integer_sequence<int, DG_NUM_SHARDS>()); }
+const void* metadata_kernel() { return sm90::mqa_metadata_kernel(); }
+#else
+const void* find_kernel(int) { return nullptr; }
+const void* metadata_kernel() { return nullptr; }
+#endif
+
+std::string kernel_name(int row) { return row_name(mqa_logits_rows()[row]); }
+std::string kernel_symbol(int row) { return "sm90_fp8_mqa_logitsILi" + std::to_string(row) + "E"; }
+std::string metadata_name(int) { return "sm90_mqa_logits_metadata"; }
+
+std::atomic<int> forced_row{-1};
+
+// Tokens that share a pass over the keys, where the cache is read.
+int64_t atom_tokens(const MqaLogitsProblem& problem) {
+    return problem.indices.data != nullptr ? std::min<int64_t>(kMqaAtomTokens, problem.num_tokens) : problem.next_n;
+}
+
+bool fits(const MqaRow& row, const MqaLogitsProblem& problem) {
+    return row.heads == problem.heads && row.head_dim == problem.head_dim && row.paged == problem.paged;
+}
+
+}  // namespace
+
+std::span<const MqaRow> mqa_logits_rows() {
+#if DG_WITH_SM90
+    return sm90::kMqaRows;
+#else
+    return {};
+#endif
+}
+
+MqaRowResources row_resources(const MqaRow& row) {
+    const sm90::MqaLayout layout{row};
+    return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
+}
+
+std::string row_name(const MqaRow& row) {
+    std::string name = row.paged ? "sm90_fp8_paged_mqa" : "sm90_fp8_mqa";
+    name += "_h" + std::to_string(row.heads) + "d" + std::to_string(row.head_dim) + "_n" + std::to_string(row.cols);
+    if (row.parts > 1) name += "x" + std::to_string(row.parts);
+    if (row.warpgroups != 2) name += "_" + std::to_string(row.warpgroups) + "wg";
+    return name;
+}
+
+int select_mqa_row(const MqaLogitsProblem& problem) {
+    const std::span<const MqaRow> rows = mqa_logits_rows();
+    int best = -1;
+    for (int i = 0; i < static_cast<int>(rows.size()); ++i) {
+        if (!fits(rows[i], problem)) continue;
+        if (!problem.paged) return i;
+        // The fewest columns that take all tokens at once, or else the most.
+        const auto enough = [&](const MqaRow& row) { return row.tile_tokens() >= atom_tokens(problem); };
+        const bool better = best < 0 || (enough(rows[best]) ? enough(rows[i]) && rows[i].tile_cols() < rows[best].tile_cols()
+                                                            : rows[i].tile_cols() > rows[best].tile_cols());
+        if (better) best = i;
+    }
+    return best;
+}
+
+int forced_mqa_row() { return forced_row; }
+void force_mqa_row(int row) { forced_row = row; }
+
+void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, bool pdl, Backend& backend) {
+    const std::span<const MqaRow> rows = mqa_logits_rows();
+    if (row_idx < 0) row_idx = select_mqa_row(problem);
+    if (row_idx < 0 || row_idx >= static_cast<int>(rows.size()) || !fits(rows[row_idx], problem)) {
+        throw std::runtime_error("mqa_logits: no compiled kernel, or not the one that was forced, takes " +
+                                 std::to_string(problem.heads) + " heads of " + std::to_string(problem.head_dim));
+    }
+    const MqaRow& row = rows[row_idx];
+    const EncodeTiledFunction encode = backend.encode_tiled();
+
+    MqaLogitsParams params = {};
+    const MatrixView q{problem.q, problem.num_tokens * problem.heads, problem.head_dim, problem.q_stride,
+                       CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    params.q_map = make_tensor_map(encode, q, row.tile_cols(), row.head_dim);
+    // Without keys, or blocks, the maps are of something that is there, and nobody loads through them.
+    const bool no_keys = problem.paged ? problem.num_blocks == 0 : problem.num_keys == 0;
+    if (no_keys) {
+        params.kv_map = params.kv_sf_map = params.q_map;
+    } else if (problem.paged) {
+        const int64_t scales = static_cast<int64_t>(problem.block_kv) * problem.head_dim;
+        // The stride of a single block is never used, but the tensor map wants a multiple of 16 bytes.
+        const int64_t stride = problem.num_blocks > 1 ? problem.cache_stride : scales + problem.block_kv * 4;
+        const MatrixView kv{problem.cache, problem.block_kv, problem.head_dim, problem.head_dim,
+                            CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, problem.num_blocks, stride};
+        const MatrixView kv_sf{static_cast<const uint8_t*>(problem.cache) + scales, problem.num_blocks, problem.block_kv,
+                               stride / 4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+        params.kv_map = make_tensor_map(encode, kv, problem.block_kv, row.head_dim);
+        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, problem.block_kv, false);
+    } else {
+        const MatrixView kv{problem.kv, problem.num_keys, problem.head_dim, problem.kv_stride,
+                            CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+        // A matrix of one row, whose stride is never used.
+        const MatrixView kv_sf{problem.kv_sf, 1, problem.num_keys, (problem.num_keys + 3) / 4 * 4,
+                               CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+        params.kv_map = make_tensor_map(encode, kv, kMqaTileKeys, row.head_dim);
+        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, kMqaTileKeys, false);
+    }
+    params.weights = problem.weights;
+    params.weights_stride = problem.weights_stride;
+    params.logits = problem.logits;
+    params.logits_stride = problem.logits_stride;
+    params.num_tokens = static_cast<int>(problem.num_tokens);
+    params.width = static_cast<int>(problem.width);
+    params.logits_is_float = problem.logits_type == DataType::kFloat32;
+    params.clean = problem.clean;
+    params.start = problem.start;
+    params.end = problem.end;
+    params.num_keys = static_cast<int>(problem.num_keys);
+    params.compressed = problem.compressed;
+    params.context_lens = problem.context_lens;
+    params.lens_per_token = problem.lens_per_token;
+    params.block_table = problem.block_table;
+    params.table_rows = static_cast<int>(problem.table_rows);
+    params.max_blocks = no_keys ? 0 : static_cast<int>(problem.max_blocks);
+    params.block_kv = problem.block_kv;
+    params.next_n = static_cast<int>(problem.next_n);
+    params.indices = problem.indices;
+    params.schedule = problem.schedule;
+
+    const MqaRowResources resources = row_resources(row);
+    KernelLaunch launch;
+    launch.kernel = find_kernel(row_idx);
+    launch.name = &kernel_name;
+    launch.symbol = &kernel_symbol;
+    launch.row = row_idx;
+    launch.grid = problem.paged ? static_cast<int>(problem.schedule_ctas) : num_sms;
+    launch.block = resources.num_threads;
+    launch.cluster = 1;
+    launch.shared_bytes = resources.shared_bytes;
+    launch.params = &params;
+    launch.params_bytes = sizeof(params);
+    launch.pdl = pdl;
+    backend.launch(launch);
+}
+
+void run_mqa_metadata(const MqaMetadataProblem& problem, bool pdl, Backend& backend) {
+    MqaMetadataParams params = {};
+    params.context_lens = problem.context_lens;
+    params.indices = problem.indices;
+    params.num_lens = static_cast<int>(problem.num_lens);
+    params.lens_per_atom = static_cast<int>(problem.lens_per_atom);
+    params.num_ctas = static_cast<int>(problem.num_ctas);
+    params.schedule = problem.schedule;
+
+    KernelLaunch launch;
+    launch.kernel = metadata_kernel();
+    launch.name = &metadata_name;
+    launch.symbol = &metadata_name;
+    launch.row = 0;
+    launch.grid = 1;
+    launch.block = sm90::kMqaMetadataThreads;
+    launch.cluster = 1;
+    launch.shared_bytes = 0;
+    launch.params = &params;
+    launch.params_bytes = sizeof(params);
+    launch.pdl = pdl;
+    backend.launch(launch);
+}
+
+}  // namespace deep_gemm

@@ -1,0 +1,187 @@
+#include "prenorm_gemm.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <tuple>
+
+#include "../sm90/prenorm_gemm_dispatch.h"
+#include "../sm90/prenorm_gemm_traits.h"
+#include "knobs.h"
+
+namespace deep_gemm {
+
+namespace {
+
+using sm90::kPrenormBlockK;
+using sm90::PrenormLayout;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Tiles {
+    PrenormLayout layout;
+    int64_t rows;  // of a tile
+    int64_t row_tiles;
+    int64_t col_tiles;
+
+    int64_t count() const { return row_tiles * col_tiles; }
+};
+
+// Tiles, and elements that are added up, are counted in 32 bits.
+constexpr int64_t kMaxCount = 1 << 30;
+
+// Microseconds of `num_tiles` tiles of `tile_bytes` each on a grid of at most one CTA per SM, by a model of an H200: 4 TB/s
+// for all SMs together, 40 GB/s for one. Neither has been measured with this kernel.
+double stream_us(int64_t num_tiles, double tile_bytes, int64_t num_sms) {
+    constexpr double kBytesPerUs = 4e6, kSmBytesPerUs = 4e4;
+    const int64_t full_waves = num_tiles / num_sms, rest = num_tiles % num_sms;
+    const auto wave_us = [&](int64_t count) {
+        return tile_bytes * std::max(static_cast<double>(count) / kBytesPerUs, (count > 0) / kSmBytesPerUs);
+    };
+    return static_cast<double>(full_waves) * wave_us(num_sms) + wave_us(rest);
+}
+
+Tiles make_tiles(int64_t m, int64_t n) {
+    Tiles tiles;
+    tiles.layout.col_groups = n > 32 ? 2 : 1;
+    // Of equal height, so that none is loaded half empty.
+    const int64_t fewest = ceil_div(m, sm90::prenorm_max_rows(tiles.layout.col_groups));
+    tiles.rows = ceil_div(ceil_div(m, fewest), 8) * 8;
+    tiles.row_tiles = ceil_div(m, tiles.rows);
+    tiles.col_tiles = std::max<int64_t>(1, ceil_div(n, tiles.layout.cols()));
+    tiles.layout.rows = 64;
+    while (tiles.layout.rows < tiles.rows) tiles.layout.rows *= 2;
+    return tiles;
+}
+
+// From one part to the next, in elements: D, then the sums of squares.
+int64_t part_stride(int64_t m, int64_t n) { return ceil_div(m * (n + 1), 4) * 4; }
+
+#if DG_WITH_SM90
+const void* product_kernel(const PrenormLayout& layout) {
+    return sm90::prenorm_gemm_kernel(layout.rows, layout.col_groups);
+}
+const void* reduce_kernel() { return sm90::prenorm_reduce_kernel(); }
+#else
+const void* product_kernel(const PrenormLayout&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+const void* reduce_kernel() { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+#endif
+
+// A number for each kernel that no row of the GEMM table has, for the launcher's notes about kernels.
+constexpr int kFirstRow = 240;
+
+int row_of(const PrenormLayout& layout) { return kFirstRow + layout.rows / 64 + 8 * (layout.col_groups - 1); }
+
+std::string kernel_name(int row) {
+    if (row == kFirstRow) return "sm90_prenorm_reduce";
+    const int rows = (row - kFirstRow) % 8 * 64, col_groups = (row - kFirstRow) / 8 + 1;
+    return "sm90_prenorm_gemmILi" + std::to_string(rows) + "ELi" + std::to_string(col_groups) + "E";
+}
+
+void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch) {
+    static std::mutex mutex;
+    static std::set<std::tuple<int64_t, int64_t, int64_t, int64_t>> printed;
+    std::lock_guard lock(mutex);
+    if (!printed.insert({problem.m, problem.n, problem.k, problem.num_splits}).second) return;
+    std::fprintf(stderr, "deep_gemm: M = %lld, N = %lld, K = %lld: %s, %lld parts of K, grid %d\n",
+                 static_cast<long long>(problem.m), static_cast<long long>(problem.n),
+                 static_cast<long long>(problem.k), kernel_name(launch.row).c_str(),
+                 static_cast<long long>(problem.num_splits), launch.grid);
+}
+
+}  // namespace
+
+int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
+    constexpr double kReduceUs = 3, kReduceBytesPerUs = 4e6;
+    const int64_t elements = m * (n + 1);
+    if (elements > kMaxCount) return 1;
+    const Tiles tiles = make_tiles(m, n);
+    const int64_t k_blocks = ceil_div(k, kPrenormBlockK);
+    const double block_bytes = kPrenormBlockK * (2.0 * static_cast<double>(tiles.rows) +
+                                                 4.0 * static_cast<double>(std::min<int64_t>(n, tiles.layout.cols())));
+    // Parts for more than one wave pay only where there are tiles for half of one already.
+    const int64_t waves = 2 * tiles.count() > num_sms ? 8 : 1;
+    const int64_t most = std::min(k_blocks, std::max<int64_t>(1, waves * num_sms / tiles.count()));
+    int64_t best = 1;
+    double best_us = std::numeric_limits<double>::infinity();
+    for (int64_t splits = 1; splits <= most; ++splits) {
+        const double tile_bytes = static_cast<double>(ceil_div(k_blocks, splits)) * block_bytes;
+        double us = stream_us(tiles.count() * splits, tile_bytes, num_sms);
+        if (splits > 1) us += kReduceUs + 8.0 * static_cast<double>(elements * splits) / kReduceBytesPerUs;
+        if (us < best_us) {
+            best = splits;
+            best_us = us;
+        }
+    }
+    return best;
+}
+
+size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
+    return num_splits > 1 ? static_cast<size_t>(num_splits * part_stride(m, n)) * sizeof(float) : 0;
+}
+
+void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, Backend& backend) {
+    const Tiles tiles = make_tiles(problem.m, problem.n);
+    if (tiles.count() > kMaxCount / problem.num_splits) {
+        throw std::runtime_error("tf32_hc_prenorm_gemm: more than 2^30 tiles");
+    }
+
+    PrenormGemmParams params = {};
+    params.b_box_rows = static_cast<int>(ceil_div(std::min<int64_t>(problem.n, tiles.layout.cols()), 8) * 8);
+    const MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    const MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+    params.a_map = make_tensor_map(backend.encode_tiled(), a, static_cast<int>(tiles.rows), kPrenormBlockK);
+    if (problem.n > 0) params.b_map = make_tensor_map(backend.encode_tiled(), b, params.b_box_rows, 32);
+    const int64_t stride = part_stride(problem.m, problem.n);
+    params.output = problem.output;
+    if (problem.workspace != nullptr) {
+        float* parts = static_cast<float*>(problem.workspace);
+        params.output = {parts, stride, problem.n, parts + problem.m * problem.n, stride};
+    }
+    params.m = static_cast<int>(problem.m);
+    params.n = static_cast<int>(problem.n);
+    params.num_k_blocks = static_cast<int>(ceil_div(problem.k, kPrenormBlockK));
+    params.num_splits = static_cast<int>(problem.num_splits);
+    params.num_tiles = static_cast<int>(tiles.count() * problem.num_splits);
+    params.num_row_tiles = static_cast<int>(tiles.row_tiles);
+    params.num_col_tiles = static_cast<int>(tiles.col_tiles);
+    params.tile_rows = static_cast<int>(tiles.rows);
+
+    KernelLaunch launch = {};
+    launch.kernel = product_kernel(tiles.layout);
+    launch.name = &kernel_name;
+    launch.symbol = &kernel_name;
+    launch.row = row_of(tiles.layout);
+    launch.grid = std::min(params.num_tiles, num_sms);
+    launch.block = tiles.layout.num_threads();
+    launch.cluster = 1;
+    launch.shared_bytes = tiles.layout.shared_bytes();
+    launch.params = &params;
+    launch.params_bytes = sizeof(params);
+    launch.pdl = pdl;
+    if (print_configs()) print_config(problem, launch);
+    backend.launch(launch);
+    if (problem.workspace == nullptr) return;
+
+    const int64_t elements = problem.m * (problem.n + 1);
+    PrenormReduceParams reduce = {};
+    reduce.parts = params.output.d;
+    reduce.part_stride = stride;
+    reduce.num_parts = params.num_splits;
+    reduce.m = params.m;
+    reduce.n = params.n;
+    reduce.output = problem.output;
+    launch.kernel = reduce_kernel();
+    launch.row = kFirstRow;
+    launch.grid = static_cast<int>(ceil_div(elements, sm90::kPrenormReduceElements));
+    launch.block = sm90::kPrenormReduceThreads;
+    launch.shared_bytes = 0;
+    launch.params = &reduce;
+    launch.params_bytes = sizeof(reduce);
+    backend.launch(launch);
+}
+
+}  // namespace deep_gemm

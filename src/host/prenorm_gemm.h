@@ -1,0 +1,35 @@
+// Runs the product of hyper-connections' pre-norm: D = A B^T and the sums of squares of A's rows, in one pass over A.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../device/prenorm_gemm_params.h"
+#include "launcher.h"
+
+namespace deep_gemm {
+
+// A BF16 [M, K], B FP32 [N, K], rows 16-byte aligned. M and K must be positive; N may be 0.
+struct PrenormGemmProblem {
+    int64_t m = 0;
+    int64_t n = 0;
+    int64_t k = 0;
+    const void* a = nullptr;
+    int64_t a_stride = 0;  // elements between rows
+    const void* b = nullptr;
+    int64_t b_stride = 0;
+    PrenormOutput output = {};
+    int64_t num_splits = 1;     // parts of K, counted in blocks of 64
+    void* workspace = nullptr;  // null: the parts are the result. Else they are added up there, 16-byte aligned
+};
+
+// How many parts of K make a problem fastest on `num_sms` SMs whose result is one sum.
+int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms);
+
+// Device memory that adding up so many parts needs; 0 for one.
+size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits);
+
+// Throws std::runtime_error where a launch fails or there are too many tiles.
+void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, Backend& backend);
+
+}  // namespace deep_gemm

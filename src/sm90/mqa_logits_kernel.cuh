@@ -1,0 +1,622 @@
+// Scores of the lightning indexer for Hopper:
+//
+//   logits[i, j] = sum_h relu(q[i, h] . kv[j] * kv_sf[j]) * weights[i, h],  begin(i) <= j < end(i),  FP8 q and kv
+//
+// Keys are the rows of the wgmma instruction, 64 to a warpgroup's tile; its columns are (token, head) pairs, so that a
+// token's heads are summed inside of a quad of threads. K is the whole head dimension: one tile is head_dim / 32
+// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs an
+// addition and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
+// Inf or NaN it multiplies each product instead, as the formula says.
+//
+// A CTA works on a run of groups (mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
+// registers, while tiles of keys pass. Tile n of the run belongs to consumer warpgroup n modulo their number. A warpgroup
+// issues the products of its next tile, which may belong to the next group, as soon as an accumulator has been summed, and
+// then reduces across the quad and stores.
+//
+// Warpgroup 0 produces: warp 0 issues the TMA loads, warp 1 walks the groups and stages weights and ranges, warps 2 and 3
+// set logits outside of the ranges to -inf. They write what the consumers do not, so nobody waits for them.
+//
+// barrier        arrivals                      guards
+// group_full[g]  1 (warp 1)                    query stage g says which group it is for, to warp 0
+// q_full[g]      2 (warps 0, 1), and the bytes queries, weights and ranges of the group are there
+// q_empty[g]     consumer warps                query stage g may be overwritten
+// kv_full[s]     1 (warp 0), and the bytes     keys and scales of stage s are there
+// kv_empty[s]    4 (warps of its warpgroup)    stage s may be overwritten
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <type_traits>
+
+#include "../device/pipeline.cuh"
+#include "../device/ptx_tma.cuh"
+#include "mqa_logits_instances.h"
+#include "mqa_logits_schedule.cuh"
+#include "mqa_logits_traits.h"
+#include "wgmma.cuh"
+
+namespace deep_gemm::sm90 {
+
+template <int kRowIndex>
+struct MqaTraits {
+    static constexpr MqaLayout kLayout{kMqaRows[kRowIndex]};
+};
+
+template <class Traits>
+struct alignas(1024) MqaStorage {
+    static constexpr MqaLayout kLayout = Traits::kLayout;
+    static constexpr int kStages = kLayout.num_stages();
+
+    uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
+    uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise
+    alignas(128) float kv_sf[kStages][kMqaTileKeys];
+    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];  // halved, see add_heads()
+    KeyRange ranges[kMqaQueryStages][kLayout.row.tile_tokens()];
+    MqaGroup groups[kMqaQueryStages];
+    DenseWorkStorage dense_work;
+    ptx::Barrier group_full[kMqaQueryStages];
+    ptx::Barrier q_full[kMqaQueryStages];
+    ptx::Barrier q_empty[kMqaQueryStages];
+    ptx::Barrier kv_full[kStages];
+    ptx::Barrier kv_empty[kStages];
+};
+
+// The low and high words of a descriptor of a K-major tile of 8-bit values whose rows are one swizzle span of kSpan bytes.
+template <int kSpan>
+struct SpanDescriptor {
+    static constexpr uint32_t kSwizzle = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3;
+    static constexpr uint32_t kHigh = kSwizzle << 30 | (8 * kSpan) >> 4 /* between groups of 8 rows */;
+
+    __device__ __forceinline__ static uint32_t low(const void* tile) { return 1u << 16 | ptx::smem_address(tile) >> 4; }
+
+    // `step`: of 32 values along K.
+    __device__ __forceinline__ static uint64_t at(uint32_t low, int step) {
+        return static_cast<uint64_t>(kHigh) << 32 | (low + step * (32 / 16));
+    }
+};
+
+template <class Traits>
+class MqaKernel {
+    static constexpr MqaLayout kLayout = Traits::kLayout;
+    static constexpr MqaRow kRow = kLayout.row;
+    static constexpr int kStages = kLayout.num_stages();
+    static constexpr int kWarpgroups = kRow.warpgroups;
+    static constexpr int kHeads = kRow.heads;
+    static constexpr int kHeadDim = kRow.head_dim;
+    static constexpr int kCols = kRow.cols;
+    static constexpr int kParts = kRow.parts;
+    static constexpr int kPartTokens = kRow.part_tokens();
+    static constexpr int kTokens = kRow.tile_tokens();
+    static constexpr int kSums = 2 * kPartTokens;                 // of a thread's columns: a token's, for each of two keys
+    static constexpr int kOutputs = kSums >= 4 ? kSums / 4 : 1;   // of a thread, once a quad's sums are added
+    static constexpr int kOutputTokens = (kOutputs + 1) / 2;
+    static constexpr float kMaxFactored = 0x1p64f;  // scales up to this may be taken out of the sum
+
+    using Storage = MqaStorage<Traits>;
+    using QueryState = PipelineState<kMqaQueryStages>;
+    static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
+
+public:
+    __device__ __forceinline__ static void run(const MqaLogitsParams& params, Storage& shared) {
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+        if (warp == 0 && ptx::elect_one()) {
+            ptx::prefetch_tensor_map(params.q_map);
+            ptx::prefetch_tensor_map(params.kv_map);
+            ptx::prefetch_tensor_map(params.kv_sf_map);
+            for (int i = 0; i < kMqaQueryStages; ++i) {
+                ptx::mbarrier_init(shared.group_full[i], 1);
+                ptx::mbarrier_init(shared.q_full[i], 2);
+                ptx::mbarrier_init(shared.q_empty[i], 4 * kWarpgroups);
+            }
+            for (int i = 0; i < kStages; ++i) {
+                ptx::mbarrier_init(shared.kv_full[i], 1);
+                ptx::mbarrier_init(shared.kv_empty[i], 4);
+            }
+            ptx::fence_mbarrier_init();
+        }
+        __syncthreads();
+        ptx::grid_dependency_launch();
+        ptx::grid_dependency_wait();
+        if constexpr (!kRow.paged) find_dense_work<kLayout.num_threads(), kTokens>(params, shared.dense_work);
+
+        if (warp < 4) {
+            shrink_registers<kLayout.producer_registers()>();
+            if (warp == 0) load_tiles(params, shared);
+            if (warp == 1) stage_groups(params, shared);
+            if (warp >= 2 && params.clean) clean(params, threadIdx.x - 64);
+        } else {
+            grow_registers<kLayout.consumer_registers()>();
+            consume(params, shared, warp / 4 - 1);
+        }
+    }
+
+private:
+    // ---- producer, warp 1 ----
+
+    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared) {
+        if constexpr (kRow.paged) {
+            PagedWalk<kTokens> walk(params);
+            stage_groups(params, shared, walk);
+        } else {
+            DenseWalk<kTokens> walk(params, shared.dense_work.work);
+            stage_groups(params, shared, walk);
+        }
+    }
+
+    template <class Walk>
+    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
+        constexpr int kLoads = kRow.tile_cols() / 32;
+        const int lane = threadIdx.x % 32;
+        QueryState state;
+        MqaGroup group = {};
+        KeyRange range;
+        bool more;
+        do {
+            more = walk.next(group, range);
+            float weights[kLoads];
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const int col = i * 32 + lane, token = col / kHeads;
+                weights[i] = 0;
+                if (more && token < group.num_tokens) {
+                    weights[i] = params.weights[(group.first_token + token) * params.weights_stride + col % kHeads];
+                }
+            }
+            if (!more) group.num_tiles = 0;
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
+            if (lane < kTokens) shared.ranges[s][lane] = range;
+            if (lane == 0) {
+                shared.groups[s] = group;
+                ptx::mbarrier_arrive(shared.group_full[s]);  // keys are loaded while the weights are on their way
+            }
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(shared.q_full[s]);
+            state.advance();
+        } while (more);
+    }
+
+    // ---- producer, warp 0 ----
+
+    __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int lane = threadIdx.x % 32;
+        QueryState q_state;
+        PipelineState<kStages> kv_state;
+        TableEntries entries;
+        if constexpr (kRow.paged) entries.load_first(params, lane);
+        while (true) {
+            const int g = q_state.stage_idx;
+            ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
+            const MqaGroup group = shared.groups[g];
+            if (lane == 0) {
+                if (group.num_tiles == 0) {
+                    ptx::mbarrier_arrive(shared.q_full[g]);
+                } else {
+                    ptx::mbarrier_arrive_expect_tx(shared.q_full[g], kLayout.q_bytes());
+                    ptx::tma_load_2d(params.q_map, shared.q_full[g], shared.q[g], 0, group.first_token * kHeads, kHint);
+                }
+            }
+            if (group.num_tiles == 0) return;
+            if constexpr (kRow.paged) {
+                load_paged(params, shared, group, entries, kv_state);
+            } else {
+                // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
+                // shuffles see to that.)
+                __syncwarp();
+#pragma unroll 1
+                for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
+                    if (lane == 0) {
+                        const int s = kv_state.stage_idx;
+                        const int key = group.first_key + i * kMqaTileKeys;
+                        ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
+                        ptx::mbarrier_arrive_expect_tx(shared.kv_full[s], kLayout.kv_bytes() + kLayout.scale_bytes());
+                        ptx::tma_load_2d(params.kv_map, shared.kv_full[s], shared.kv[s], 0, key, kHint);
+                        ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
+                    }
+                }
+            }
+            q_state.advance();
+        }
+    }
+
+    // A lane holds the block table's entry of one block, for 32 blocks at once.
+    struct TableEntries {
+        int row = -1;
+        int first = -1;  // block of lane 0
+        int block;
+
+        __device__ __forceinline__ void load(const MqaLogitsParams& params, int table_row, int first_block, int lane) {
+            row = table_row;
+            first = first_block;
+            const int column = min(first_block + lane, params.max_blocks - 1);
+            block = params.block_table.data[row * params.block_table.stride + column * params.block_table.inner_stride];
+        }
+
+        // Those that the CTA starts with, by its schedule: before the lengths are known, which take as long to read.
+        __device__ __forceinline__ void load_first(const MqaLogitsParams& params, int lane) {
+            const int index = params.schedule[2 * blockIdx.x], tile = params.schedule[2 * blockIdx.x + 1];
+            if (params.indices.data != nullptr || params.max_blocks == 0) return;
+            if (index < 0 || index >= params.table_rows || tile < 0 || tile >= params.max_blocks) return;
+            load(params, index, tile * (kMqaTileKeys / params.block_kv), lane);
+        }
+    };
+
+    // Asks for the next 32 entries before it uses these. TMA reads blocks outside of the cache as zeros, whatever the entry
+    // says.
+    __device__ __forceinline__ static void load_paged(const MqaLogitsParams& params, Storage& shared,
+                                                      const MqaGroup& group, TableEntries& entries,
+                                                      PipelineState<kStages>& state) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        const int lane = threadIdx.x % 32;
+        const int tile_blocks = kMqaTileKeys / params.block_kv;
+        const int block_bytes = params.block_kv * kHeadDim;
+        const int first = group.first_key / params.block_kv;
+        const int num_blocks = group.num_tiles * tile_blocks;
+        if (entries.row != group.table_row || entries.first != first) entries.load(params, group.table_row, first, lane);
+#pragma unroll 1
+        for (int i = 0; i < num_blocks; i += 32) {
+            const int blocks = entries.block;
+            if (i + 32 < num_blocks) entries.load(params, group.table_row, first + i + 32, lane);
+            const int count = min(32, num_blocks - i);
+#pragma unroll 1
+            for (int j = 0; j < count; j += tile_blocks, state.advance()) {
+                const int upper = __shfl_sync(kAllLanes, blocks, j);
+                const int lower = __shfl_sync(kAllLanes, blocks, j + tile_blocks - 1);
+                if (lane != 0) continue;
+                const int s = state.stage_idx;
+                ptx::Barrier& full = shared.kv_full[s];
+                ptx::mbarrier_wait(shared.kv_empty[s], state.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
+                ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
+                ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
+                if (tile_blocks == 2) {
+                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
+                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                }
+            }
+        }
+    }
+
+    // ---- producer, warps 2 and 3 ----
+
+    // Rows in pieces, over all CTAs.
+    __device__ __forceinline__ static void clean(const MqaLogitsParams& params, int thread) {
+        constexpr int kPiece = 8192;
+        const int pieces = (params.width + kPiece - 1) / kPiece;
+        const long long count = static_cast<long long>(params.num_tokens) * pieces;
+#pragma unroll 1
+        for (long long i = blockIdx.x; i < count; i += gridDim.x) {
+            const int token = static_cast<int>(i / pieces);
+            const int from = static_cast<int>(i - static_cast<long long>(token) * pieces) * kPiece;
+            const int to = min(params.width - from, kPiece) + from;
+            KeyRange range;
+            if constexpr (kRow.paged) {
+                range = paged_range(params, token);
+            } else {
+                range = dense_range(params, token);
+                if (params.compressed) range = {0, range.end - range.begin};
+            }
+            const long long row = token * params.logits_stride;
+            fill(params, row, from, min(to, range.begin), thread);
+            fill(params, row, max(from, range.end), to, thread);
+        }
+    }
+
+    // Columns [from, to) of a row, 64 threads.
+    __device__ __forceinline__ static void fill(const MqaLogitsParams& params, long long row, int from, int to, int thread) {
+        if (params.logits_is_float) {
+            fill_with(static_cast<uint32_t*>(params.logits) + row, from, to, 0xff800000u, thread);
+        } else {
+            fill_with(static_cast<uint16_t*>(params.logits) + row, from, to, 0xff80ff80u, thread);
+        }
+    }
+
+    // Element stores up to a multiple of 16 bytes and from the last one on.
+    template <class T>
+    __device__ __forceinline__ static void fill_with(T* row, int from, int to, uint32_t value, int thread) {
+        constexpr int kThreads = 64, kVector = 16 / sizeof(T);
+        const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + from) % 16 / sizeof(T));
+        const int head = min(from + (kVector - past) % kVector, to);
+        const int vectors = max(to - head, 0) / kVector;
+        if (from + thread < head) row[from + thread] = static_cast<T>(value);
+        auto* wide = reinterpret_cast<uint4*>(row + head);
+#pragma unroll 4
+        for (int i = thread; i < vectors; i += kThreads) wide[i] = make_uint4(value, value, value, value);
+        const int tail = head + vectors * kVector + thread;
+        if (tail < to) row[tail] = static_cast<T>(value);
+    }
+
+    // ---- consumers ----
+
+    // What the sums of a thread's keys, two of a tile, 8 apart, are multiplied by.
+    struct Scales {
+        float upper, lower;
+        bool factored;  // whether every scale of the warp may be taken out of the sum
+    };
+
+    // Where one of the thread's results goes: a row of logits, and the keys that it has.
+    struct Output {
+        char* row;       // address of key 0
+        int begin;
+        unsigned count;  // from `begin` on; 0 where another lane stores the same
+    };
+
+    // What a thread keeps of a group, for one accumulator.
+    struct Part {
+        float weights[kCols / 4];  // of the thread's columns, two of every eight
+        Output outputs[kOutputTokens];
+    };
+
+    // Scales are read before the tile's products are issued: behind them the read would wait until they are done.
+    __device__ __forceinline__ static void read_scales(const Storage& shared, int stage, int row, Scales& scales) {
+        scales.upper = shared.kv_sf[stage][row];
+        scales.lower = shared.kv_sf[stage][row + 8];
+    }
+
+    __device__ __forceinline__ static void classify(Scales& scales) {
+        // Comparisons with a NaN are false.
+        const bool usual = scales.upper >= 0 && scales.upper <= kMaxFactored && scales.lower >= 0 &&
+                           scales.lower <= kMaxFactored;
+        scales.factored = __all_sync(kAllLanes, usual);
+        if (!scales.factored) scales.upper = scales.lower = 2;  // see scaled_relu
+    }
+
+    // relu(x s) / 2, for scales that cannot be taken out: halved so that add_heads cannot make it infinite.
+    __device__ __forceinline__ static float scaled_relu(float x, float scale) {
+        float result;
+        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x * scale));  // unlike fmaxf it keeps a NaN
+        return result * 0.5f;
+    }
+
+    __device__ __forceinline__ static void read_weights(const Storage& shared, int q_stage, int index, int lane,
+                                                        Part& part) {
+        const auto* weights = reinterpret_cast<const float2*>(shared.weights[q_stage] + index * kCols) + lane % 4;
+#pragma unroll
+        for (int j = 0; j < kCols / 8; ++j) {
+            const float2 pair = weights[4 * j];
+            part.weights[2 * j] = pair.x;
+            part.weights[2 * j + 1] = pair.y;
+        }
+    }
+
+    __device__ __forceinline__ static void read_outputs(const MqaLogitsParams& params, const Storage& shared, int q_stage,
+                                                        int index, int lane, Part& part) {
+        const int bytes = params.logits_is_float ? 4 : 2;
+#pragma unroll
+        for (int i = 0; i < kOutputTokens; ++i) {
+            const int sum = kSums >= 4 ? lane % 4 * kOutputs + 2 * i : lane % 4 / 2;  // see store()
+            const int token = index * kPartTokens + sum / 2;
+            const KeyRange range = shared.ranges[q_stage][token];
+            const long long row = (shared.groups[q_stage].first_token + token) * params.logits_stride;
+            Output& output = part.outputs[i];
+            output.row = static_cast<char*>(params.logits) + (row - (params.compressed ? range.begin : 0)) * bytes;
+            output.begin = range.begin;
+            output.count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
+        }
+    }
+
+    __device__ __forceinline__ static void multiply(const Storage& shared, int stage, int q_stage, int part,
+                                                    float (&accumulator)[kCols / 2]) {
+        using Operand = SpanDescriptor<kHeadDim>;
+        const uint32_t rows = Operand::low(shared.kv[0]) + stage * (kLayout.kv_bytes() / 16);
+        const uint32_t cols = Operand::low(shared.q[0]) + q_stage * (kLayout.q_bytes() / 16) + part * (kCols * kHeadDim / 16);
+        pin_registers(accumulator);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 32; ++step) {
+            wgmma<kCols>(Operand::at(rows, step), Operand::at(cols, step), accumulator, step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
+    // lower. x + |x| is 2 relu(x), and the weights are halved: an addition and an FMA go to the same pipe, which is twice as
+    // wide as that of maxima.
+    __device__ __forceinline__ static void add_heads(const float* raw_scales, const Scales& scales, const Part& part,
+                                                     float (&accumulator)[kCols / 2], float (&sums)[kSums]) {
+        pin_registers(accumulator);
+        if (!scales.factored) {
+            const float upper = raw_scales[0], lower = raw_scales[8];
+#pragma unroll
+            for (int i = 0; i < kCols / 2; ++i) {
+                accumulator[i] = scaled_relu(accumulator[i], i / 2 % 2 == 0 ? upper : lower);
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < kPartTokens; ++t) {
+            float upper = 0, lower = 0;
+#pragma unroll
+            for (int i = 0; i < kHeads / 8; ++i) {
+                const int j = t * (kHeads / 8) + i;
+                const float* x = accumulator + 4 * j;
+                upper = fmaf(x[0] + fabsf(x[0]), part.weights[2 * j], upper);
+                lower = fmaf(x[2] + fabsf(x[2]), part.weights[2 * j], lower);
+                upper = fmaf(x[1] + fabsf(x[1]), part.weights[2 * j + 1], upper);
+                lower = fmaf(x[3] + fabsf(x[3]), part.weights[2 * j + 1], lower);
+            }
+            sums[2 * t] = upper * scales.upper;
+            sums[2 * t + 1] = lower * scales.lower;
+        }
+    }
+
+    // Adds lane pairs `kLane` apart. Each lane keeps half of the sums, the upper half where its bit is set; of one sum both
+    // keep it.
+    template <int kLane, int kCount>
+    __device__ __forceinline__ static void add_lanes(int lane, const float* in, float* out) {
+        if constexpr (kCount == 1) {
+            out[0] = in[0] + __shfl_xor_sync(kAllLanes, in[0], kLane);
+        } else {
+            const bool upper = lane & kLane;
+#pragma unroll
+            for (int i = 0; i < kCount / 2; ++i) {
+                const float keep = upper ? in[kCount / 2 + i] : in[i];
+                const float send = upper ? in[i] : in[kCount / 2 + i];
+                out[i] = keep + __shfl_xor_sync(kAllLanes, send, kLane);
+            }
+        }
+    }
+
+    // Adds the sums of a quad and stores: lane q of it ends up with the q-th quarter of the sums, with a half of one token's
+    // where there are two. A warp writes 8 consecutive keys of a token at once. `key`: the upper one of this thread, or the
+    // only one that it is left with. `bytes`: of a logit.
+    __device__ __forceinline__ static void store(int bytes, int key, int lane, const Part& part,
+                                                 const float (&sums)[kSums]) {
+        float half[kSums / 2];
+        float values[kOutputs];
+        add_lanes<2, kSums>(lane, sums, half);
+        add_lanes<1, kSums / 2>(lane, half, values);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            const Output& output = part.outputs[i / 2];
+            const int at = key + i % 2 * 8;
+            if (static_cast<unsigned>(at - output.begin) < output.count) {
+                char* address = output.row + static_cast<uint64_t>(static_cast<unsigned>(at)) * static_cast<unsigned>(bytes);
+                if (bytes == 4) {
+                    *reinterpret_cast<float*>(address) = values[i];
+                } else {
+                    *reinterpret_cast<__nv_bfloat16*>(address) = __float2bfloat16_rn(values[i]);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+    }
+
+    // A number that all lanes share, known to be shared: in a uniform register, as descriptors are.
+    __device__ __forceinline__ static int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
+
+    // The stage of this warpgroup's next tile.
+    struct Position {
+        int stage;
+        uint32_t phase;
+
+        __device__ __forceinline__ Position next() const {
+            const int further = stage + kWarpgroups;
+            return further >= kStages ? Position{further - kStages, phase ^ 1} : Position{further, phase};
+        }
+    };
+
+    __device__ __forceinline__ static void consume(const MqaLogitsParams& params, Storage& shared, int warpgroup) {
+        constexpr int kKeyStep = kWarpgroups * kMqaTileKeys;  // between the tiles of a warpgroup
+        const int lane = threadIdx.x % 32;
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32 % 4);
+        const int row = warp * 16 + lane / 4;  // of a tile: the thread's upper key
+        const int bytes = params.logits_is_float ? 4 : 2;
+        const int lower = kOutputs > 1 ? 0 : kSums == 4 ? lane % 2 : lane / 2 % 2;  // which of two keys it is left with
+        float accumulators[kParts][kCols / 2];
+        Part parts[kParts];
+        Scales scales;
+        QueryState q_state;
+        Position position = {uniform(warpgroup), 0};
+        int in_group = position.stage;  // the warpgroup's next tile, counted from the group's first
+        int key;                   // of the thread, in the tile at `position`
+
+        // One tile, whose first products are on their way, and nothing else: the assembler takes no more than that around
+        // a loop. Issues those of the next tile, in query stage `next_q`.
+        const auto step = [&](auto is_new_group, int next_q) {
+            constexpr bool kNewGroup = decltype(is_new_group)::value;
+            const Position next = position.next();
+            Scales next_scales;
+            float sums[kSums];
+            wgmma_wait<0>();
+            pin_registers(accumulators[0]);
+            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
+            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
+            ptx::mbarrier_wait(shared.kv_full[next.stage], next.phase);
+            read_scales(shared, next.stage, row, next_scales);
+            if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
+            multiply(shared, next.stage, next_q, 0, accumulators[0]);
+            if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
+            store(bytes, key, lane, parts[0], sums);
+            if constexpr (kNewGroup) read_outputs(params, shared, next_q, 0, lane, parts[0]);
+            if constexpr (kParts == 2) {
+                wgmma_wait<1>();
+                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
+                release(shared.kv_empty[position.stage], lane);
+                if constexpr (kNewGroup) read_weights(shared, next_q, 1, lane, parts[1]);
+                store(bytes, key, lane, parts[1], sums);
+                if constexpr (kNewGroup) read_outputs(params, shared, next_q, 1, lane, parts[1]);
+            }
+            classify(next_scales);
+            scales = next_scales;
+            position = next;
+        };
+
+        while (true) {
+            ptx::mbarrier_wait(shared.q_full[q_state.stage_idx], q_state.phase);
+            int num_tiles = uniform(shared.groups[q_state.stage_idx].num_tiles);
+            if (num_tiles == 0) return;
+            if (in_group >= num_tiles) {
+                in_group -= num_tiles;
+                release(shared.q_empty[q_state.stage_idx], lane);
+                q_state.advance();
+                continue;
+            }
+            key = shared.groups[q_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
+            ptx::mbarrier_wait(shared.kv_full[position.stage], position.phase);
+            read_scales(shared, position.stage, row, scales);
+#pragma unroll
+            for (int p = 0; p < kParts; ++p) {
+                read_weights(shared, q_state.stage_idx, p, lane, parts[p]);
+                read_outputs(params, shared, q_state.stage_idx, p, lane, parts[p]);
+            }
+            classify(scales);
+            multiply(shared, position.stage, q_state.stage_idx, 0, accumulators[0]);
+
+            while (true) {
+#pragma unroll 1
+                for (; in_group + kWarpgroups < num_tiles; in_group += kWarpgroups, key += kKeyStep) {
+                    step(std::false_type(), q_state.stage_idx);
+                }
+                in_group += kWarpgroups - num_tiles;
+                QueryState next_state = q_state;
+                next_state.advance();
+                ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
+                num_tiles = uniform(shared.groups[next_state.stage_idx].num_tiles);
+                // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
+                if (in_group >= num_tiles) break;
+                const int next_key =
+                    shared.groups[next_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
+                step(std::true_type(), next_state.stage_idx);
+                key = next_key;
+                release(shared.q_empty[q_state.stage_idx], lane);
+                q_state = next_state;
+            }
+
+            float sums[kSums];
+            wgmma_wait<0>();
+            pin_registers(accumulators[0]);
+            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
+            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
+            store(bytes, key, lane, parts[0], sums);
+            if constexpr (kParts == 2) {
+                wgmma_wait<0>();
+                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
+                store(bytes, key, lane, parts[1], sums);
+            }
+            release(shared.kv_empty[position.stage], lane);
+            position = position.next();
+            release(shared.q_empty[q_state.stage_idx], lane);
+            q_state.advance();
+        }
+    }
+};
+
+// One kernel per row of the table; the row's index is the whole template argument.
+template <int kRowIndex>
+__global__ void __launch_bounds__(MqaTraits<kRowIndex>::kLayout.num_threads(), 1)
+    sm90_fp8_mqa_logits(const __grid_constant__ MqaLogitsParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    using Traits = MqaTraits<kRowIndex>;
+    MqaKernel<Traits>::run(params, *reinterpret_cast<MqaStorage<Traits>*>(shared_memory));
+#endif
+}
+
+}  // namespace deep_gemm::sm90

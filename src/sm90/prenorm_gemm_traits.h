@@ -1,0 +1,29 @@
+// Tile sizes and shared memory of tf32_hc_prenorm_gemm: plain C++, so that host and device cannot disagree.
+#pragma once
+
+namespace deep_gemm::sm90 {
+
+inline constexpr int kPrenormBlockK = 64;  // 128 bytes of A, twice 128 bytes of B
+inline constexpr int kPrenormReduceThreads = 256;
+inline constexpr int kPrenormReduceElements = 128;  // of a CTA
+
+struct PrenormLayout {
+    int rows;        // of A, the N of the instruction
+    int col_groups;  // of 32 columns of D (rows of B), a warpgroup for each
+
+    constexpr int cols() const { return 32 * col_groups; }
+    constexpr int a_bytes() const { return rows * kPrenormBlockK * 2; }
+    constexpr int b_bytes() const { return cols() * kPrenormBlockK * 4; }
+    constexpr int num_threads() const { return 128 * (2 + col_groups); }
+    constexpr int num_stages() const {
+        constexpr int kShared = 227 * 1024, kBarriers = 1024, kMaxStages = 16;
+        const int fit = (kShared - kBarriers) / (a_bytes() + b_bytes());
+        return fit < kMaxStages ? fit : kMaxStages;
+    }
+    constexpr int shared_bytes() const { return num_stages() * (a_bytes() + b_bytes()) + 1024; }
+};
+
+// Rows of the tallest kernel: with two column groups a thread has half the registers for accumulators.
+constexpr int prenorm_max_rows(int col_groups) { return col_groups == 1 ? 256 : 128; }
+
+}  // namespace deep_gemm::sm90

@@ -1,0 +1,202 @@
+"""The kernels of tf32_hc_prenorm_gemm on the PTX emulator, through the host code that a GPU launch takes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deep_gemm_ops import _capi, inspect
+
+import ptx_emulator
+from common import assert_close, ceil_div, generator, same_bits
+from gemm_emulation import units
+from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm, special_products
+from ptx_emulator import mutate
+
+SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that threads which wait for one another cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def launches(case: PrenormCase, **options: int) -> list[tuple[str, ptx_emulator.Stats]]:
+    a, b = case.operands()
+    lead = () if case.num_splits is None else (case.num_splits,)
+    d, sqr_sum = torch.empty(*lead, case.m, case.n), torch.empty(*lead, case.m)
+    return run_prenorm(a, b, d, sqr_sum, num_splits=case.num_splits, num_sms=case.num_sms, **options)
+
+
+# One for each kernel, by rows of a (up to 64, 128, 256) and of b (up to 32, 64).
+KERNELS = [(60, 24), (121, 32), (249, 9), (33, 40), (127, 64)]
+
+
+@pytest.mark.parametrize(("m", "n"), KERNELS)
+@pytest.mark.parametrize("data", ["normal", "integer", "split", "special"])
+def test_every_kernel(m: int, n: int, data: str) -> None:
+    """One tile and a ragged end of K, split internally, into parts, and not at all."""
+    for num_splits, num_sms in [(None, 3), (2, 1), (None, 1)]:
+        PrenormCase(m, n, 200, num_splits, data, num_sms).run()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PrenormCase(1, 1, 1),
+        PrenormCase(13, 24, 8),
+        PrenormCase(13, 24, 2050),  # more parts than warps of the reduction
+        PrenormCase(257, 24, 72, num_sms=4),  # two tiles of 136 rows, the second ends inside
+        PrenormCase(520, 3, 130),  # three tiles of 176 rows
+        PrenormCase(256, 32, 64 * 9, num_splits=1),  # more blocks of K than stages
+        PrenormCase(40, 8, 64 * 18, num_splits=1),
+        PrenormCase(64, 64, 64 * 16, num_splits=1),
+        PrenormCase(20, 16, 130, num_splits=7),  # parts without a block of K
+        PrenormCase(9, 65, 130),  # three column tiles of one, and of two warpgroups
+        PrenormCase(130, 150, 72, num_splits=2),
+        PrenormCase(9, 0, 100),  # the sums of squares alone
+        PrenormCase(300, 0, 100, num_splits=2),
+        PrenormCase(2, 5, 64 * 40, num_sms=132),
+    ],
+    ids=lambda case: f"{case.m}-{case.n}-{case.k}-{case.num_splits}",
+)
+def test_shapes(case: PrenormCase) -> None:
+    case.run()
+
+
+def test_nan_and_infinity() -> None:
+    for a, b, expected in special_products("cpu"):
+        results = torch.empty(len(a), len(b)), torch.empty(len(a))
+        run_prenorm(a, b, *results)
+        for result, want in zip(results, expected):
+            assert_close(result, want, tol=2e-5, tile=(1, 1))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_problems(seed: int) -> None:
+    random = generator(seed)
+
+    def pick(*choices: object) -> object:
+        return choices[int(torch.randint(len(choices), (1,), generator=random))]
+
+    def up_to(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=random))
+
+    for _ in range(4):
+        PrenormCase(
+            m=up_to(pick(16, 130, 300)),
+            n=up_to(pick(8, 32, 70)),
+            k=up_to(pick(64, 500, 1500)),
+            num_splits=pick(None, None, 1, up_to(9)),
+            data=pick("normal", "integer", "special"),
+            num_sms=pick(1, 3, 20),
+            seed=seed,
+        ).run()
+
+
+def test_same_bits_in_every_order() -> None:
+    """Neither the order of warps and copies nor the number of parts in flight changes a result."""
+    case = PrenormCase(70, 24, 1000, num_sms=5)
+    first = case.run()
+    for seed in range(1, 1 + SEEDS):
+        again = PrenormCase(70, 24, 1000, num_sms=5, seed=seed).run()
+        assert all(same_bits(x, y) for x, y in zip(first, again))
+
+
+def test_nothing_is_read_twice() -> None:
+    """Bytes of a and b that the copies fetch: a once, b once a tile, and of neither more than whole rows of 8."""
+    case = PrenormCase(8 * 60, 24, 64 * 12, num_sms=8)
+    (name, stats), (reduction, _) = launches(case, counters=True)
+    assert (name, reduction) == ("sm90_prenorm_gemmILi256ELi1E", "sm90_prenorm_reduce")
+    tiles = 2
+    assert stats.counters["total"]["bulk_load_bytes"] == case.k * (2 * case.m + tiles * 4 * case.n)
+
+
+def test_no_bank_conflicts() -> None:
+    """Neither where b is split into BF16 values nor where squares are summed."""
+    for m, n in KERNELS:
+        for _, stats in launches(PrenormCase(m, n, 256, num_sms=2), counters=True):
+            total = stats.counters["total"]
+            assert not any(value for name, value in total.items() if name.endswith("_conflicts")), (m, n)
+
+
+def test_the_device_is_filled() -> None:
+    """Tiles of 256 rows times parts of K: few rows are spread over the SMs by K, many rows are not split."""
+    k = 28672
+    for m in (1, 13, 64, 300, 1000, 4096, 5000, 8192, 16384):
+        tiles = ceil_div(m, 256) * prenorm_splits(m, 24, k, 132)
+        assert 100 <= tiles <= 132, (m, tiles)
+    assert prenorm_splits(132 * 256, 24, k, 132) == 1
+    assert prenorm_splits(13, 24, 64, 132) == 1
+    assert prenorm_splits(2**30, 24, 64, 132) == 1
+
+
+def test_no_more_sms_than_allowed() -> None:
+    """One CTA walks all tiles of three kinds, its ring going on from tile to tile."""
+    for seed in range(SEEDS):
+        PrenormCase(300, 70, 200, num_splits=3, num_sms=1, seed=seed).run()
+
+
+def test_sass() -> None:
+    """A block of K is four instructions and one wait for them, and no kernel uses local memory."""
+    library = Path(_capi.library()._name)
+    for rows, col_groups in [(64, 1), (128, 1), (256, 1), (64, 2), (128, 2)]:
+        resources = inspect.kernel_resources(library, f"sm90_prenorm_gemmILi{rows}ELi{col_groups}E")
+        assert (resources["stack"], resources["local"]) == (0, 0)
+        sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
+        counts = [sass.count(name) for name in ("HGMMA.64x", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "LDL", "STL")]
+        assert counts == [4, 1, 1, 0, 0], (rows, col_groups)
+
+
+def product_unit(entry: str) -> str:
+    ((text, name),) = [(text, e) for text, module in units("prenorm") for e in module.entries if entry in e]
+    return mutate.extract(text, name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "n"),
+    [(64, 50, 24), (128, 100, 70), (256, 300, 17)],
+)
+def test_missing_synchronisation_is_reported(rows: int, m: int, n: int) -> None:
+    """Each wait, arrive, fence and barrier of the product's kernel, left out or wrong."""
+    text = product_unit(f"sm90_prenorm_gemmILi{rows}ELi{1 if n <= 32 else 2}E")
+    # Where a tile has all of its rows, there are none to clear, and no fence for that.
+    cases = [PrenormCase(m, n, 64 * 18 - 8, 1, "integer", 1), PrenormCase(rows, n, 200, 2, "integer", 1)]
+
+    def run(ptx: str) -> None:
+        module = ptx_emulator.Module(ptx)
+        for case in cases:
+            case.run(module, budget=20_000_000, check_exit=1)
+
+    run(text)  # the kernel itself is right
+    silent = [
+        f"{found}: {mutant}"
+        for mutant, found in mutate.survey(mutate.mutants(text), run)
+        if found in ("not reached", "unnoticed") and not reason_harmless(text, mutant)
+    ]
+    assert not silent, "\n".join(silent)
+
+
+def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
+    """Why a kernel works without this statement, empty where it would not."""
+    lines = ptx.splitlines()
+    before = lines[: mutant.line - 1]
+    if mutant.kind == "warp barrier":
+        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
+        if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
+            return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    return ""
