@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <span>
 #include <stdexcept>
@@ -108,13 +109,16 @@ inline void check_size(std::string_view op, const char* arg, const char* dimensi
 
 template <class X>
 void check_shape(std::string_view op, const char* arg, const X& x, const char* names,
-                 std::initializer_list<int64_t> expected) {
+                 std::span<const int64_t> expected) {
     const auto sizes = x.sizes();
-    bool equal = sizes.size() == expected.size();
-    for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == expected.begin()[i];
-    if (equal) return;
-    fail(op, arg, "shape", text(std::span(sizes.data(), sizes.size())),
-         std::string(names) + " = " + text(std::span(expected.begin(), expected.size())));
+    if (std::ranges::equal(std::span(sizes.data(), sizes.size()), expected)) return;
+    fail(op, arg, "shape", text(std::span(sizes.data(), sizes.size())), std::string(names) + " = " + text(expected));
+}
+
+template <class X>
+void check_shape(std::string_view op, const char* arg, const X& x, const char* names,
+                 std::initializer_list<int64_t> expected) {
+    check_shape(op, arg, x, names, std::span(expected.begin(), expected.size()));
 }
 
 template <class X>

@@ -24,7 +24,7 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& shape) {
 void check_output(const char* arg, const Tensor& x, const std::string& names, const std::vector<int64_t>& shape,
                   bool has_rows) {
     check_dtype(kOp, arg, x, {ScalarType::Float});
-    check_shape(kOp, arg, x, names, shape);
+    check_shape(kOp, arg, x, names.c_str(), std::span(shape));
     if (x.numel() == 0) return;
     const int64_t inner = x.dim() - 1;
     if (x.size(inner) > 1 && x.stride(inner) != 1) fail(kOp, arg, "inner stride", x.stride(inner), int64_t{1});

@@ -271,6 +271,12 @@ private:
     __device__ __forceinline__ static float to_float(float value) { return value; }
     __device__ __forceinline__ static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+    // BF16 products have no totals beside the accumulators.
+    __device__ __forceinline__ static float for_vector(const GemmParams& params, float value) {
+        if constexpr (kLayout.is_bf16()) return value;
+        return in_another_register(value, params.zero);
+    }
+
     template <class Element>
     struct alignas(2 * sizeof(Element)) Pair {
         Element x, y;
@@ -325,8 +331,8 @@ private:
             } else {
                 if (row >= end_of_rows(params, work)) return;
                 Element* destination = d + row * params.d_stride + d_col(params, col);
-                const Pair<Element> pair{static_cast<Element>(in_another_register(values[i], params.zero)),
-                                         static_cast<Element>(in_another_register(values[i + 1], params.zero))};
+                const Pair<Element> pair{static_cast<Element>(for_vector(params, values[i])),
+                                         static_cast<Element>(for_vector(params, values[i + 1]))};
                 if (params.d_pairs && col + 1 < params.n) {
                     *reinterpret_cast<Pair<Element>*>(destination) = pair;
                 } else {
