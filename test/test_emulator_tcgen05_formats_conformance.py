@@ -16,10 +16,10 @@ SFA, SFB = 256, 264  # columns of tensor memory; the accumulator starts at colum
 def kernel(image, columns, mma, ctas, steps, *, scale_at=None, scale_columns=(0, 0), by_copy=True, spoiled=None):
     """Image to shared memory, scale factors to tensor memory, then `steps` of one thread, then D to `out`.
 
-    A step is the increment of both descriptors (or of each) and its instruction descriptor. Scale factors lie at scale_at: per four
-    columns 32 rows of 16 bytes, first those of A. They get to tensor memory by tcgen05.cp 32x128b.warpx4 or tcgen05.st
-    of every warp to its quarter, both of which repeat them in all four quarters; the last quarter's copy of the first
-    column is exclusive-ored with `spoiled`.
+    A step is the increment of both descriptors (or of each) and its instruction descriptor. Scale factors lie at
+    scale_at: per four columns 32 rows of 16 bytes, first those of A. They get to tensor memory by tcgen05.cp
+    32x128b.warpx4 or tcgen05.st of every warp to its quarter, both of which repeat them in all four quarters; the last
+    quarter's copy of the first column is exclusive-ored with `spoiled`.
     """
     group = f"cta_group::{ctas}"
     commit = f"tcgen05.commit.{group}.mbarrier::arrive::one.shared::cluster"
