@@ -150,6 +150,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 }  // namespace
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
+    if (problem.a_is_fp4 || problem.b_is_fp4) return "FP8 or BF16 operands";
     if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
