@@ -32,6 +32,8 @@ from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
 FP8_OPERANDS, BF16_OPERANDS = 0, 1
+# What the names of an architecture's kernels have in common.
+KERNELS = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
 
@@ -41,7 +43,7 @@ BUDGET = 500_000_000
 
 @functools.cache
 def units(part: str = "sm90_gemm") -> list[tuple[str, ptx_emulator.Module]]:
-    """The PTX for sm_90a in the library, a module for each unit that has ``part`` in its kernels' names.
+    """The library's PTX, a module for each unit that has ``part`` in its kernels' names.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -49,7 +51,14 @@ def units(part: str = "sm90_gemm") -> list[tuple[str, ptx_emulator.Module]]:
         text = Path(override).read_text()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            command = [find_tool("cuobjdump"), "-arch", "sm_90a", "-xptx", "all", _capi.library()._name]
+            command = [
+                find_tool("cuobjdump"),
+                "-arch",
+                "sm_100a" if part.startswith("sm100") else "sm_90a",
+                "-xptx",
+                "all",
+                _capi.library()._name,
+            ]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
@@ -57,22 +66,23 @@ def units(part: str = "sm90_gemm") -> list[tuple[str, ptx_emulator.Module]]:
     return [(unit, ptx_emulator.Module(unit)) for unit in texts if part in unit]
 
 
-def entries() -> list[str]:
-    """Mangled names of all GEMM kernels in the library."""
-    return [entry for _, module in units() for entry in module.entries]
+def entries(arch: str = "sm_90a") -> list[str]:
+    """Mangled names of all GEMM kernels in the library for an architecture."""
+    return [entry for _, module in units(KERNELS[arch]) for entry in module.entries]
 
 
 @functools.cache
 def _find(kernel: str) -> tuple[str, ptx_emulator.Module, str]:
-    found = [(text, module, entry) for text, module in units() for entry in module.entries if kernel in entry]
+    part = next((part for part in KERNELS.values() if part in kernel), "sm90_gemm")
+    found = [(text, module, entry) for text, module in units(part) for entry in module.entries if kernel in entry]
     if len(found) != 1:
         raise KeyError(f"the library has {len(found)} kernels with {kernel!r} in their names")
     return found[0]
 
 
-def row_ptx(row: int) -> tuple[str, str]:
-    """A module with a row's kernel alone, and the kernel's name."""
-    text, _, entry = _find(_capi.instances()[row]["kernel"])
+def row_ptx(row: int | dict[str, Any]) -> tuple[str, str]:
+    """A module with a row's kernel alone, and the kernel's name; `row`: an index in the SM90 table, or any row."""
+    text, _, entry = _find((_capi.instances()[row] if isinstance(row, int) else row)["kernel"])
     return mutate.extract(text, entry), entry
 
 
@@ -129,6 +139,8 @@ class _Problem(ctypes.Structure):
         ("head_left", ctypes.c_int),
         ("head_mid", ctypes.c_int),
         ("head_right", ctypes.c_int),
+        ("a_is_fp4", ctypes.c_bool),
+        ("b_is_fp4", ctypes.c_bool),
     ]
 
 

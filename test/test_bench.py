@@ -259,8 +259,8 @@ def fake_capi(broken: int = -1) -> types.SimpleNamespace:
             raise RuntimeError("row is broken")
         yield
 
-    def select(m, n, k, *, recipe, float_output, num_sms):
-        assert (recipe, float_output, num_sms) == ((1, 128, 128), False, 132)
+    def select(m, n, k, *, recipe, float_output, num_sms, arch):
+        assert (recipe, float_output, num_sms, arch) == ((1, 128, 128), False, 132, "sm_90a")
         candidates = [{"index": i, "name": f"row{i}", "cost_us": 10.0 + i, "reason": None} for i in range(3)]
         candidates.append({"index": 3, "name": "row3", "cost_us": None, "reason": "another gran_k"})
         return {"row": 0, "name": "row0", "candidates": candidates}

@@ -19,6 +19,7 @@ import deep_gemm_ops
 
 import mqa_cases
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
+from fp4 import Fp4Case
 from grouped import BF16Case, EinsumCase, HeadsCase, KGroupedCase, MaskedCase, MGroupedCase, small_cases
 
 # (rows of each group, N, K)
@@ -51,6 +52,13 @@ def samples(device: str) -> list[Sample]:
     for scales, recipe in itertools.product(["e8m0", "packed"], [(1, 1, 32), (128, 128, 128)]):
         arguments, keywords, _, _ = GemmCase(130, 140, 300, "nt", recipe, True, scales, device=device).build()
         calls.append((ops.fp8_gemm_nt.default, tuple(arguments), keywords))
+    for layout, out in itertools.product(LAYOUTS, (False, True)):
+        # FP4 needs SM100.
+        b = "fp4" if layout[1] == "t" and device == "cpu" else "fp8"
+        fp4_case = Fp4Case(36, 150, 256, layout, (1, 1, 32), True, out=out, b=b, device=device)
+        arguments, keywords, _, _ = fp4_case.build()
+        packet = getattr(ops, fp4_case.op)
+        calls.append((packet.out if out else packet.default, tuple(arguments), keywords))
     for case in small_cases(device):
         built = case.build()
         packet = getattr(ops, case.op)
@@ -167,6 +175,14 @@ deep_gemm::expand_ue8m0(Tensor sf, *, SymInt k_sf) -> Tensor
 deep_gemm::expand_ue8m0.out(Tensor sf, *, SymInt k_sf, Tensor(d!) out) -> ()
 deep_gemm::fp8_einsum(str expr, Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_einsum.out(str expr, Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_gemm_nn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_fp4_gemm_nn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_gemm_nt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_fp4_gemm_nt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_fp4_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::fp8_fp4_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_nn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor

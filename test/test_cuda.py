@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -27,6 +28,7 @@ from common import (
     random_gemm_case,
     same_bits,
 )
+from grouped import BF16Case
 
 FUZZ_CASES = int(os.environ.get("DG_FUZZ_CASES", "150"))
 
@@ -94,6 +96,31 @@ def test_every_row(row: dict[str, Any]) -> None:
             except RuntimeError as error:  # a row may decline a problem, with its reason, never compute it wrongly
                 refused.append(f"{case.repro}: {str(error).splitlines()[0]}")
     assert ran > 0, "\n".join(refused)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row", _capi.instances("sm_100a"), ids=lambda row: row["name"])
+def test_every_row_of_sm100(row: dict[str, Any], layout: str) -> None:
+    """Each kernel in each layout, on ragged sizes, poisoned around the result; FP8 scales of both granularities."""
+    if not runnable(row):
+        pytest.skip(f"this GPU is no {row['arch']}")
+    m, n = 2 * row["block_m"] + 5, 2 * row["block_n"] + 9
+    ran, refused = 0, []
+    for k, (out_dtype, c), data in itertools.product(
+        (100, 1040), [("bfloat16", ""), ("float32", "bias"), ("bfloat16", "alias")], ("integer", "normal")
+    ):
+        options = {"out_dtype": out_dtype, "c": c, "data": data, "out": True, "device": "cuda", "row": row["index"]}
+        cases: list[Any] = [BF16Case(m, n, k, layout, **options)]
+        if row["scaling"] == "ue8m0":
+            recipes = [(1, 128, 128), (1, 1, 32)]
+            cases = [GemmCase(m, n, k, layout, recipe, True, "packed", **options) for recipe in recipes]
+        for case in cases:
+            try:
+                case.run()
+                ran += 1
+            except RuntimeError as error:  # a row may decline a layout, with its reason, never compute it wrongly
+                refused.append(str(error).splitlines()[0])
+    assert ran > 0 or all("too few columns for an MN-major operand" in reason for reason in refused), refused
 
 
 def test_rows_are_listed_once() -> None:

@@ -29,6 +29,7 @@ def test_mma(seed):
         (3, ("tmem_inflight", "uninit_tmem")),
         (4, "tmem_alloc"),
         (5, "proxy_fence"),
+        (6, "tcgen05_fence"),
     ],
 )
 @pytest.mark.parametrize("seed", SEEDS)
@@ -62,6 +63,17 @@ def test_cta_pair(seed):
     maps = [ptx_emulator.tensor_map(t, "bf16", [64, rows], swizzle=128) for t, rows in ((a, 128), (b, 32))]
     kernels("tcgen05", "100a").launch("umma_pair", 2, 128, [*maps, out], seed=seed)
     assert torch.allclose(out.double(), a.double() @ b.double().T, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_loads_of_a_pair(seed):
+    """.cta_group::2: the mbarrier may be in the other CTA of the pair."""
+    x, out = np.arange(64, dtype=np.uint32).reshape(8, 8), np.zeros(64, np.uint32)
+    args = [ptx_emulator.tensor_map(x, "u32", [8, 4]), out]
+    kernels("tcgen05", "100a").launch("pair_loadsILb0E", 2, 32, args, seed=seed)
+    assert np.array_equal(out, x.reshape(-1))
+    kind = ("mbarrier_tx", "inflight_read", "race", "inflight_at_exit")  # as it falls out
+    expect(kind, kernels("tcgen05", "100a").launch, "pair_loadsILb1E", 2, 32, args, seed=seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -16,10 +16,10 @@ SFA, SFB = 256, 264  # columns of tensor memory; the accumulator starts at colum
 def kernel(image, columns, mma, ctas, steps, *, scale_at=None, scale_columns=(0, 0), by_copy=True, spoiled=None):
     """Image to shared memory, scale factors to tensor memory, then `steps` of one thread, then D to `out`.
 
-    A step is the increment of both descriptors and its instruction descriptor. Scale factors lie at scale_at: per four
-    columns 32 rows of 16 bytes, first those of A. They get to tensor memory by tcgen05.cp 32x128b.warpx4 or tcgen05.st
-    of every warp to its quarter, both of which repeat them in all four quarters; the last quarter's copy of the first
-    column is exclusive-ored with `spoiled`.
+    A step is the increment of both descriptors (or of each) and its instruction descriptor. Scale factors lie at
+    scale_at: per four columns 32 rows of 16 bytes, first those of A. They get to tensor memory by tcgen05.cp
+    32x128b.warpx4 or tcgen05.st of every warp to its quarter, both of which repeat them in all four quarters; the last
+    quarter's copy of the first column is exclusive-ored with `spoiled`.
     """
     group = f"cta_group::{ctas}"
     commit = f"tcgen05.commit.{group}.mbarrier::arrive::one.shared::cluster"
@@ -44,8 +44,9 @@ tcgen05.st.sync.aligned.32x32b.x4.b32 [%q + {column}], {{%c0, %c1, %c2, %c3}};""
     scales = "[%sfa], [%sfb], " if scale_at is not None else ""
     body = ""
     for i, (advance, idesc) in enumerate(steps):
+        of_a, of_b = advance if isinstance(advance, tuple) else (advance, advance)
         body += f"""
-mov.u32 %idesc, {idesc}; add.u64 %xa, %da, {advance}; add.u64 %xb, %db, {advance};
+mov.u32 %idesc, {idesc}; add.u64 %xa, %da, {of_a}; add.u64 %xb, %db, {of_b};
 @%one tcgen05.mma.{group}.{mma} [%tm], %xa, %xb, %idesc, {scales}{"%no" if i == 0 else "%yes"};"""
     loads = ""
     for c in range(0, columns, 8):
@@ -119,13 +120,23 @@ def operand_mn_32(x, _):
     return lbo, sbo, np.pad(image, (0, -image.size % 1024))
 
 
+def operand_mn_8(x, span):
+    """The same of an 8-bit operand whose MN is contiguous: panels of one swizzle span, groups of 8 along K."""
+    mn, k = x.shape
+    lbo, sbo = span * k, 8 * span
+    return lbo, sbo, layouts.operand_image(x, span, True, lbo, sbo, -(-lbo * -(-mn // span) // 1024) * 1024)
+
+
+OPERANDS = [operand, operand_mn_32, operand_mn_8]  # by `mn` of run()
+
+
 def run(m, n, ctas, raw_a, raw_b, span, mma, steps, *, words=None, by_copy=True, seed=0, spoiled=None, mn=(0, 0)):
     """D from operands in bytes; words: per CTA, those of the scale factors of A and of B."""
     rows, cols = raw_a.shape[0] // ctas, raw_b.shape[0] // ctas
     images = []
     for c in range(ctas):
-        la, sa, ia = (operand_mn_32 if mn[0] else operand)(raw_a[c * rows : (c + 1) * rows], span)
-        lb, sb, ib = (operand_mn_32 if mn[1] else operand)(raw_b[c * cols : (c + 1) * cols], span)
+        la, sa, ia = OPERANDS[mn[0]](raw_a[c * rows : (c + 1) * rows], span)
+        lb, sb, ib = OPERANDS[mn[1]](raw_b[c * cols : (c + 1) * cols], span)
         parts_of = [w[:, i : i + 4] for w in words[c] for i in range(0, w.shape[1], 4)] if words else []
         tail = [w.copy().view(np.uint8).reshape(-1) for w in parts_of]
         images.append(np.concatenate([ia, ib, *tail]))
@@ -137,7 +148,7 @@ def run(m, n, ctas, raw_a, raw_b, span, mma, steps, *, words=None, by_copy=True,
         scale = {"scale_at": ia.size + ib.size, "scale_columns": tuple(w.shape[1] for w in words[0])}
     mod = kernel(image.shape[1], out.shape[2], mma, ctas, steps, by_copy=by_copy, spoiled=spoiled, **scale)
     descs = [
-        layouts.tcgen05_descriptor(0 if major else span, lbo, sbo) | major << 61  # layout type 1
+        layouts.tcgen05_descriptor(0 if major == 1 else span, lbo, sbo) | (major == 1) << 61  # layout type 1
         for major, lbo, sbo in ((mn[0], la, sa), (mn[1], lb, sb))
     ]
     descs[1] += ia.size >> 4
@@ -175,6 +186,7 @@ def scaled(
     edit=None,
     spoiled=None,
     seed=0,
+    mn=(0, 0),
 ):
     """A product over len(ids) instructions' K, whose scale factors the pairs `ids` of SF-ids select."""
     rng = np.random.default_rng([m, n, seed])
@@ -211,12 +223,13 @@ def scaled(
         va = layouts.minifloat(ca[:, part], a) * np.concatenate([s for s, _ in per_cta])
         vb = layouts.minifloat(cb[:, part], b) * sb
         terms.append(va @ vb.T)
-        idesc = layouts.tcgen05_scaled_instruction(m, n, a, b, ida, idb, packed=packed, ue8m0=ue8m0)
-        steps.append((2 * i, idesc))
+        major = {"mn_a": int(mn[0] > 0), "mn_b": int(mn[1] > 0)}
+        idesc = layouts.tcgen05_scaled_instruction(m, n, a, b, ida, idb, packed=packed, ue8m0=ue8m0, **major)
+        steps.append((tuple(2 * i * (span if transposed else 1) for transposed in mn), idesc))
     words = [(w, words_b) for w in words_a]
     raw_a, raw_b = (layouts.packed_codes(c, t, packed=packed) for c, t in ((ca, a), (cb, b)))
     mma = f"kind::{kind}.block_scale{vector}"
-    how = {"words": words, "by_copy": by_copy, "spoiled": spoiled, "seed": seed}
+    how = {"words": words, "by_copy": by_copy, "spoiled": spoiled, "seed": seed, "mn": tuple(2 * bool(x) for x in mn)}
     same(run(m, n, ctas, raw_a, raw_b, span, mma, steps, **how), rounded_sum(terms))
 
 
@@ -244,6 +257,15 @@ def test_scaled_pair(n, by_copy):
 )
 def test_scaled_mixed(a, b, ctas):
     scaled(128 * ctas, 64, a, b, [(i, i) for i in range(4)], ctas=ctas, vector=".block32")
+
+
+@pytest.mark.parametrize("mn", [(0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_scaled_transposed(count, mn):
+    """MN-major FP8 with a swizzle of 32, 64 and 128 bytes: 32 of K are 32 rows of the panels."""
+    ids = [(i, 3 - i) for i in range(count)]
+    for m, n, ctas in ((128, 128, 1), (128, 64 if count < 4 else 256, 1), (256, 256, 2)):
+        scaled(m, n, "e4m3", "e4m3", ids, ctas=ctas, mn=mn)
 
 
 def test_scale_factors_at_their_limits():

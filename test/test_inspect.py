@@ -64,7 +64,7 @@ SASS = """
 
 @pytest.fixture
 def made_up(monkeypatch):
-    def select(m, n, k, *, recipe, layout, float_output, num_sms):
+    def select(m, n, k, *, recipe, layout, float_output, num_sms, arch):
         if recipe is None or recipe[2] == 32:
             refused = {"cost_us": None, "reason": "another gran_k"}
             candidates = [{"index": row["index"], "name": row["name"], **refused} for row in ROWS]
@@ -75,7 +75,7 @@ def made_up(monkeypatch):
         ]
         return {"row": 1, "name": ROWS[1]["name"], "candidates": candidates}
 
-    monkeypatch.setattr(_capi, "instances", lambda: [dict(row) for row in ROWS])
+    monkeypatch.setattr(_capi, "instances", lambda arch=None: [dict(row) for row in ROWS])
     monkeypatch.setattr(_capi, "select", select)
     monkeypatch.setattr(inspect, "library_path", lambda: Path("library.so"))
     monkeypatch.setattr(inspect, "_cuobjdump", lambda *a, disassemble=False: SASS if disassemble else RESOURCES)
@@ -134,12 +134,12 @@ def test_a_row_that_does_not_exist(made_up, capsys):
 
 
 def test_a_kernel_that_the_library_lacks(made_up, monkeypatch, capsys):
-    monkeypatch.setattr(_capi, "instances", lambda: [ROWS[0] | {"kernel": "other"}])
+    monkeypatch.setattr(_capi, "instances", lambda arch=None: [ROWS[0] | {"kernel": "other"}])
     assert "no kernel with 'other'" in output(capsys, "row", "0", code=1)
 
 
 def test_without_a_library(monkeypatch, capsys):
-    monkeypatch.setattr(_capi, "instances", list)
+    monkeypatch.setattr(_capi, "instances", lambda arch=None: [])
     assert "no compiled library" in output(capsys, code=1)
 
 
@@ -162,7 +162,8 @@ def test_the_real_table(capsys):
     rows = json.loads(output(capsys, "--json"))
     assert [row["index"] for row in rows] == list(range(len(rows)))
     assert len({row["name"] for row in rows}) == len(rows)
-    assert "selected" in output(capsys, "select", "4096", "7168", "16384")
+    for arch in {row["arch"] for row in rows}:
+        assert "selected" in output(capsys, "select", "4096", "7168", "16384", "--arch", arch)
     try:
         inspect.find_tool("cuobjdump"), inspect.find_tool("nvdisasm")
     except inspect.InspectError as missing:

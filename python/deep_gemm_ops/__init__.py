@@ -15,6 +15,7 @@ from . import (  # noqa: E402, F401
     _fakes,
     batched,
     bf16_gemm,
+    fp8_fp4_gemm,
     fused_casts,
     grouped_gemm,
     knobs,
@@ -25,6 +26,7 @@ from . import (  # noqa: E402, F401
 )
 from .batched import *  # noqa: E402, F403
 from .bf16_gemm import *  # noqa: E402, F403
+from .fp8_fp4_gemm import *  # noqa: E402, F403
 from .fused_casts import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
@@ -40,6 +42,7 @@ __all__ = [
     "to_tma_aligned",
     *batched.__all__,
     *bf16_gemm.__all__,
+    *fp8_fp4_gemm.__all__,
     *fused_casts.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,

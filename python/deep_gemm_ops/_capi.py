@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL | None:
     lib.dg_instances.restype = ctypes.c_char_p
     lib.dg_select.restype = ctypes.c_char_p
     lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 7 + [ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
-    lib.dg_select.argtypes += [ctypes.c_int] * 3
+    lib.dg_select.argtypes += [ctypes.c_int] * 6
     for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
         getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
         getattr(lib, f"dg_set_{knob}").restype = None
@@ -64,16 +64,16 @@ def _instances() -> tuple[dict[str, Any], ...]:
     return () if lib is None else tuple(json.loads(lib.dg_instances()))
 
 
-def instances() -> list[dict[str, Any]]:
-    """The rows of the table of compiled kernels, in its order.
+def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
+    """The rows of an architecture's table of compiled kernels, in its order; with None of all tables.
 
-    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm" or "bf16_gemm"), ``kernel`` (a part of the
-    mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``, ``col_ctas``,
-    ``cluster_size``, ``split_k``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d",
-    "1d1d" or "none"), ``gran_k`` (0 without scales), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without
-    the library.
+    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm" or "bf16_gemm"),
+    ``kernel`` (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``,
+    ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of
+    GROUPINGS), ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows
+    take any, and operands as they lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
     """
-    return [dict(row) for row in _instances()]
+    return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 
 
 def select(
@@ -90,18 +90,23 @@ def select(
     num_groups: int = 1,
     group_alignment: int = 128,
     expected_m: int = 0,
+    fp4: str = "",
+    arch: str = "sm_90a",
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
 
-    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one of
-    GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A.
+    ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
+    of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
+    these are FP4, on ``arch`` sm_100a.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
     groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
     bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
-    return json.loads(_require().dg_select(m, n, k, *(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16))
+    other = ("a" in fp4, "b" in fp4, int(arch[3:].rstrip("a")))
+    numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
+    return json.loads(_require().dg_select(m, n, k, *numbers))
 
 
 def mqa_instances() -> list[dict[str, Any]]:

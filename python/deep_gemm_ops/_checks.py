@@ -23,6 +23,8 @@ GRANULARITIES = (1, 128)  # of scales along M and N
 GRANULARITIES_K = (128, 32)
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.int32)
+#: Two E2M1 values a byte, the low nibble first.
+FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 CAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Kernels count rows, columns and K in 32 bits; offsets in 64.
 MAX_SIZE = 2**31 - 1
@@ -346,15 +348,20 @@ def check_gemm(
     recipe: Sequence[int] | None,
     real: bool,
     heads: Sequence[int] | None = None,
+    or_fp4: bool = False,
 ) -> GemmShape:
     """Check the arguments of a product of two matrices; ``real`` is False where tensors have no memory (fakes).
 
-    ``scales`` are those of FP8 operands, (sfa, sfb). ``heads`` are [left, mid, right] of columns of the result.
+    ``scales`` are those of FP8 operands, (sfa, sfb). ``heads`` are [left, mid, right] of columns of the result. With
+    ``or_fp4`` K-major operands may be packed FP4.
 
     Returns:
         The sizes and the granularities, given or inferred.
     """
-    check_operands(op, dtype, a, b, (2, 2))
+    a_k_major, b_k_major = layout[0] == "n", layout[1] == "t"
+    for arg, operand, k_major in (("a", a, a_k_major), ("b", b, b_k_major)):
+        check_dtype(op, arg, operand, (dtype, *FP4_DTYPES) if or_fp4 and k_major else (dtype,))
+        check_rank(op, arg, operand, (2,))
     if scales is not None:
         check_scales(op, *scales, (2, 2))
         check_devices(op, a, b=b, sfa=scales[0], sfb=scales[1], c=c, out=out)
@@ -364,11 +371,14 @@ def check_gemm(
     if heads is not None:
         check_head_splits(op, heads)
 
-    a_k_major, b_k_major = layout[0] == "n", layout[1] == "t"
     check_sizes(op, "a", a, ("M", "K") if a_k_major else ("K", "M"))
     check_sizes(op, "b", b, ("N", "K") if b_k_major else ("K", "N"))
     m, k = shape_of(a) if a_k_major else reversed(shape_of(a))
     n, k_of_b = shape_of(b) if b_k_major else reversed(shape_of(b))
+    if a.dtype in FP4_DTYPES:
+        k = k + k
+    if b.dtype in FP4_DTYPES:
+        k_of_b = k_of_b + k_of_b
     if not k_of_b == k:
         fail(op, "b", "K", k_of_b, k, "the K of a")
     # SM90's tensor cores read 16-bit operands in both orders, 8-bit ones K-major only.

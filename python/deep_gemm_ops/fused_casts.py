@@ -34,7 +34,7 @@ K_LAYOUTS = ("sizes", "psum", "offsets")
 TRANSPOSED_KINDS = ("per_token", "per_block")
 
 FP4_MAX = 6.0  # the largest float4_e2m1fn
-FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+FP4_DTYPES = _checks.FP4_DTYPES
 #: The numbers of codes 0 to 7; codes 8 to 15 are their negatives.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -228,6 +228,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     select.add_argument("--bf16", metavar="LAYOUT", choices=("nt", "nn", "tn", "tt"), help="BF16 operands, no recipe")
     select.add_argument("--float32", action="store_true", help="FP32 instead of BF16 output")
     select.add_argument("--num-sms", type=_size, default=_capi.DEFAULT_NUM_SMS, help="SMs to use (default %(default)s)")
+    select.add_argument("--arch", choices=("sm_90a", "sm_100a"), default="sm_90a", help="default %(default)s")
     row = commands.add_parser("row", help="a row's registers, shared memory and instructions")
     row.add_argument("index", type=_size)
     row.add_argument("--sass", action="store_true", help="print the instructions too")
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> str:
-    rows = _capi.instances()
+    rows = _capi.instances(None)
     if not rows:
         raise InspectError("this installation has no compiled library (it was built with DG_SKIP_CUDA_BUILD=1)")
     if options.command == "select":
@@ -260,6 +261,7 @@ def _run(options: argparse.Namespace) -> str:
             layout=options.bf16 or "nt",
             float_output=options.float32,
             num_sms=options.num_sms,
+            arch=options.arch,
         )
         if options.json:
             return json.dumps(selection, indent=1)

@@ -141,7 +141,9 @@ def fp8_gemm_nt(
     Raises:
         RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad.
 
-    Accumulates in FP32, promoting every 128 elements of K. Specification: ``deep_gemm_ops.reference.fp8_gemm``.
+    Accumulates in FP32, promoting every 128 elements of K. On SM100 the tensor core applies the scales, which are UE8M0
+    there: float32 ones are converted, and one that is no power of two becomes NaN, and so does what it scales. Kernels
+    then read int32 words MN-major. Specification: ``deep_gemm_ops.reference.fp8_gemm``.
     """
     return _gemm("fp8_gemm_nt", _ops.fp8_gemm_nt, a, sfa, b, sfb, c, out_dtype, recipe, out)
 
@@ -160,7 +162,8 @@ def fp8_gemm_nn(
     """:func:`fp8_gemm_nt` for ``b [K, N]`` with scales ``sfb`` ``[ceil(K / gran_k), ceil(N / gran_n)]``.
 
     ``b`` needs inner stride 1 but no alignment: on SM90, whose tensor cores read 8-bit operands K-major only, the
-    operator transposes it first (:func:`transpose_fp8`).
+    operator transposes it first (:func:`transpose_fp8`). SM100's read it as it lies, if its rows start at multiples of
+    16 bytes.
     """
     return _gemm("fp8_gemm_nn", _ops.fp8_gemm_nn, a, sfa, b, sfb, c, out_dtype, recipe, out)
 

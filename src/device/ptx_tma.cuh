@@ -60,6 +60,12 @@ __device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, const void*
 }
 
 // Adds a box to what is there.
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap& map, const void* source, int x, int y) {
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+                 "r"(smem_address(source)), "r"(x), "r"(y)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tma_add_3d(const CUtensorMap& map, const void* source, int x, int y, int z) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
                      &map),

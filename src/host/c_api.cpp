@@ -4,6 +4,7 @@
 
 #include "callback_backend.h"
 #include "gemm.h"
+#include "gemm_sm100.h"
 #include "knobs.h"
 #include "prenorm_gemm.h"
 
@@ -15,20 +16,25 @@ using namespace deep_gemm;
 
 constexpr const char* kGroupings[] = {"dense", "m_grouped", "k_grouped", "batched", "summed"};
 
-std::string json_row(int index, const GemmRow& row) {
-    const RowResources resources = row_resources(row);
+std::string json_row(int index, int row_idx, const GemmRow& row) {
+    const bool sm100 = row.arch == 100;
+    const RowResources resources = sm100 ? sm100_row_resources(row) : row_resources(row);
+    const char* scaling = row.scaling == kScaling1D2D    ? "1d2d"
+                          : row.scaling == kScaling1D1D  ? "1d1d"
+                          : row.scaling == kUE8M0Scaling ? "ue8m0"
+                                                         : "none";
     const bool is_bf16 = row.operands == OperandType::kBF16;
     std::ostringstream json;
-    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"sm_90a\""
-         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : "fp8_gemm") << "\""
-         << ", \"kernel\": \"sm90_gemmILi" << index << "E\""
+    json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"" << (sm100 ? "sm_100a" : "sm_90a") << "\""
+         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : sm100 ? "fp8_fp4_gemm" : "fp8_gemm") << "\""
+         << ", \"kernel\": \"" << (sm100 ? "sm100" : "sm90") << "_gemmILi" << row_idx << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
          << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")
          << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
          << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"scaling\": \""
-         << (is_bf16 ? "none" : row.scaling == kScaling1D2D ? "1d2d" : "1d1d") << "\", \"gran_k\": " << row.gran_k
+         << scaling << "\", \"gran_k\": " << row.gran_k
          << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes
          << ", \"num_threads\": " << resources.num_threads << "}";
@@ -62,14 +68,16 @@ DG_EXPORT void dg_set_block_size_multiple_of(int m, int n) {
 DG_EXPORT int dg_get_forced_instance() { return knobs().forced_row; }
 DG_EXPORT void dg_force_instance(int index) { knobs().forced_row = index; }
 
-// JSON array with one object per row of the table; lives as long as the library.
+// JSON array with one object per row of the tables, those of SM100 behind those of SM90; lives as long as the library.
 DG_EXPORT const char* dg_instances() {
     static const std::string json = [] {
         std::string text = "[";
-        const auto rows = gemm_rows();
-        for (size_t i = 0; i < rows.size(); ++i) {
-            if (i > 0) text += ",\n ";
-            text += json_row(static_cast<int>(i), rows[i]);
+        int index = 0;
+        for (const auto rows : {gemm_rows(), sm100_gemm_rows()}) {
+            for (size_t i = 0; i < rows.size(); ++i, ++index) {
+                if (index > 0) text += ",\n ";
+                text += json_row(index, static_cast<int>(i), rows[i]);
+            }
         }
         return text + "]";
     }();
@@ -80,7 +88,8 @@ DG_EXPORT const char* dg_instances() {
 // fits. Valid until the next call on the same thread.
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
                                 int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
-                                int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major) {
+                                int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major, int a_is_fp4,
+                                int b_is_fp4, int arch) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -98,15 +107,18 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.num_groups = num_groups;
     problem.group_alignment = group_alignment;
     problem.expected_m = expected_m;
-    const auto rows = gemm_rows();
+    problem.a_is_fp4 = a_is_fp4 != 0;
+    problem.b_is_fp4 = b_is_fp4 != 0;
+    const auto rows = arch == 100 ? sm100_gemm_rows() : gemm_rows();
+    const int first = arch == 100 ? static_cast<int>(gemm_rows().size()) : 0;  // as dg_instances() counts
     const SelectionLimits limits = limits_from_knobs(num_sms);
     const int selected = select_row(rows, problem, limits);
     std::ostringstream text;
-    text << "{\"row\": " << selected << ", \"name\": \"" << (selected < 0 ? "" : row_name(rows[selected]))
+    text << "{\"row\": " << (selected < 0 ? selected : first + selected) << ", \"name\": \"" << (selected < 0 ? "" : row_name(rows[selected]))
          << "\", \"candidates\": [";
     const char* separator = "";
     for (const Candidate& candidate : rate_rows(rows, problem, limits)) {
-        text << separator << "{\"index\": " << candidate.row << ", \"name\": \"" << row_name(rows[candidate.row])
+        text << separator << "{\"index\": " << first + candidate.row << ", \"name\": \"" << row_name(rows[candidate.row])
              << "\", \"cost_us\": ";
         separator = ", ";
         if (candidate.reason == nullptr) {
@@ -120,11 +132,17 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     return json.c_str();
 }
 
-// Runs a problem on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
+// Runs a problem on host memory through the callbacks; `row` counts as in dg_instances(). Returns 0, or 1 with the message
+// in `error`.
 DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, EncodeTiledFunction encode,
                               LaunchCallback launch, char* error, size_t error_size) {
     return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
-        run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        const int sm90_rows = static_cast<int>(gemm_rows().size());
+        if (row < sm90_rows) {
+            run_gemm(*problem, limits_from_knobs(num_sms), row, false, backend);
+        } else {
+            run_sm100_gemm(*problem, limits_from_knobs(num_sms), row - sm90_rows, false, backend);
+        }
     });
 }
 

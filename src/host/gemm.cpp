@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include "../sm90/gemm_instances.h"
 #include "../sm90/gemm_traits.h"
 #include "knobs.h"
+#include "schedule.h"
 
 namespace deep_gemm {
 
@@ -42,8 +42,9 @@ std::string kernel_symbol(int row) { return "sm90_gemmILi" + std::to_string(row)
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-[[noreturn]] void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem,
-                               const SelectionLimits& limits) {
+}  // namespace
+
+void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     std::ostringstream message;
     message << "gemm: no compiled kernel runs M = " << problem.m << ", N = " << problem.n << ", K = " << problem.k;
     if (problem.grouping != Grouping::kDense) message << " in " << problem.num_groups << " groups";
@@ -59,6 +60,8 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
     if (rows.empty()) message << ": this build of deep_gemm_ops has no kernels for sm_90a";
     throw std::runtime_error(message.str());
 }
+
+namespace {
 
 // An operand as it is stored: [mn, k], or MN-major [k, mn].
 MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_t k, int64_t stride,
@@ -88,21 +91,6 @@ CUtensorMap make_scale_map(EncodeTiledFunction encode, const ScaleTensor& scales
     return make_tensor_map(encode, view, box_groups, box_mn, false);
 }
 
-FastDivisor make_divisor(int divisor) {
-    if (divisor == 1) return {1, 0, 0};
-    uint32_t shift = 1;
-    while ((int64_t{1} << shift) < divisor) ++shift;
-    const uint64_t power = uint64_t{1} << (31 + shift);
-    return {divisor, static_cast<uint32_t>((power + divisor - 1) / divisor), shift - 1};
-}
-
-// Row tiles to walk before the next column, so that the panels of one wave are about as many bytes on either side.
-int choose_row_group(double row_bytes, double col_bytes, int row_tiles, int col_tiles, int clusters) {
-    if (col_tiles == 1) return row_tiles;
-    const double ideal = std::sqrt(clusters * col_bytes / row_bytes);
-    const int groups = std::max(1, static_cast<int>(std::lround(row_tiles / ideal)));
-    return (row_tiles + groups - 1) / groups;
-}
 
 // What the kernels count on; the ops see to it.
 void check_groups(const GemmProblem& problem) {
@@ -162,6 +150,8 @@ int64_t most_tiles(const GemmProblem& problem, const MGroupSchedule& schedule, i
     return row_tiles * schedule.col_tiles;
 }
 
+}  // namespace
+
 void print_config(const GemmProblem& problem, const GemmRow& row, const RowResources& resources, int grid) {
     static std::mutex mutex;
     static std::set<std::tuple<int64_t, int64_t, int64_t, std::string>> printed;
@@ -172,8 +162,6 @@ void print_config(const GemmProblem& problem, const GemmRow& row, const RowResou
                  static_cast<long long>(problem.m), static_cast<long long>(problem.n),
                  static_cast<long long>(problem.k), name.c_str(), resources.num_stages, resources.shared_bytes, grid);
 }
-
-}  // namespace
 
 std::span<const GemmRow> gemm_rows() {
 #if DG_WITH_SM90
@@ -307,14 +295,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     if (num_tiles > std::numeric_limits<int>::max() / 2) throw std::runtime_error("gemm: more than 2^30 output tiles");
     const int clusters =
         static_cast<int>(std::min<int64_t>(num_tiles, resident_clusters(row.cluster_size(), limits.num_sms)));
-    const int row_group =
-        choose_row_group(row.block_rows * row.row_ctas, row.block_cols * row.col_ctas, row_tiles, col_tiles, clusters);
-    params.schedule.num_tiles = row_tiles * col_tiles;
-    params.schedule.num_row_tiles = row_tiles;
-    params.schedule.num_k_blocks = num_k_blocks;
-    params.schedule.row_group = make_divisor(row_group);
-    params.schedule.last_row_group = make_divisor((row_tiles - 1) % row_group + 1);
-    params.schedule.tiles_per_group = make_divisor(row_group * col_tiles);
+    params.schedule = make_dense_schedule(row, row_tiles, col_tiles, num_k_blocks, clusters);
 
     params.d = problem.d;
     params.c = adds_in_place ? nullptr : problem.c;

@@ -26,6 +26,9 @@ enum class GroupLayout : int {
 // are stride_group apart. Scales per row must be as TMA reads them: stride_mn 1, stride_k (and stride_group) a multiple of
 // 4, data on a multiple of 16 bytes. Scales per block of 128 may have any strides in the recipe 1, 128, 128, and are
 // otherwise repeated per row by the caller.
+//
+// SM100 takes packed UE8M0 words (int32) per row in their place, four K groups each: word (i, g / 4) is at
+// i * stride_mn + (g / 4) * stride_k.
 struct ScaleTensor {
     const float* data = nullptr;
     int64_t stride_mn = 0;     // elements
@@ -52,7 +55,7 @@ struct GemmProblem {
     int64_t c_stride = 0;
 
     OperandType operands = OperandType::kFP8;
-    bool a_mn_major = false;  // BF16 only: FP8 operands are K-major
+    bool a_mn_major = false;  // BF16, and FP8 on SM100; SM90's FP8 operands are K-major
     bool b_mn_major = false;
 
     Grouping grouping = Grouping::kDense;
@@ -71,6 +74,10 @@ struct GemmProblem {
     // Columns of D: 0 none; otherwise each head's `head_left + head_right` columns of the product are written around
     // `head_mid` columns that are left alone.
     int head_left = 0, head_mid = 0, head_right = 0;
+
+    // SM100: packed E2M1 pairs, K-major, in place of FP8; strides count elements. K is a multiple of 128, data and strides
+    // of 32 bytes.
+    bool a_is_fp4 = false, b_is_fp4 = false;
 };
 
 }  // namespace deep_gemm

@@ -7,6 +7,7 @@ enum Scaling : int {
     kScaling1D2D,  // A: one scale per row and 128 of K; B: one per 128 x 128 block
     kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
     kNoScaling,    // BF16
+    kUE8M0Scaling, // SM100: a power of two per row of either operand and 32 or 128 of K, applied by the tensor core
 };
 
 enum class OperandType : int { kFP8 = 0, kBF16 = 1 };
@@ -36,11 +37,14 @@ struct GemmRow {
     bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies
     bool b_mn_major = false;
     int k_warpgroups = 1;     // consumer warpgroups that share 64 rows and take turns at the K blocks
+    int arch = 90;            // 100: sm100/gemm_instances.h, whose rows take any gran_k and layout at run time
 
     constexpr int element_bytes() const { return operands == OperandType::kBF16 ? 2 : 1; }
     constexpr int block_k() const { return 128 / element_bytes(); }  // elements of K in a stage
     constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
+    constexpr int tile_rows() const { return block_rows * row_ctas; }  // of a cluster
+    constexpr int tile_cols() const { return block_cols * col_ctas; }
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "gemm_sm100.h"
+
 namespace deep_gemm {
 
 namespace {
@@ -41,6 +43,7 @@ constexpr CostModel kModel;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
+    if (row.arch == 100) return sm100_reason_against(row, problem, limits);
     if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
     if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
@@ -92,6 +95,7 @@ int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
 }
 
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
+    if (row.arch == 100) return sm100_cost_us(row, problem, limits);
     const int64_t m = expected_rows(problem);
     const int64_t rows = row.swap_ab ? problem.n : m;
     const int64_t cols = row.swap_ab ? m : problem.n;
@@ -152,6 +156,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 }  // namespace
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
+    if (problem.a_is_fp4 || problem.b_is_fp4) return "FP8 or BF16 operands";
     if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
@@ -188,6 +193,7 @@ int64_t expected_rows(const GemmProblem& problem) {
 }
 
 std::string row_name(const GemmRow& row) {
+    if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");

@@ -10,6 +10,8 @@ namespace {
 
 // All that selection may look at of a problem and its limits.
 struct Key {
+    const GemmRow* table;
+    bool a_is_fp4, b_is_fp4;
     int64_t m, n, k;
     int gran_m, gran_n, gran_k;
     OperandType operands;
@@ -42,7 +44,9 @@ static_assert(kEntries == 1 << (64 - 56));
 
 int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
-    const Key key = {problem.m,       problem.n,
+    const Key key = {rows.data(),
+                     problem.a_is_fp4, problem.b_is_fp4,
+                     problem.m,       problem.n,
                      problem.k,       problem.sfa.gran_mn,
                      problem.sfb.gran_mn, problem.gran_k,
                      problem.operands, problem.a_mn_major, problem.b_mn_major,

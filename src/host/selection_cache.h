@@ -7,8 +7,7 @@
 
 namespace deep_gemm {
 
-// As select_row(). Each thread has its own memory, which the next problem with the same slot overwrites. `rows` must be
-// the same table in every call.
+// As select_row(). Each thread has its own memory, which the next problem with the same slot overwrites.
 int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits);
 
 }  // namespace deep_gemm

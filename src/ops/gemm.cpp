@@ -1,4 +1,4 @@
-// Products of two matrices: FP8 and BF16, and FP8 with columns written head by head.
+// Products of two matrices: FP8, FP4 and BF16, and FP8 with columns written head by head.
 #include "product.h"
 
 #include "gemm_ops.h"
@@ -8,6 +8,7 @@ namespace deep_gemm::ops {
 namespace {
 
 constexpr const char* kFP8Names[] = {"fp8_gemm_nt", "fp8_gemm_nn", "fp8_gemm_tn", "fp8_gemm_tt"};
+constexpr const char* kFP8FP4Names[] = {"fp8_fp4_gemm_nt", "fp8_fp4_gemm_nn", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt"};
 constexpr const char* kBF16Names[] = {"bf16_gemm_nt", "bf16_gemm_nn", "bf16_gemm_tn", "bf16_gemm_tt"};
 
 constexpr bool a_is_k_major(Layout layout) { return layout == Layout::kNT || layout == Layout::kNN; }
@@ -43,17 +44,36 @@ void zero_columns(const Result& result, const Heads& parts, int64_t first, int64
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(columns.get()));
 }
 
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
+    if (or_fp4) {
+        check_dtype(op, arg, x, {dtype, ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+    } else {
+        check_dtype(op, arg, x, {dtype});
+    }
+}
+
+// What TMA needs to unpack FP4 on its way to shared memory, beyond what it needs of bytes.
+void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k) {
+    if (!is_fp4(x)) return;
+    if (k % 128 != 0) fail(op, arg, "K", k, "a multiple of 128", "FP4");
+    if (x.size(0) > 1 && x.stride(0) % 32 != 0) {
+        fail(op, arg, "row stride", std::to_string(x.stride(0)) + " bytes", "a multiple of 32 bytes", "FP4");
+    }
+    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 32;
+    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
+}
+
 // Checks everything, then runs. `sfa` and `sfb` are there for FP8 operands, `head_splits` where columns have gaps. Returns
-// the result, allocated here, unless `out` is there to write to.
+// the result, allocated here, unless `out` is there to write to. With `or_fp4` K-major operands may be FP4.
 OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const TensorInfo* sfa, const TensorInfo& b,
                 const TensorInfo* sfb, const TensorInfo* c, ScalarType out_dtype, const Recipe& recipe,
-                const std::vector<int64_t>* head_splits, const TensorInfo* out) {
+                const std::vector<int64_t>* head_splits, const TensorInfo* out, bool or_fp4 = false) {
     const bool a_k_major = a_is_k_major(layout), b_k_major = b_is_k_major(layout), is_fp8 = sfa != nullptr;
     const ScalarType dtype = is_fp8 ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
 
-    check_dtype(op, "a", a, {dtype});
+    check_operand_dtype(op, "a", a, dtype, or_fp4 && a_k_major);
     check_rank(op, "a", a, 2);
-    check_dtype(op, "b", b, {dtype});
+    check_operand_dtype(op, "b", b, dtype, or_fp4 && b_k_major);
     check_rank(op, "b", b, 2);
     if (is_fp8) {
         check_scales(op, "sfa", *sfa, 2);
@@ -74,8 +94,9 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     check_size(op, "a", a_k_major ? "K" : "M", a.size(1));
     check_size(op, "b", b_k_major ? "N" : "K", b.size(0));
     check_size(op, "b", b_k_major ? "K" : "N", b.size(1));
-    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = a.size(axes_a.k);
-    if (b.size(axes_b.k) != k) fail(op, "b", "K", b.size(axes_b.k), k, "the K of a");
+    const auto k_of = [](const TensorInfo& x, const Axes& axes) { return x.size(axes.k) * (is_fp4(x) ? 2 : 1); };
+    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = k_of(a, axes_a);
+    if (k_of(b, axes_b) != k) fail(op, "b", "K", k_of(b, axes_b), k, "the K of a");
     check_operand_layout(op, "a", a, a_k_major || !is_fp8);
     check_operand_layout(op, "b", b, b_k_major || !is_fp8);
 
@@ -111,7 +132,11 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         }
         return std::move(result.allocated);
     }
-    check_architecture(op, device);
+    const bool sm100 = compute_capability(device) == 100 && !heads.any(), has_fp4 = is_fp4(a) || is_fp4(b);
+    if (!sm100 && has_fp4) fail(op, "a", "architecture", "sm_" + text(compute_capability(device)), "sm_100", "FP4");
+    if (!sm100) check_architecture(op, device);
+    check_fp4_unpackable(op, "a", a, k);
+    check_fp4_unpackable(op, "b", b, k);
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -119,12 +144,14 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a),
-                 prepare_operand(op, b, axes_b, stream, scratch_b));
+    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100),
+                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100));
     if (is_fp8) {
         problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, *sfa, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa);
-        problem.sfb = prepare_scales(op, *sfb, axes_b, n, grans.n, !grans.is_1d2d(), grans.k, k, stream, scratch_sfb);
+        problem.sfa = prepare_scales(op, *sfa, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0, sm100);
+        const bool per_row = sm100 || !grans.is_1d2d();
+        problem.sfb =
+            prepare_scales(op, *sfb, axes_b, n, grans.n, per_row, grans.k, k, stream, scratch_sfb, 0, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.a_mn_major = !a_k_major;
@@ -162,6 +189,30 @@ void fp8_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
     const TensorArgument out(arguments.take_tensor());
     run(kFP8Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info, c.get(),
         ScalarType::BFloat16, recipe, nullptr, &out.info);
+}
+
+template <Layout kLayout>
+void fp8_fp4_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto out_dtype = arguments.take<ScalarType>();
+    const auto recipe = arguments.take<Recipe>();
+    return_tensor(stack, run(kFP8FP4Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info,
+                             c.get(), out_dtype, recipe, nullptr, nullptr, true));
+}
+
+template <Layout kLayout>
+void fp8_fp4_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const TensorArgument a(arguments.take_tensor()), sfa(arguments.take_tensor()), b(arguments.take_tensor()),
+        sfb(arguments.take_tensor());
+    const OptionalTensor c(arguments.take<std::optional<Tensor>>());
+    const auto recipe = arguments.take<Recipe>();
+    const TensorArgument out(arguments.take_tensor());
+    run(kFP8FP4Names[static_cast<int>(kLayout)], kLayout, a.info, &sfa.info, b.info, &sfb.info, c.get(),
+        ScalarType::BFloat16, recipe, nullptr, &out.info, true);
 }
 
 template <Layout kLayout>
@@ -209,6 +260,8 @@ void fp8_gemm_nt_skip_head_mid_out(StableIValue* stack, uint64_t, uint64_t) {
 #define DG_INSTANTIATE(LAYOUT)                                            \
     template void fp8_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);      \
     template void fp8_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t);  \
+    template void fp8_fp4_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);     \
+    template void fp8_fp4_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t); \
     template void bf16_gemm<LAYOUT>(StableIValue*, uint64_t, uint64_t);     \
     template void bf16_gemm_out<LAYOUT>(StableIValue*, uint64_t, uint64_t);
 DG_INSTANTIATE(Layout::kNT)

@@ -1,4 +1,4 @@
-// Products on CUDA tensors. Meaning, shapes and errors: deep_gemm_ops/ops.py, bf16_gemm.py, grouped_gemm.py, batched.py,
+// Products on CUDA tensors. Meaning, shapes and errors: deep_gemm_ops/ops.py, fp8_fp4_gemm.py, bf16_gemm.py, grouped_gemm.py, batched.py,
 // skip_head.py.
 #pragma once
 
@@ -16,6 +16,11 @@ template <Layout kLayout>
 void fp8_gemm(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 template <Layout kLayout>
 void fp8_gemm_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
+template <Layout kLayout>
+void fp8_fp4_gemm(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+template <Layout kLayout>
+void fp8_fp4_gemm_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 template <Layout kLayout>
 void bf16_gemm(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);

@@ -4,6 +4,7 @@
 
 #include "../host/cast.h"
 #include "../host/gemm.h"
+#include "../host/gemm_sm100.h"
 #include "../host/knobs.h"
 #include "../host/selection_cache.h"
 
@@ -130,17 +131,22 @@ Granularities match_recipe(const char* op, const TensorInfo& sfa, std::span<cons
 }
 
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
-                           int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows) {
+                           int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows,
+                           bool packed) {
     const int64_t groups = size_along(sf, axes.group), k_groups = ceil_div(k, gran_k);
+    const int64_t columns = packed ? ceil_div(k_groups, 4) : k_groups;
     const int64_t stride_mn = sf.stride(axes.mn), stride_k = sf.stride(axes.k);
     const int64_t stride_group = stride_along(sf, axes.group);
-    const bool is_float = sf.scalar_type() == ScalarType::Float;
+    const cast::ScaleType type = sf.scalar_type() == ScalarType::Float ? cast::ScaleType::kFloat32
+                                 : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
+                                                                           : cast::ScaleType::kE8M0;
+    const cast::ScaleType wanted = packed ? cast::ScaleType::kPackedUE8M0 : cast::ScaleType::kFloat32;
     const bool repeat = per_row && gran_mn == 128;
-    const bool strides_fit = (k_groups == 1 || (stride_k % 4 == 0 && stride_k >= mn)) &&
+    const bool strides_fit = (columns == 1 || (stride_k % 4 == 0 && stride_k >= mn)) &&
                              (groups == 1 || (stride_group % 4 == 0 && stride_group >= mn));
     const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= k_groups &&
                               reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
-    if (is_float && !repeat && (!per_row || tma_readable)) {
+    if (type == wanted && !repeat && (!per_row || tma_readable)) {
         return {static_cast<const float*>(sf.data_ptr()), stride_mn, stride_k, static_cast<int>(gran_mn),
                 stride_group};
     }
@@ -148,13 +154,12 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
     problem.batch = groups;
     problem.mn = repeat ? mn : sf.size(axes.mn);
     problem.mn_repeat = repeat ? 128 : 1;
-    const int64_t aligned = ceil_to(problem.mn, 4), rows = std::max(k_groups, k_rows);
+    const int64_t aligned = ceil_to(problem.mn, 4), rows = std::max(columns, k_rows);
     const std::array<int64_t, 3> sizes = {groups, rows, aligned}, strides = {rows * aligned, aligned, 1};
-    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float, sf.get()));
+    scratch.reset(new_empty_strided(sizes, strides, packed ? ScalarType::Int : ScalarType::Float, sf.get()));
     problem.src = sf.data_ptr();
-    problem.src_type = is_float                              ? cast::ScaleType::kFloat32
-                       : sf.scalar_type() == ScalarType::Int ? cast::ScaleType::kPackedUE8M0
-                                                             : cast::ScaleType::kE8M0;
+    problem.src_type = type;
+    problem.dst_type = wanted;
     problem.src_batch_stride = stride_group;
     problem.src_mn_stride = stride_mn;
     problem.src_k_stride = stride_k;
@@ -173,13 +178,20 @@ void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, 
     by_tma ? check_tma_readable(op, arg, x) : check_inner_stride(op, arg, x, "to_tma_aligned");
 }
 
-Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch) {
+bool is_fp4(const TensorInfo& x) {
+    return x.scalar_type() != ScalarType::Float8_e4m3fn && x.scalar_type() != ScalarType::BFloat16;
+}
+
+Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
+                        bool sm100) {
     const bool k_major = axes.k == x.dim() - 1;
-    if (k_major || x.scalar_type() == ScalarType::BFloat16) {
-        const int row_axis = k_major ? axes.mn : axes.k;
-        // The stride of a single row is never used, but the tensor map wants a multiple of 16 bytes.
-        const int64_t stride = x.size(row_axis) > 1 ? x.stride(row_axis) : ceil_to(x.size(x.dim() - 1), 16);
-        return {x.data_ptr(), stride, stride_along(x, axes.group)};
+    const int row_axis = k_major ? axes.mn : axes.k;
+    // The stride of a single row is never used, but the tensor map wants a multiple of 16 bytes, of 32 with FP4.
+    const int64_t stride = x.size(row_axis) > 1 ? x.stride(row_axis) : ceil_to(x.size(x.dim() - 1), 32);
+    const bool tma_readable = stride % 16 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+    if (k_major || x.scalar_type() == ScalarType::BFloat16 || (sm100 && tma_readable)) {
+        const int64_t elements = is_fp4(x) ? 2 : 1;
+        return {x.data_ptr(), stride * elements, stride_along(x, axes.group) * elements, !k_major, is_fp4(x)};
     }
     const int64_t groups = size_along(x, axes.group), k = x.size(axes.k), mn = x.size(axes.mn);
     const int64_t aligned = ceil_to(k, 16);
@@ -206,6 +218,10 @@ void set_operands(GemmProblem& problem, const Operand& a, const Operand& b) {
     problem.b = b.data;
     problem.b_stride = b.row_stride;
     problem.b_group_stride = b.group_stride;
+    problem.a_mn_major = a.mn_major;
+    problem.b_mn_major = b.mn_major;
+    problem.a_is_fp4 = a.is_fp4;
+    problem.b_is_fp4 = b.is_fp4;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -298,10 +314,16 @@ void run_product(const GemmProblem& problem, int device, cudaStream_t stream) {
     limits.num_sms = usable_sms(device);
     limits.block_m_multiple_of = knobs().block_m_multiple_of;
     limits.block_n_multiple_of = knobs().block_n_multiple_of;
+    const bool sm100 = compute_capability(device) == 100;
     int row = knobs().forced_row;
-    if (row < 0) row = select_row_cached(gemm_rows(), problem, limits);
+    if (row < 0) {
+        row = select_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits);
+    } else if (sm100) {
+        row -= static_cast<int>(gemm_rows().size());  // as dg_instances() counts
+        if (row < 0) throw std::runtime_error("gemm: the forced row is one of sm_90a");
+    }
     DeviceBackend backend(device, stream);
-    run_gemm(problem, limits, row, knobs().pdl, backend);
+    (sm100 ? run_sm100_gemm : run_gemm)(problem, limits, row, knobs().pdl, backend);
 }
 
 }  // namespace deep_gemm::ops

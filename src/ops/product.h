@@ -102,10 +102,11 @@ inline constexpr Axes kKMajor = {-1, 0, 1}, kMNMajor = {-1, 1, 0};
 inline constexpr Axes kKMajorGroups = {0, 1, 2}, kMNMajorGroups = {0, 2, 1};
 
 // Scales of an operand with `mn` rows as the kernels take them (see ScaleTensor): float32, and MN-major where there is
-// one per row. What is not so is brought into that form in `scratch` by one small kernel. There, K may have more
-// `k_rows` than there are scales, which are then undefined.
+// one per row; or, `packed`, UE8M0 words. What is not so is brought into that form in `scratch` by one small kernel.
+// There, K may have more `k_rows` than there are scales, which are then undefined.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
-                           int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0);
+                           int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0,
+                           bool packed = false);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Operands
@@ -114,14 +115,20 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
 struct Operand {
     const void* data;
     int64_t row_stride, group_stride;
+    bool mn_major = false;
+    bool is_fp4 = false;
 };
 
 // An operand that the kernel reads as it lies, or one that is transposed first.
 void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, bool by_tma);
 
+// Packed pairs of E2M1 values, K-major.
+bool is_fp4(const TensorInfo& x);
+
 // As the kernel reads it. SM90's FP8 tensor cores take K-major operands alone, so an MN-major one is transposed into
-// `scratch`; BF16 ones stay as they are.
-Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch);
+// `scratch`; BF16 ones stay as they are, on SM100 FP8 ones, too, where TMA can address their rows.
+Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
+                        bool sm100 = false);
 
 void set_operands(GemmProblem& problem, const Operand& a, const Operand& b);
 

@@ -8,6 +8,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -16,6 +17,7 @@
 
 #include "host/cast.h"
 #include "host/gemm.h"
+#include "host/gemm_sm100.h"
 #include "host/knobs.h"
 #include "host/selection_cache.h"
 #include "ops/gemm_ops.h"
@@ -29,7 +31,8 @@ cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+    const char* major = std::getenv("HOST_OPS_MAJOR");
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? (major ? std::atoi(major) : 9) : 0;
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
@@ -83,14 +86,23 @@ cudaError_t launch_transpose_fp8(const TransposeProblem& p, cudaStream_t, bool) 
 }
 
 cudaError_t launch_scale_layout(const ScaleLayoutProblem& p, cudaStream_t, bool) {
+    const bool packed = p.dst_type == ScaleType::kPackedUE8M0;
     for (int64_t b = 0; b < p.batch; ++b) {
         for (int64_t mn = 0; mn < p.mn; ++mn) {
             for (int64_t k = 0; k < p.k_sf; ++k) {
                 const int64_t unit = p.src_type == ScaleType::kPackedUE8M0 ? k / 4 : k;
                 const int64_t offset =
                     b * p.src_batch_stride + mn / p.mn_repeat * p.src_mn_stride + unit * p.src_k_stride;
-                static_cast<float*>(p.dst)[b * p.dst_batch_stride + k * p.dst_k_stride + mn] =
-                    scale_at(p.src, p.src_type, offset, k);
+                const float scale = scale_at(p.src, p.src_type, offset, k);
+                const int64_t to = b * p.dst_batch_stride + (packed ? k / 4 : k) * p.dst_k_stride + mn;
+                if (!packed) {
+                    static_cast<float*>(p.dst)[to] = scale;
+                    continue;
+                }
+                int exponent = 0;
+                const bool is_power = scale > 0 && std::frexp(scale, &exponent) == 0.5f;
+                uint32_t& word = static_cast<uint32_t*>(p.dst)[to];
+                word = (k % 4 == 0 ? 0 : word) | (is_power ? exponent + 126u : 255u) << (8 * (k % 4));
             }
         }
     }
@@ -146,6 +158,7 @@ cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& p, co
 // Products
 
 std::span<const GemmRow> gemm_rows() { return {}; }
+std::span<const GemmRow> sm100_gemm_rows() { return {}; }
 int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
 EncodeTiledFunction driver_encode_tiled() { return nullptr; }
 void DeviceBackend::launch(const KernelLaunch&) {}
@@ -159,6 +172,12 @@ double decode_e4m3(uint8_t bits) {
     double value = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
     if (exponent == 15 && mantissa == 7) value = std::numeric_limits<double>::quiet_NaN();
     return bits & 128 ? -value : value;
+}
+
+double e2m1(uint8_t bits) {
+    const int exponent = bits >> 1 & 3, mantissa = bits & 1;
+    const double value = exponent == 0 ? 0.5 * mantissa : std::ldexp(2 + mantissa, exponent - 2);
+    return bits & 8 ? -value : value;
 }
 
 double e4m3(uint8_t bits) {
@@ -180,7 +199,8 @@ void check_tma(const char* what, const void* data, int64_t rows, int64_t stride,
 
 class Product {
 public:
-    explicit Product(const GemmProblem& problem) : p_(problem) {
+    // On SM100 scales are packed words per row, and operands may be FP4.
+    explicit Product(const GemmProblem& problem, bool sm100 = false) : p_(problem), sm100_(sm100) {
         const bool is_fp8 = p_.operands == OperandType::kFP8;
         const int64_t bytes = is_fp8 ? 1 : 2;
         const bool own_b = p_.grouping != Grouping::kDense && p_.grouping != Grouping::kKGrouped;
@@ -188,17 +208,21 @@ public:
         check_tma("a", p_.a, p_.a_mn_major ? p_.k : p_.m, p_.a_stride, own_a ? p_.num_groups : 1, p_.a_group_stride, bytes);
         check_tma("b", p_.b, p_.b_mn_major ? p_.k : p_.n, p_.b_stride, own_b ? p_.num_groups : 1, p_.b_group_stride, bytes);
         if (!is_fp8) return;
+        if (sm100_ && ((p_.a_is_fp4 && p_.a_mn_major) || (p_.b_is_fp4 && p_.b_mn_major))) {
+            throw std::runtime_error("host_ops: MN-major FP4");
+        }
+        if (p_.k % 128 != 0 && (p_.a_is_fp4 || p_.b_is_fp4)) throw std::runtime_error("host_ops: FP4 of ragged K");
         const bool is_1d2d = p_.sfa.gran_mn == 1 && p_.sfb.gran_mn == 128 && p_.gran_k == 128;
         check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1);
-        if (!is_1d2d) check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1);
+        if (!is_1d2d || sm100_) check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1);
     }
 
     // The sum over [begin, end) of K; scales are those of K from `sf_begin` on.
     double dot(int64_t group_a, int64_t group_b, int64_t m, int64_t n, int64_t begin, int64_t end) const {
         double sum = 0;
         for (int64_t k = begin; k < end; ++k) {
-            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.sfa, group_a) *
-                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.sfb, group_b);
+            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.a_is_fp4, p_.sfa, group_a) *
+                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.b_is_fp4, p_.sfb, group_b);
         }
         return sum;
     }
@@ -225,15 +249,21 @@ private:
     void check_vector(const char* what, const ScaleTensor& sf, int64_t mn, int64_t groups) const {
         if (sf.gran_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: a scale per block in ") + what);
         if (sf.stride_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: not MN-major: ") + what);
-        check_tma(what, sf.data, (p_.k + p_.gran_k - 1) / p_.gran_k, sf.stride_k, groups, sf.stride_group, 4);
+        const int64_t gran_k = p_.gran_k * (sm100_ ? 4 : 1);
+        check_tma(what, sf.data, (p_.k + gran_k - 1) / gran_k, sf.stride_k, groups, sf.stride_group, 4);
     }
 
     double value(const void* data, int64_t offset, int64_t mn, int64_t k, int64_t stride, bool mn_major,
-                 const ScaleTensor& sf, int64_t group) const {
+                 bool is_fp4, const ScaleTensor& sf, int64_t group) const {
         offset += mn_major ? k * stride + mn : mn * stride + k;
         if (p_.operands == OperandType::kBF16) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
-        return e4m3(static_cast<const uint8_t*>(data)[offset]) *
-               sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / p_.gran_k * sf.stride_k];
+        const uint8_t* bytes = static_cast<const uint8_t*>(data);
+        const double x = is_fp4 ? e2m1(bytes[offset / 2] >> (offset % 2 * 4) & 15) : e4m3(bytes[offset]);
+        if (sm100_) {
+            const int64_t block = k / p_.gran_k, word = mn * sf.stride_mn + block / 4 * sf.stride_k;
+            return x * cast::scale_at(sf.data, cast::ScaleType::kPackedUE8M0, word, block);
+        }
+        return x * sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / p_.gran_k * sf.stride_k];
     }
 
     double read(const void* data, int64_t offset) const {
@@ -242,9 +272,19 @@ private:
     }
 
     const GemmProblem& p_;
+    bool sm100_;
 };
 
 }  // namespace
+
+void run_sm100_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) {
+    if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups != 1) throw std::runtime_error("host_ops: an empty problem");
+    if (p.grouping != Grouping::kDense || p.head_left + p.head_right > 0) throw std::runtime_error("host_ops: not dense");
+    const Product product(p, true);
+    for (int64_t m = 0; m < p.m; ++m) {
+        for (int64_t n = 0; n < p.n; ++n) product.store(0, m, n, product.dot(0, 0, m, n, 0, p.k));
+    }
+}
 
 void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) {
     if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");

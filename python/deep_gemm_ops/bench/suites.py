@@ -149,6 +149,8 @@ class _Problem(NamedTuple):
 
 
 def _problem(case: GemmCase, limits: timing.DeviceLimits, min_burst_us: float) -> _Problem:
+    if limits.major == 10:  # scales have to be powers of two there
+        case = dataclasses.replace(case, use_ue8m0=True)
     first = make_gemm_operands(case, DEVICE)
     out = torch.empty(case.m, case.n, dtype=case.out_dtype, device=DEVICE)
     num_bytes = timing.count_bytes(first.tensors(), out)
@@ -254,8 +256,9 @@ def _capi() -> Any | None:
 
 
 def _select(capi: Any, case: GemmCase, limits: timing.DeviceLimits) -> dict[str, Any]:
-    float_output = case.out_dtype == torch.float32
-    return capi.select(case.m, case.n, case.k, recipe=case.recipe, float_output=float_output, num_sms=limits.num_sms)
+    options = {"float_output": case.out_dtype == torch.float32, "num_sms": limits.num_sms}
+    arch = "sm_100a" if limits.major == 10 else "sm_90a"
+    return capi.select(case.m, case.n, case.k, recipe=case.recipe, arch=arch, **options)
 
 
 def _selected_row(case: GemmCase, limits: timing.DeviceLimits) -> dict[str, Any] | None:

@@ -64,6 +64,7 @@ class DeviceLimits:
     l2_bytes: int
     fp8_tflops: float  # dense FP8 rate of the datasheet
     copy_gbps: float  # measured: bytes read plus bytes written by a large device-to-device copy
+    major: int = 9  # of the compute capability
 
 
 def device_limits(copy_gbps: float | None = None) -> DeviceLimits:
@@ -77,6 +78,7 @@ def device_limits(copy_gbps: float | None = None) -> DeviceLimits:
         l2_bytes=properties.L2_cache_size,
         fp8_tflops=properties.multi_processor_count * 2 * rate * ghz * 1e-3,
         copy_gbps=measure_copy_bandwidth() if copy_gbps is None else copy_gbps,
+        major=properties.major,
     )
 
 

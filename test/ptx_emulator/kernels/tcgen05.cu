@@ -1,7 +1,7 @@
 // Blackwell tensor memory: a 128x64 bf16 tile with K = 64, and planted bugs.
 #include "ptx.cuh"
 
-enum Bug { None, Leak, NoWaitLd, NoCommitWait, NoAlloc, NoFence };
+enum Bug { None, Leak, NoWaitLd, NoCommitWait, NoAlloc, NoFence, NoTensorFence };
 
 __device__ inline uint64_t umma_desc(const void* p, uint32_t sbo, uint64_t layout) {
     return uint64_t((smem_addr(p) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(sbo >> 4) << 32 | uint64_t(1) << 46 |
@@ -46,7 +46,7 @@ __global__ void umma(const __grid_constant__ TensorMap ta, const __grid_constant
             : "memory");
     }
     if (BUG != NoCommitWait) mbar_wait(&done, 0);
-    asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");
+    if (BUG != NoTensorFence) asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");
     for (int c = 0; c < 64; c += 8) {
         uint32_t r[8];
         ld_x8(r, tmem + (threadIdx.x / 32 * 32 << 16) + c);
@@ -66,6 +66,7 @@ template __global__ void umma<NoCommitWait>(const __grid_constant__ TensorMap, c
                                             float*);
 template __global__ void umma<NoAlloc>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
 template __global__ void umma<NoFence>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
+template __global__ void umma<NoTensorFence>(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float*);
 
 // Stores with one shape and loads with another: reveals the lane/column maps.
 extern "C" __global__ void tmem_shapes(uint32_t* out) {
@@ -174,6 +175,30 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1)
     cluster_sync();
     if (threadIdx.x < 32) asm volatile("tcgen05.dealloc.cta_group::2.sync.aligned.b32 %0, 64;" ::"r"(tmem) : "memory");
 }
+
+// Both CTAs of a pair load a box of 4 x 32 bytes; the bytes of both count towards the mbarrier of the first.
+template <bool EXPECT_OWN>
+__global__ void __cluster_dims__(2, 1, 1) pair_loads(const __grid_constant__ TensorMap map, uint32_t* out) {
+    __shared__ __align__(128) uint32_t box[32];
+    __shared__ uint64_t full;
+    uint32_t rank = cluster_rank();
+    if (threadIdx.x == 0) mbar_init(&full, 1), fence_mbar_init();
+    cluster_sync();
+    if (threadIdx.x == 0) {
+        if (rank == 0) mbar_expect(&full, EXPECT_OWN ? 128 : 256);
+        asm volatile(
+            "{\n.reg .b32 first;\nmapa.shared::cluster.u32 first, %2, 0;\n"
+            "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+            "%4}], [first];\n}" ::"r"(smem_addr(box)),
+            "l"(&map), "r"(smem_addr(&full)), "r"(0), "r"(rank * 4)
+            : "memory");
+        if (rank == 0) mbar_wait(&full, 0);
+    }
+    cluster_sync();
+    out[rank * 32 + threadIdx.x] = box[threadIdx.x];
+}
+template __global__ void pair_loads<false>(const __grid_constant__ TensorMap, uint32_t*);
+template __global__ void pair_loads<true>(const __grid_constant__ TensorMap, uint32_t*);
 
 // FP8 with one ue8m0 scale per 32 elements of K; scales reach tensor memory by
 // tcgen05.cp from 32 rows of four words (word j of row r: matrix row 32 j + r).

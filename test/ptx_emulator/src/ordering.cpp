@@ -88,6 +88,13 @@ void orderFence(Warp& w, u32 lanes) {
         if (s.mask & lanes) s.fenced = c;
 }
 
+void orderIssue(Warp& w, int lane, Clock& into) {
+    if (!w.order) return;
+    Clock seen = w.order->of(lane).seen;
+    seen.warps[w.order->index] = {};
+    into.join(seen);
+}
+
 void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into) {
     for (auto& s : w.order->sets)
         if (s.mask & lanes) into.join(s.fenced);
@@ -123,6 +130,7 @@ void orderWarpSync(Warp& w, u32 lanes) {
         }
         s.seen.join(o.sets[i].seen);
         s.fenced.join(o.sets[i].fenced);
+        s.tensorFenced.join(o.sets[i].tensorFenced);
         joined |= m;
         o.sets[i].mask &= ~lanes;
         if (!(o.sets[i].mask & w.live)) {
@@ -339,6 +347,40 @@ bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane
         if (all) return true;
     }
     return forgotten(mine);
+}
+
+// ------------------------------------------------------------------------ tensor memory --
+void orderTensorFence(Warp& w, u32 lanes, bool after) {
+    if (!w.order) return;
+    WarpOrder& o = *w.order;
+    o.dirty = true;
+    if (after) {
+        for (auto& s : o.sets)
+            if (s.mask & lanes) s.tensorFenced = s.seen;
+        return;
+    }
+    if (o.tensorFences.size() == WarpOrder::kFences) o.tensorFences.pop_front();
+    o.tensorFences.push_back({++o.tensorSeq, o.now, lanes, {}});
+}
+u64 orderTensorLoad(Warp& w) { return w.order ? ++w.order->tensorSeq : 0; }
+
+bool orderTensorWritten(Warp& w, u32 queue, u32 commit) {
+    if (!w.order) return true;
+    for (auto& s : w.order->sets)
+        if ((s.mask & w.live) && (queue >= s.tensorFenced.queues.size() || s.tensorFenced.queues[queue] < commit))
+            return false;
+    return true;
+}
+bool orderTensorRead(Warp& w, int lane, const Warp& reader, u64 seq) {
+    if (!w.order || &w == &reader) return true;
+    const WarpOrder& theirs = *reader.order;
+    if (theirs.tensorFences.size() == WarpOrder::kFences && theirs.tensorFences[0].seq > seq) return true;
+    const Clock& known = w.order->of(lane).tensorFenced;
+    if (theirs.index >= known.warps.size()) return false;
+    for (auto& f : theirs.tensorFences)
+        if (f.seq > seq && seen(known.warps[theirs.index], Access::byWarp(theirs.index, f.time, Access::kAllLanes, 0, 15)))
+            return true;
+    return false;
 }
 
 // ---------------------------------------------------------------------------- accesses --

@@ -61,6 +61,7 @@ struct WarpOrder {
         u32 mask = 0;
         Clock seen;
         Clock fenced;   // what the last fence would publish through a relaxed arrive
+        Clock tensorFenced;  // what the last tcgen05.fence::after_thread_sync orders before tcgen05 operations
         u64 known = 0;  // an access found to be ordered before, to save time
     };
     u32 index = 0;  // in the cluster
@@ -76,6 +77,9 @@ struct WarpOrder {
     };
     static constexpr size_t kFences = 16;
     std::deque<ProxyFence> fences;
+    // The last tcgen05.fence::before_thread_sync, numbered together with the tcgen05.ld of the warp.
+    std::deque<ProxyFence> tensorFences;
+    u64 tensorSeq = 0;
     // Where recent accesses were made, for reports: (time, instruction).
     std::vector<std::pair<u32, u32>> sites;
     size_t siteCount = 0;
@@ -123,6 +127,8 @@ void orderStart(Cluster* cl);
 void orderRelease(Warp& w, u32 lanes, Clock& into);
 void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into);  // publishes the last fence only
 void orderAcquire(Warp& w, u32 lanes, const Clock& c);
+// What the lane has seen, its own accesses apart: what it issues now completes after all of that.
+void orderIssue(Warp& w, int lane, Clock& into);
 void orderFence(Warp& w, u32 lanes);
 void orderWarpSync(Warp& w, u32 lanes);
 void orderProxyFence(Warp& w, u32 lanes);
@@ -130,6 +136,14 @@ void orderProxyFence(Warp& w, u32 lanes);
 // read that `reader` issues: by the writer and before something the reader has synchronised with, or by the
 // reader and after it had synchronised with the write?
 bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane, u64 seq, bool strict);
+
+// --- tensor memory: tcgen05.fence on both sides of what orders a tcgen05.ld and an operation of another thread
+void orderTensorFence(Warp& w, u32 lanes, bool after);
+u64 orderTensorLoad(Warp& w);  // numbers the load
+// Has the loading warp executed a fence after it had seen the commit of the operation that wrote the column?
+bool orderTensorWritten(Warp& w, u32 queue, u32 commit);
+// Is there a fence of `reader` behind its load `seq`, and one of the issuing lane behind what it knows of that?
+bool orderTensorRead(Warp& w, int lane, const Warp& reader, u64 seq);
 
 // --- accesses; `lane` -1: the warp as a whole
 // By an ordinary instruction; addresses are taken from its registers.

@@ -64,6 +64,8 @@ Status allocExec(Warp& w, const Inst& in, u32 m) {
     for (u32 col = base; col < base + n; col++) {
         t.owner[col] = id;
         for (u32 l = 0; l < kTmemLanes; l++) t.init[l * kTmemCols + col] = 0;
+        t.written[col] = {};
+        t.loaded[col] = {};
     }
     u64 addr = (in.sa == 8 ? w.lane64(in.a, 0) : w.lane32(in.a, 0)) + u64(in.imm);
     std::memcpy(resolve(w, 0, Space(in.space), addr, 4, true), &base, 4);
@@ -154,6 +156,17 @@ Status ldExec(Warp& w, const Inst& in, u32 m) {
                     &w, -1, "tmem_inflight",
                     strf("tcgen05.ld of column %u while a tcgen05.mma or tcgen05.cp that writes it may be in flight",
                          k));
+    if (M.opt.checkFences && w.order) {
+        u64 seq = orderTensorLoad(w);
+        for (u32 k = a.col; k < std::min(a.col + cols, kTmemCols); k++) {
+            if (t.written[k].queue != ~0u && !orderTensorWritten(w, t.written[k].queue, t.written[k].commit))
+                M.fault(&w, -1, "tcgen05_fence",
+                        strf("tcgen05.ld of column %u, which a tcgen05 operation wrote, without a "
+                             "tcgen05.fence::after_thread_sync since its commit was waited for",
+                             k));
+            t.loaded[k][w.id % 4] = {&w, seq};
+        }
+    }
     for (u32 r = 0; r < x.dst.size(); r++) {
         u32* d = (u32*)w.reg(x.dst[r]);
         bool any = false;
@@ -205,7 +218,24 @@ Status waitLdExec(Warp& w, const Inst&, u32 m) {
     return Status::Next;
 }
 Status waitStExec(Warp& w, const Inst&, u32 m) { return m != w.live ? converge(w) : Status::Next; }
-Status nopExec(Warp&, const Inst&, u32) { return Status::Next; }
+Status fenceExec(Warp& w, const Inst& in, u32 m) {
+    orderTensorFence(w, m, in.n);
+    return Status::Next;
+}
+// An operation of lane l is about to write columns that a thread may have loaded.
+void checkLoaded(Machine& m, Warp& w, int l, Cta* c, u32 col, u32 n, const char* what) {
+    if (!m.opt.checkFences || !w.order) return;
+    for (u32 k = col; k < col + n; k++)
+        for (auto& r : tmemOf(c).loaded[k]) {
+            if (r.warp && !orderTensorRead(w, l, *r.warp, r.seq))
+                m.fault(&w, l, "tcgen05_fence",
+                        strf("%s writes column %u, which warp %u of CTA rank %u has loaded, without "
+                             "tcgen05.fence::before_thread_sync there and ::after_thread_sync here around what orders "
+                             "the two",
+                             what, k, r.warp->id, c->rank));
+            r = {};
+        }
+}
 
 // --- the pipe ----------------------------------------------------------------------
 void advancePipe(Machine& m, Cta* c) {
@@ -241,7 +271,7 @@ void holdUntilCommit(Machine& m, Cta* issuer, Cta* c, std::vector<u32> granules,
             c->granules[g].readers--;
             orderReadDone(c, g * 16, 16, issuer->tensorQueue, commit);
         }
-        for (u32 k = wcol; k < wcol + wn; k++) t.writers[k]--;
+        for (u32 k = wcol; k < wcol + wn; k++) t.writers[k]--, t.written[k] = {issuer->tensorQueue, commit};
         for (u32 k = rcol; k < rcol + rn; k++) t.readers[k]--;
     });
 }
@@ -278,6 +308,7 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
         auto keep = w.cta->cluster->shared_from_this();
         Cta* issuer = w.cta;
         if (issuer->tensorQueue == ~0u) issuer->tensorQueue = issuer->cluster->queues++;
+        auto issued = std::make_shared<Clock>(tmemOf(issuer).issued);
         push(M, issuer, [=, &M] {
             u32 commit = ++issuer->tensorCommits;
             for (auto& f : *releases) f(commit);
@@ -287,6 +318,7 @@ Status commitExec(Warp& w, const Inst& in, u32 m) {
                     Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, "tcgen05.commit");
                     b.asyncPending--;
                     b.arriving.see(issuer->tensorQueue, commit);
+                    b.arriving.join(*issued);
                     if (c != issuer) orderTouch(c, ptx_emulator::Access::byQueue(issuer->tensorQueue, commit));
                     c->pendingCommits--;
                     mbarrierArrive(M, nullptr, -1, c, off, 1, "tcgen05.commit");
@@ -329,7 +361,9 @@ Status cpExec(Warp& w, const Inst& in, u32 m) {
                     granules.push_back(at / 16);
                     std::memcpy(&(*data)[(r * bytes + b) / 4], &c->smem[at], 16);
                 }
+            checkLoaded(M, w, l, c, col, bytes / 4, "tcgen05.cp");
             holdUntilCommit(M, w.cta, c, std::move(granules), col, bytes / 4, 0, 0);
+            orderIssue(w, l, tmemOf(w.cta).issued);
             push(M, w.cta, [=] {
                 Tmem& t = *c->tmem;
                 u32 n = bytes / 4;
@@ -599,7 +633,9 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
                 checkColumns(M, &w, c, o->sfa & 0xffff, (o->rows + 31) / 32, "tcgen05.mma scale factors of A");
                 checkColumns(M, &w, c, o->sfb & 0xffff, (o->n + 31) / 32, "tcgen05.mma scale factors of B");
             }
+            checkLoaded(M, w, l, c, o->dCol, dCols, "tcgen05.mma");
             holdUntilCommit(M, w.cta, c, std::move(granules), o->dCol, dCols, aCol, aCols);
+            orderIssue(w, l, tmemOf(w.cta).issued);
         }
         M.stats.tensorOps++;
         push(M, w.cta, [&M, o] { mmaRun(M, *o); });
@@ -710,7 +746,8 @@ void buildTcgen05(Decoder& d, const Stmt& s, Inst& in) {
     } else if (what == "wait::st") {
         in.fn = waitStExec;
     } else if (what.rfind("fence::", 0) == 0) {
-        in.fn = nopExec;
+        in.fn = fenceExec;
+        in.n = what == "fence::after_thread_sync";
     } else if (what == "commit") {
         in.fn = commitExec;
         d.address(in.a, in.sa, in.imm, s.ops[0], s);

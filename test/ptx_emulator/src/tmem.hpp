@@ -13,12 +13,23 @@ struct Tmem {
     std::array<u16, kTmemCols> writers{};  // tcgen05.mma/cp issued but not known complete
     std::array<u16, kTmemCols> readers{};  // A operands of such tcgen05.mma
     std::vector<std::string> allocators;   // by allocation id - 1: the warp and its instruction, for reports
+    // For the check of tcgen05.fence, by column: the commit that ended the last write, and the last load of each quarter.
+    struct Write {
+        u32 queue = ~0u, commit = 0;
+    };
+    struct Read {
+        const Warp* warp = nullptr;
+        u64 seq = 0;
+    };
+    std::array<Write, kTmemCols> written{};
+    std::array<std::array<Read, 4>, kTmemCols> loaded{};
     u16 nextId = 1;
     bool relinquished = false;
     // tcgen05.mma, .cp and .commit of one CTA execute in issue order.
     std::deque<std::function<void()>> pipe;
     bool pipeBusy = false;
     std::vector<std::function<void(u32)>> uncommitted;  // releases to run at the next commit, given its number
+    Clock issued;  // what the threads that issued operations had seen: before the completion of these
     u32 at(u32 lane, u32 col) const { return cell[lane * kTmemCols + col]; }
     void set(u32 lane, u32 col, u32 v) { cell[lane * kTmemCols + col] = v, init[lane * kTmemCols + col] = 1; }
 };

@@ -1,0 +1,123 @@
+"""``python -m deep_gemm_ops.bench.roofline``: what dense products should cost on a B200, where nobody has timed them.
+
+For each problem the row that selection chooses, what it moves and computes, and the shortest time that each resource
+allows. All rates are the datasheet's but one: 64 bytes per clock from L2 into an SM are an H100's. Needs the compiled
+library, but no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from .. import _capi
+from ..testing.cases import BENCH_M, BENCH_SHAPES
+
+NUM_SMS = 148
+MULTIPLY_ADDS = {"fp8": 8192, "bf16": 4096}  # per clock and SM
+CLOCK_GHZ = 1.855  # at which these are the datasheet's 4.5 and 2.25 PFLOPS
+MEMORY_GBPS = 8000
+FILL_BYTES = 64  # per clock and SM, from L2 to shared memory
+SHARED_BYTES = 128  # per clock and SM, from shared memory to the tensor core
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """One product on one row; bytes of the whole chip, times in microseconds."""
+
+    row: str
+    operations: float
+    memory_bytes: float  # operands, scales and D once each
+    fill_bytes: float  # stages of all tiles, from L2 into shared memory
+    tensor_memory_bytes: float  # accumulators, written by the tensor core and read by the epilogue once; scales
+    operations_us: float
+    memory_us: float
+    fill_us: float
+    shared_us: float
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The resource that takes longest, and how long."""
+        times = {
+            "operations": self.operations_us,
+            "memory": self.memory_us,
+            "L2 to SM": self.fill_us,
+            "shared memory": self.shared_us,
+        }
+        return max(times.items(), key=lambda item: item[1])
+
+
+def roofline(m: int, n: int, k: int, operands: str = "fp8", gran_k: int = 128) -> Roofline:
+    """``operands``: fp8, fp4 (B, the weights) or bf16; BF16 result."""
+    bf16 = operands == "bf16"
+    recipe = None if bf16 else (1, 1, gran_k)
+    fp4 = "b" if operands == "fp4" else ""
+    choice = _capi.select(m, n, k, recipe=recipe, fp4=fp4, arch="sm_100a", num_sms=NUM_SMS)
+    row = next(row for row in _capi.instances("sm_100a") if row["index"] == choice["row"])
+    return _of_row(row, m, n, k, operands, gran_k)
+
+
+def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: int) -> Roofline:
+    rows, cols = (n, m) if row["swap_ab"] else (m, n)
+    block_rows, block_cols = (row["block_n"], row["block_m"]) if row["swap_ab"] else (row["block_m"], row["block_n"])
+    pair, split = row["row_ctas"], row["split_k"]
+    tiles = math.ceil(rows / (block_rows * pair)) * math.ceil(cols / block_cols)
+    blocks = math.ceil(k / row["block_k"])
+    ctas = tiles * pair * split
+    item = 2.0 if operands == "bf16" else 1.0
+    scale_bytes = 0.0 if operands == "bf16" else (m + n) * k / gran_k
+    memory = m * k * item + n * k * (0.5 if operands == "fp4" else item) + scale_bytes + 2.0 * m * n
+    # A CTA's stage: its rows, and its part of the columns. FP4 leaves L2 packed and lies in shared memory unpacked.
+    stage = 128 * (block_rows + block_cols / pair)
+    packed = 64 * (block_rows if row["swap_ab"] else block_cols / pair) if operands == "fp4" else 0
+    scales = 0.0 if operands == "bf16" else (block_rows + block_cols) * row["block_k"] / gran_k
+    busy = min(ctas, NUM_SMS)  # SMs with work, all of them equally much: waves are not counted here
+    clock = CLOCK_GHZ * 1e3  # per microsecond
+    work = tiles * blocks * pair  # stages of all CTAs
+    operations = 2.0 * m * n * k
+    padded = 2.0 * tiles * block_rows * pair * block_cols * k
+    rate = 2 * MULTIPLY_ADDS["bf16" if operands == "bf16" else "fp8"]
+    return Roofline(
+        row=row["name"],
+        operations=operations,
+        memory_bytes=memory,
+        fill_bytes=work * (stage - packed + scales),
+        tensor_memory_bytes=2 * 4.0 * ctas * block_rows * block_cols + work * 4 * scales,
+        operations_us=padded / (busy * rate * clock),
+        memory_us=memory / MEMORY_GBPS * 1e-3,
+        fill_us=work * (stage - packed + scales) / (busy * FILL_BYTES * clock),
+        shared_us=work * stage / (busy * SHARED_BYTES * clock),
+    )
+
+
+def table(problems: Iterator[tuple[int, int, int, str, int]]) -> str:
+    """Markdown, one line for each problem."""
+    lines = [
+        "| M | N | K | operands | row | GFLOP | memory, MB | L2 to SM, MB | tensor memory, MB | bound | at least, µs |",
+        "|---:|---:|---:|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for m, n, k, operands, gran_k in problems:
+        r = roofline(m, n, k, operands, gran_k)
+        bound, us = r.bound
+        names = {"fp8": f"FP8, {gran_k}", "fp4": f"FP8 x FP4, {gran_k}", "bf16": "BF16"}
+        megabytes = [f"{x * 1e-6:.1f}" for x in (r.memory_bytes, r.fill_bytes, r.tensor_memory_bytes)]
+        row = r.row.removeprefix("sm100_")
+        cells = [m, n, k, names[operands], f"`{row}`", f"{r.operations * 1e-9:.1f}", *megabytes, bound, f"{us:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def problems() -> Iterator[tuple[int, int, int, str, int]]:
+    """The benchmark's shapes in FP8, and one of them in every type."""
+    for m in BENCH_M:
+        for n, k in BENCH_SHAPES:
+            yield m, n, k, "fp8", 128
+    for m in (1, 64, 4096):
+        for operands, gran_k in (("fp8", 32), ("fp4", 32), ("bf16", 128)):
+            yield m, 4096, 7168, operands, gran_k
+
+
+if __name__ == "__main__":
+    print(table(problems()))

@@ -1,0 +1,225 @@
+"""Products of two matrices each of which is FP8 or packed FP4, with scales. Importing this module registers their CPU
+and fake forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import _checks, reference
+from ._cpu import _cpu
+from ._fakes import _fake
+from .fused_casts import FP4_VALUES
+from .ops import call_product
+
+__all__ = ["fp8_fp4_gemm_nn", "fp8_fp4_gemm_nt", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt"]
+
+Tensor = torch.Tensor
+
+_ops = torch.ops.deep_gemm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def _call(
+    layout: str,
+    operands: dict[str, Tensor],
+    c: Tensor | None,
+    dtype: torch.dtype | None,
+    recipe: Sequence[int] | None,
+    out: Tensor | None,
+) -> Tensor:
+    op = f"fp8_fp4_gemm_{layout}"
+    return call_product(op, getattr(_ops, op), operands, {"c": c, "recipe": recipe}, dtype, torch.bfloat16, out)
+
+
+def fp8_fp4_gemm_nt(
+    a: Tensor,
+    sfa: Tensor,
+    b: Tensor,
+    sfb: Tensor,
+    *,
+    c: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    recipe: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_gemm_nt` where ``a``, ``b`` or both may be FP4: E2M1 values, two a byte along K, the even element in
+    the low nibble.
+
+    Args:
+        a: float8_e4m3fn ``[M, K]``, or FP4 as float4_e2m1fn_x2, int8 or uint8 ``[M, K / 2]``. Inner stride 1, row
+            stride and base address multiples of 16 bytes; on a GPU those of FP4 multiples of 32 bytes, and K one of
+            128.
+        sfa: scales of ``a`` as :func:`fp8_gemm_nt` takes them; K counts elements. MXFP4 has one per row and 32 of K:
+            ``recipe`` ``[1, 1, 32]``.
+        b: ``[N, K]`` or ``[N, K / 2]``, as ``a``.
+        sfb: scales of ``b``.
+        c: added to the product, ``[M, N]`` or a row ``[N]``, inner stride 1, of the result's dtype. May be ``out``.
+        out_dtype: torch.bfloat16 (default) or torch.float32.
+        recipe: ``[gran_m, gran_n, gran_k]`` with gran_m, gran_n in {1, 128} and gran_k in {128, 32}, inferred where
+            absent.
+        out: ``[M, N]``, inner stride 1, any row stride: written and returned.
+
+    Returns:
+        ``[M, N]``, a fresh contiguous tensor unless ``out`` is given.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad; FP4 on a GPU
+            other than SM100.
+
+    Scales that are float32 must be powers of two: SM100's tensor core reads UE8M0, and a scale that is none becomes NaN
+    there, and so does what it scales. Specification: ``deep_gemm_ops.fp8_fp4_gemm.reference_gemm``.
+    """
+    return _call("nt", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
+
+
+def fp8_fp4_gemm_nn(
+    a: Tensor,
+    sfa: Tensor,
+    b: Tensor,
+    sfb: Tensor,
+    *,
+    c: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    recipe: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_fp4_gemm_nt` for FP8 ``b [K, N]`` with scales ``[ceil(K / gran_k), ceil(N / gran_n)]``; FP4 ``b``
+    would have to be K-major."""
+    return _call("nn", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
+
+
+def fp8_fp4_gemm_tn(
+    a: Tensor,
+    sfa: Tensor,
+    b: Tensor,
+    sfb: Tensor,
+    *,
+    c: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    recipe: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_gemm_tn`: neither operand is K-major, so neither can be FP4."""
+    return _call("tn", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
+
+
+def fp8_fp4_gemm_tt(
+    a: Tensor,
+    sfa: Tensor,
+    b: Tensor,
+    sfb: Tensor,
+    *,
+    c: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    recipe: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_fp4_gemm_nt` for FP8 ``a [K, M]`` with scales ``[ceil(K / gran_k), ceil(M / gran_m)]``; FP4 ``a``
+    would have to be K-major."""
+    return _call("tt", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def expand_fp4(x: Tensor) -> Tensor:
+    """``[.., K / 2]`` packed FP4 as float8_e4m3fn ``[.., K]``, whose values include all of FP4's; FP8 as it is."""
+    if x.dtype == torch.float8_e4m3fn:
+        return x
+    codes = x.view(torch.uint8)
+    codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    values = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), device=x.device)
+    return values[codes.long()].to(torch.float8_e4m3fn)
+
+
+def reference_gemm(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **options: Any) -> Tensor:
+    """``reference.fp8_gemm`` of the same values in FP8."""
+    return reference.fp8_gemm(expand_fp4(a), sfa, expand_fp4(b), sfb, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fake and CPU implementations
+
+
+def _register(layout: str) -> None:
+    op = f"fp8_fp4_gemm_{layout}"
+
+    def check(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, real: bool, **rest: Any) -> _checks.GemmShape:
+        dtype = torch.float8_e4m3fn
+        return _checks.check_gemm(op, dtype, layout, a, b, scales=(sfa, sfb), real=real, or_fp4=True, **rest)
+
+    @_fake(op)
+    def fake(
+        a: Tensor,
+        sfa: Tensor,
+        b: Tensor,
+        sfb: Tensor,
+        *,
+        c: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        recipe: list[int] | None = None,
+    ) -> Tensor:
+        check(a, sfa, b, sfb, False, c=c, out_dtype=out_dtype, out=None, recipe=recipe)
+        m, n = a.shape[0 if layout[0] == "n" else 1], b.shape[0 if layout[1] == "t" else 1]
+        return a.new_empty((m, n), dtype=out_dtype)
+
+    @_fake(f"{op}.out")
+    def fake_out(
+        a: Tensor,
+        sfa: Tensor,
+        b: Tensor,
+        sfb: Tensor,
+        *,
+        c: Tensor | None = None,
+        recipe: list[int] | None = None,
+        out: Tensor,
+    ) -> None:
+        check(a, sfa, b, sfb, False, c=c, out_dtype=None, out=out, recipe=recipe)
+
+    def product(
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        c: Tensor | None,
+        out_dtype: torch.dtype | None,
+        recipe: list[int] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        shape = check(*operands, True, c=c, out_dtype=out_dtype, out=out, recipe=recipe)
+        grans = (shape.gran_m, shape.gran_n, shape.gran_k)
+        dtype = out_dtype if out is None else out.dtype
+        return reference_gemm(*operands, layout=layout, c=c, out_dtype=dtype, recipe=grans)
+
+    @_cpu(op)
+    def functional(
+        a: Tensor,
+        sfa: Tensor,
+        b: Tensor,
+        sfb: Tensor,
+        *,
+        c: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        recipe: list[int] | None = None,
+    ) -> Tensor:
+        return product((a, sfa, b, sfb), c, out_dtype, recipe, None)
+
+    @_cpu(f"{op}.out")
+    def out_form(
+        a: Tensor,
+        sfa: Tensor,
+        b: Tensor,
+        sfb: Tensor,
+        *,
+        c: Tensor | None = None,
+        recipe: list[int] | None = None,
+        out: Tensor,
+    ) -> None:
+        out.copy_(product((a, sfa, b, sfb), c, None, recipe, out))
+
+
+for _layout in _checks.LAYOUTS:
+    _register(_layout)
