@@ -262,11 +262,13 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
         params.row_scales_map =
-            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, row.block_rows, layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, layout.row_scale_box_rows(),
+                           layout.k_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =
-            make_scale_map(encode, col_scales, num_cols, k_groups, cols.groups, row.block_cols, layout.k_groups());
+            make_scale_map(encode, col_scales, num_cols, k_groups, cols.groups, layout.col_scale_box_cols(),
+                           layout.k_groups());
     }
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,

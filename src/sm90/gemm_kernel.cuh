@@ -256,11 +256,17 @@ private:
         load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
                                                                      work.col, 0, 0, col_group);
         if constexpr (kLayout.row_scales_are_vector()) {
-            ptx::tma_load_3d(params.row_scales_map, full, shared.row_scales[stage_idx], work.row, k_group, row_group,
-                             kHint);
+            const int first_row = kLayout.row_scale_slack() > 0 ? work.row & ~3 : work.row;
+#pragma unroll
+            for (int box = 0; box < kLayout.row_scale_boxes(); ++box) {
+                ptx::tma_load_3d(params.row_scales_map, full,
+                                 shared.row_scales[stage_idx] + box * kLayout.row_scale_box_pitch(),
+                                 first_row + box * 128, k_group, row_group, kHint);
+            }
         }
         if constexpr (kLayout.col_scales_are_vector()) {
-            ptx::tma_load_3d(params.col_scales_map, full, shared.col_scales[stage_idx], work.col, k_group, col_group,
+            const int first_col = kLayout.col_scale_slack() > 0 ? work.col & ~3 : work.col;
+            ptx::tma_load_3d(params.col_scales_map, full, shared.col_scales[stage_idx], first_col, k_group, col_group,
                              kHint);
         }
     }
@@ -398,11 +404,13 @@ private:
                                                       int warpgroup, int helper, int thread,
                                                       float (&total)[kRowParts][kAccumulators]) {
         const int col_offset = work.col % 128;
+        // Where the tile's scales begin in their boxes.
+        const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : (kRow.swap_ab ? work.col : work.row) % 4;
         const State first_state = state;
         if constexpr (kKWarpgroups > 1) state.advance_by(helper);
         if constexpr (kBlockScales == 0) {
             for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
-                add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, total);
+                add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, scale_start, total);
             }
         } else {
             for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
@@ -412,7 +420,7 @@ private:
                 const int count = min(left, kScaleChunk);
 #pragma unroll(kUnrollKBlocks)
                 for (int i = helper; i < count; i += kKWarpgroups) {
-                    add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, total);
+                    add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, scale_start, total);
                 }
                 __syncwarp();
                 if (thread % 32 == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
@@ -427,7 +435,7 @@ private:
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.
     __device__ __forceinline__ static void add_k_block(Storage& shared, State& state, const float* blocks,
-                                                       int warpgroup, int thread, int col_offset,
+                                                       int warpgroup, int thread, int col_offset, int scale_start,
                                                        float (&total)[kRowParts][kAccumulators]) {
         constexpr int kSteps = kRow.gran_k / 32;  // instructions per scale
         constexpr bool kColVector = kLayout.col_scales_are_vector();
@@ -445,9 +453,11 @@ private:
 #pragma unroll
             for (int group = 0; group < kKGroups; ++group) {
                 if constexpr (kLayout.row_scales_are_vector()) {
-                    const float* scales = reinterpret_cast<const float*>(shared.row_scales[s]) +
-                                          group * kRow.block_rows + part_row<Traits>(part, warpgroup) +
-                                          thread / 32 * 16 + lane / 4;
+                    const int box = kLayout.row_scale_boxes() > 1 ? part : 0;  // of 128 rows, as a part
+                    const float* scales =
+                        reinterpret_cast<const float*>(shared.row_scales[s] + box * kLayout.row_scale_box_pitch()) +
+                        group * kLayout.row_scale_box_rows() + part_row<Traits>(part, warpgroup) - box * 128 +
+                        (kLayout.row_scale_slack() > 0 ? scale_start : 0) + thread / 32 * 16 + lane / 4;
                     rows[part][group][0] = scales[0];
                     rows[part][group][1] = scales[8];
                 } else {
@@ -470,10 +480,16 @@ private:
                 if (part_done && !all_done) read_rows(part + 1);
                 const float upper = rows[part][group][0], lower = rows[part][group][1];
                 if constexpr (kColVector) {
-                    const auto* cols = reinterpret_cast<const float2*>(shared.col_scales[s]) +
-                                       group * (kBlockCols / 2) + lane % 4;
-                    Promotion<Traits>::by_column(upper, lower, [&](int j) { return cols[j * 4]; }, accumulator,
-                                                 total[part]);
+                    const float* cols = reinterpret_cast<const float*>(shared.col_scales[s]) +
+                                        group * kLayout.col_scale_box_cols() + lane % 4 * 2;
+                    const auto col_scales = [&](int j) {
+                        if constexpr (kLayout.col_scale_slack() > 0) {
+                            return make_float2(cols[scale_start + j * 8], cols[scale_start + j * 8 + 1]);
+                        } else {
+                            return reinterpret_cast<const float2*>(cols)[j * 4];
+                        }
+                    };
+                    Promotion<Traits>::by_column(upper, lower, col_scales, accumulator, total[part]);
                     if (all_done) release(shared.empty[s], lane);
                 } else {
                     if (all_done) release(shared.empty[s], lane);

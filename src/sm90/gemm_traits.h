@@ -65,9 +65,23 @@ struct GemmLayout {
         return row.swap_ab ? 1 : (128 - block_granule() + row.block_cols + 127) / 128;
     }
 
-    // Scales in a stage: TMA writes to multiples of 128 bytes.
-    constexpr int row_scale_bytes() const { return row_scales_are_vector() ? 4 * k_groups() * row.block_rows : 0; }
-    constexpr int col_scale_bytes() const { return col_scales_are_vector() ? 4 * k_groups() * row.block_cols : 0; }
+    // Scales in a stage come in boxes [K group][row or column]. A group of tokens may start at any row, but TMA only reads
+    // from multiples of 16 bytes on, or the instruction is illegal: so it brings up to three scales that lie before the
+    // tile's. A box has at most 256 of them, hence two for 256 rows and those.
+    constexpr int token_scale_slack() const { return row.grouping == Grouping::kMGrouped ? 4 : 0; }
+    constexpr int row_scale_slack() const { return row.swap_ab ? 0 : token_scale_slack(); }
+    constexpr int col_scale_slack() const { return row.swap_ab ? token_scale_slack() : 0; }
+    constexpr int row_scale_boxes() const { return row.block_rows + row_scale_slack() > 256 ? 2 : 1; }
+    constexpr int row_scale_box_rows() const { return row.block_rows / row_scale_boxes() + row_scale_slack(); }
+    constexpr int col_scale_box_cols() const { return row.block_cols + col_scale_slack(); }
+    constexpr int row_scale_bytes() const {
+        return row_scales_are_vector() ? 4 * k_groups() * row_scale_box_rows() * row_scale_boxes() : 0;
+    }
+    constexpr int col_scale_bytes() const { return col_scales_are_vector() ? 4 * k_groups() * col_scale_box_cols() : 0; }
+    // What they take up: TMA writes to multiples of 128 bytes.
+    constexpr int row_scale_box_pitch() const { return align_up(row_scale_bytes() / row_scale_boxes(), 128); }
+    constexpr int row_scale_pitch() const { return row_scale_box_pitch() * row_scale_boxes(); }
+    constexpr int col_scale_pitch() const { return align_up(col_scale_bytes(), 128); }
 
     // With split K each CTA of the cluster finishes a slice of the tile's columns.
     constexpr int num_slices() const { return std::min(row.split_k, row.block_cols / 8); }
@@ -100,8 +114,7 @@ struct GemmLayout {
     // Sums of the warpgroups that help with K blocks.
     constexpr int helper_bytes() const { return (row.k_warpgroups - 1) * row.block_rows * row.block_cols * 4; }
     constexpr int stage_bytes() const {
-        return row_tile_bytes() + col_tile_bytes() + align_up(row_scale_bytes(), 128) +
-               align_up(col_scale_bytes(), 128) + 16;
+        return row_tile_bytes() + col_tile_bytes() + row_scale_pitch() + col_scale_pitch() + 16;
     }
     constexpr int work_queue_bytes() const { return has_work_queue() ? 192 + 8 * kMaxGroups / 32 + 32 * 20 + 64 : 0; }
     constexpr int group_table_bytes() const { return is_k_grouped() ? 8 * kMaxKGroups : 0; }

@@ -24,8 +24,8 @@ struct alignas(1024) SharedStorage {
                    [kLayout.box_bytes()];
 
     // Scales of a stage, [K group][row or column].
-    alignas(128) uint8_t row_scales[kStages][align_up(kLayout.row_scale_bytes(), 128) + (kLayout.row_scale_bytes() == 0)];
-    alignas(128) uint8_t col_scales[kStages][align_up(kLayout.col_scale_bytes(), 128) + (kLayout.col_scale_bytes() == 0)];
+    alignas(128) uint8_t row_scales[kStages][kLayout.row_scale_pitch() + (kLayout.row_scale_bytes() == 0)];
+    alignas(128) uint8_t col_scales[kStages][kLayout.col_scale_pitch() + (kLayout.col_scale_bytes() == 0)];
 
     // Block scales, [chunk][block][K block].
     static constexpr int kBlockScales = kLayout.num_block_scales() + !kLayout.has_block_scales();
