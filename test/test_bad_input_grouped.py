@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_bad_input import Arguments, changed, messages, twice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 
 from common import FP8, cuda_condition
+from test_bad_input import Arguments, changed, messages, twice
 
 ops = torch.ops.deep_gemm
 

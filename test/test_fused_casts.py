@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_bad_input import changed, messages
-from test_bad_input import device as bad_input_device  # noqa: F401
 from test_casts import expected_cast, packed_bytes, power_of_two_above
 from torch.export import Dim, export
 
@@ -20,6 +18,8 @@ import deep_gemm_ops
 from deep_gemm_ops import fused_casts
 
 from common import FP8, ceil_div, fp8_bytes, generator, like, same_bits
+from test_bad_input import changed, messages
+from test_bad_input import device as bad_input_device  # noqa: F401
 
 SCALES = ("float32", "ue8m0", "packed")
 

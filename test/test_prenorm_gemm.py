@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_gemm_ops
 from deep_gemm_ops import prenorm_gemm
 
 from common import assert_close, assert_equal, cuda_condition, error_bar, generator, same_bits, strided
 from prenorm_emulation import special_products
-from test_bad_input import WHERE, changed, messages, other_device
+from test_bad_input import changed, messages, other_device
 
 OP = torch.ops.deep_gemm.tf32_hc_prenorm_gemm
 SHAPES = [
@@ -206,14 +204,10 @@ def test_gradients_are_refused(device: str) -> None:
 # Bad input
 
 
-@pytest.fixture(params=WHERE)
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the operator gets the wrong arguments; "fake" ones have no memory."""
-    if not request.param.startswith("fake"):
-        yield request.param
-        return
-    with FakeTensorMode():
-        yield "cuda" if request.param == "fake cuda" else "cpu"
+@pytest.fixture
+def place(device_or_fake: str) -> str:
+    """Where the operator gets the wrong arguments."""
+    return device_or_fake
 
 
 def arguments(device: str) -> dict[str, Any]:

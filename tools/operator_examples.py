@@ -38,6 +38,26 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.fp8_gemm_tt(a.t().contiguous(), sfa.t(), b, sfb)",
         "deep_gemm_ops.fp8_gemm_tt(a, sfa, b, sfb)",
     ),
+    "fp8_fp4_gemm_nt": (
+        "deep_gemm_ops.fp8_fp4_gemm_nt(\n"
+        "    *deep_gemm_ops.per_token_cast_to_fp8(x, gran_k=32), *deep_gemm_ops.per_token_cast_to_fp4(w)\n"
+        ")",
+        "deep_gemm_ops.fp8_fp4_gemm_nt(a, sfa, *deep_gemm_ops.per_token_cast_to_fp4(w[:, :128]))",
+    ),
+    "fp8_fp4_gemm_nn": (
+        "deep_gemm_ops.fp8_fp4_gemm_nn(a, sfa, b.t().contiguous(), sfb.t())",
+        "deep_gemm_ops.fp8_fp4_gemm_nn(a, sfa, b, sfb)",
+    ),
+    "fp8_fp4_gemm_tn": (
+        "deep_gemm_ops.fp8_fp4_gemm_tn(\n"
+        "    *deep_gemm_ops.per_channel_cast_to_fp8(x), *deep_gemm_ops.per_channel_cast_to_fp8(x)\n"
+        ")",
+        "deep_gemm_ops.fp8_fp4_gemm_tn(a.t(), sfa.t(), b.t(), sfb.t())",
+    ),
+    "fp8_fp4_gemm_tt": (
+        "deep_gemm_ops.fp8_fp4_gemm_tt(a.t().contiguous(), sfa.t(), b, sfb)",
+        "deep_gemm_ops.fp8_fp4_gemm_tt(a, sfa, b, sfb)",
+    ),
     "fp8_gemm_nt_skip_head_mid": (
         "deep_gemm_ops.fp8_gemm_nt_skip_head_mid(a, sfa, b, sfb, [32, 16, 32])",
         "deep_gemm_ops.fp8_gemm_nt_skip_head_mid(a, sfa, b, sfb, [32, 16, 30])",

@@ -71,7 +71,8 @@ def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
     ``kernel`` (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``,
     ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of
     GROUPINGS), ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows
-    take any, and operands as they lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
+    take any, and operands as they lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
+    library.
     """
     return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 
@@ -142,7 +143,7 @@ def force_instance(index: int) -> Iterator[None]:
 
 
 def get_knob(name: str) -> int:
-    """Value of ``num_sms``, ``tc_util``, ``pdl``, ``mk_alignment``, ``block_m_multiple_of``, ``block_n_multiple_of``."""
+    """``num_sms``, ``tc_util``, ``pdl``, ``mk_alignment``, ``block_m_multiple_of`` or ``block_n_multiple_of``."""
     return int(getattr(_require(), f"dg_get_{name}")())
 
 

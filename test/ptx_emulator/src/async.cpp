@@ -346,6 +346,13 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
 }
 
 // --- cp.async.bulk.tensor ------------------------------------------------------------
+// An H200 stops with an illegal instruction where a box does not start on a multiple
+// of 16 bytes, though the PTX ISA does not ask for it.
+void checkInnermost(Machine& M, Warp& w, int lane, const TensorMap& t, i32 coord) {
+    if (!tmaStartAligned(t, coord))
+        M.fault(&w, lane, "misaligned", strf("innermost coordinate %d is not on a multiple of 16 bytes", coord));
+}
+
 // Load: in.a dst, in.b tensor map, x.dst unused, x.s2 coordinates, x.s0 mbarrier
 // (disp p[2], stride p[3]), x.s1 mask; p[6]: .cta_group::2
 Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
@@ -360,6 +367,7 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
                     strf("tensor map has rank %u, the instruction %zu coordinates", t.rank, x.s2.size()));
         i32 coord[5] = {};
         for (size_t k = 0; k < x.s2.size(); k++) coord[k] = i32(w.lane32(x.s2[k], l));
+        checkInnermost(M, w, l, t, coord[0]);
         u32 bytes = tmaBoxBytes(t), tx = tmaTxBytes(t);
         if (dstA % 128) M.fault(&w, l, "misaligned", strf("tensor copy destination %#x is not 128-byte aligned", dstA));
         M.stats.bulkOps++;
@@ -405,6 +413,7 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
                     strf("tensor map has rank %u, the instruction %zu coordinates", t.rank, x.s2.size()));
         std::array<i32, 5> co{};
         for (size_t k = 0; k < x.s2.size(); k++) co[k] = i32(w.lane32(x.s2[k], l));
+        checkInnermost(M, w, l, t, co[0]);
         u32 bytes = tmaBoxBytes(t);
         if (srcA % 128) M.fault(&w, l, "misaligned", strf("tensor copy source %#x is not 128-byte aligned", srcA));
         Cta* c = ctaOfSmem(w, l, srcA);

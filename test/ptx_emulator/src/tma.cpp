@@ -96,6 +96,8 @@ u32 tmaTxBytes(const TensorMap& t) {
     return unpacked(t.type) ? n * elementBits(t.type) / 8 : n;
 }
 
+bool tmaStartAligned(const TensorMap& t, i32 innermost) { return i64(innermost) * elementBits(t.type) % 128 == 0; }
+
 // Swizzles permute 16-byte (or 32/64-byte) chunks by XOR with address bits 7..9,
 // PTX ISA "Tensor swizzling modes".
 u32 tmaSwizzleOffset(TmaSwizzle s, u32 a) {

@@ -49,6 +49,8 @@ std::string encodeTiled(void* map, int type, u32 rank, u64 address, const u64* d
 TensorMap readTensorMap(Warp& w, int lane, u64 genericAddress);
 
 u32 tmaBoxBytes(const TensorMap& t);  // bytes the box occupies in shared memory
+// Whether a box that starts at this innermost coordinate starts on a multiple of 16 bytes.
+bool tmaStartAligned(const TensorMap& t, i32 innermost);
 u32 tmaTxBytes(const TensorMap& t);   // bytes reported to the mbarrier
 u32 tmaSwizzleOffset(TmaSwizzle s, u32 smemAddress);
 
