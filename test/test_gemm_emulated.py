@@ -211,9 +211,12 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         if fences and not any(re.search(r"^\s*(?!mov)\w+\S*\.f32\s+%f", line) for line in before[fences[-1] :]):
             return "since the fence before nothing but the tensor core has written the accumulators"
     if mutant.kind == "warp barrier":
-        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
+        meets = r"wgmma\.wait_group|bar\.warp\.sync|shfl\.sync|vote\.sync"
+        met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):
-            return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+            return "the warp has met, for products, a shuffle or a vote, since it last read what is freed or overwritten"
+        if "st.shared" in before[-1] and any(re.match(r"\s*@%p\d+ bra", line) for line in after[:4]):
+            return "what the loop over groups leaves in shared memory is read behind the shuffles and votes that follow"
     return ""
 
 

@@ -163,6 +163,7 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
     from deep_gemm_ops import _capi
 
     from gemm_emulation import RowCase, cluster_tile, row_ptx
+    from grouped_emulation import GroupedCase
     from kgrouped_emulation import KGroupedCase
 
     info = _capi.instances()[row]
@@ -176,6 +177,12 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
         for m, n, blocks, d in shapes
     ]
 
+    if info["grouping"] == "m_grouped":  # more groups than the scheduler holds at a time, and tiles than it finds at once
+        sizes = tuple(7 * group % 5 for group in range(70))
+        cases += [
+            GroupedCase(info["name"], layout, sizes, n, 2 * step, alignment=16, data="integer", num_sms=1)
+            for layout in ("offsets", "masked")
+        ]
     if info["grouping"] == "k_grouped":
         sizes = (blocks * step - 5, 0, step, 70, 1)
         cases = [
