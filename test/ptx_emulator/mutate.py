@@ -177,7 +177,8 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
         for m, n, blocks, d in shapes
     ]
 
-    if info["grouping"] == "m_grouped":  # more groups than the scheduler holds at a time, and tiles than it finds at once
+    if info["grouping"] == "m_grouped":
+        # More groups than the scheduler holds, and more tiles than it finds at a time.
         sizes = tuple(7 * group % 5 for group in range(70))
         cases += [
             GroupedCase(info["name"], layout, sizes, n, 2 * step, alignment=16, data="integer", num_sms=1)
