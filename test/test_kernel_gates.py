@@ -58,7 +58,7 @@ def consumer_warpgroups(row: Row) -> int:
 
 def row_parts(row: Row) -> int:
     """Parts of 64 rows that a consumer warpgroup has."""
-    return block_rows(row) // 64 // consumer_warpgroups(row)
+    return block_rows(row) // 64 * row["k_warpgroups"] // consumer_warpgroups(row)
 
 
 def block_scales(row: Row) -> int:
@@ -174,7 +174,11 @@ def test_sass_of_a_k_block(row: Row) -> None:
     if row["grouping"] == "m_grouped":
         # The compiler does not know that a warp's threads have the same tile: 16 words of descriptors are computed in
         # vector registers and moved.
-        limit += 20
+        limit += 20 + 12 * (parts - 1)
+        if row["swap_ab"]:
+            limit += cols // 8 + 2  # scales that start anywhere are read one by one
+    if row["k_warpgroups"] > 1:
+        limit += 4  # stages are taken two at a time
     if row["row_ctas"] * row["col_ctas"] > 1:
         limit += 3 if row["split_k"] == 1 else 6  # which CTAs of the cluster a stage is free for
     assert instructions <= limit, f"python -m deep_gemm_ops.inspect row {row['index']} --sass"
@@ -251,6 +255,8 @@ def test_instructions_of_a_k_block(row: Row) -> None:
     overhead = OVERHEAD.get(kind, max(OVERHEAD.values())) + choices_of_scale(row)
     if row["grouping"] == "k_grouped":
         overhead += OVERHEAD_OF_K_GROUPS[kind]
+    if row["grouping"] == "m_grouped" and row["scaling"] == "1d2d":
+        overhead += 42 * row_parts(row)  # where a tile's scales start in their boxes, and descriptors in vector registers
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
     if row["grouping"] != "dense" and row["scaling"] == "1d1d":
