@@ -256,7 +256,7 @@ def test_instructions_of_a_k_block(row: Row) -> None:
     if row["grouping"] == "k_grouped":
         overhead += OVERHEAD_OF_K_GROUPS[kind]
     if row["grouping"] == "m_grouped" and row["scaling"] == "1d2d":
-        overhead += 42 * row_parts(row)  # where a tile's scales start in their boxes, and descriptors in vector registers
+        overhead += 42 * row_parts(row)  # where its scales start, and descriptors in vector registers
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
     if row["grouping"] != "dense" and row["scaling"] == "1d1d":
