@@ -204,7 +204,6 @@ def roles(index: int) -> dict[str, Role]:
     return {role.name: role for role in profile_row(index)[0]}
 
 
-@pytest.mark.xfail(strict=False, reason="the figures of new rows (split K, turns, groups) are not settled yet")
 @every_row
 @pytest.mark.emulated
 def test_no_bank_conflicts(row: Row) -> None:
