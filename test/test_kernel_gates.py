@@ -158,7 +158,6 @@ def test_registers(row: Row) -> None:
         assert resources["reg"] * row["num_threads"] <= REGISTER_FILE
 
 
-@pytest.mark.xfail(strict=False, reason="the figures of new rows (split K, turns, groups) are not settled yet")
 @pytest.mark.parametrize("row", [row for row in ROWS if row["scaling"] == "1d2d"], ids=lambda row: row["name"])
 def test_sass_of_a_k_block(row: Row) -> None:
     """Instructions of a consumer warp, where the loop over K blocks is unrolled: 107 for 64 rows and 128 columns.
@@ -180,6 +179,8 @@ def test_sass_of_a_k_block(row: Row) -> None:
             limit += cols // 8 + 2  # scales that start anywhere are read one by one
     if row["k_warpgroups"] > 1:
         limit += 4  # stages are taken two at a time
+    if row["split_k"] > 1 and row["k_warpgroups"] == 1:
+        limit += 16  # of some, the compiler keeps the descriptors in vector registers
     if row["row_ctas"] * row["col_ctas"] > 1:
         limit += 3 if row["split_k"] == 1 else 6  # which CTAs of the cluster a stage is free for
     assert instructions <= limit, f"python -m deep_gemm_ops.inspect row {row['index']} --sass"
@@ -213,7 +214,6 @@ def test_no_bank_conflicts(row: Row) -> None:
             assert not any(value for counter, value in table.items() if counter.endswith("_conflicts")), role
 
 
-@pytest.mark.xfail(strict=False, reason="the figures of new rows (split K, turns, groups) are not settled yet")
 @every_row
 @pytest.mark.emulated
 def test_bytes_of_bulk_copies(row: Row) -> None:
@@ -221,6 +221,8 @@ def test_bytes_of_bulk_copies(row: Row) -> None:
     groups = scale_groups(row)
     scales = 4 * groups * block_rows(row) * (row["scaling"] == "1d1d" or not row["swap_ab"])
     scales += 4 * groups * block_cols(row) * (row["scaling"] == "1d1d" or row["swap_ab"])
+    if row["grouping"] == "m_grouped":  # a box of tokens' scales has up to three in front of the tile's
+        scales += 16 * groups * (2 if row_parts(row) == 2 and not row["swap_ab"] else 1)
     producer, consumer = roles(row["index"])["copy producer"], roles(row["index"])["consumer"]
     fetched = STAGE_BYTES * (block_rows(row) // row["col_ctas"] + block_cols(row) // row["row_ctas"])
     delivered = STAGE_BYTES * (block_rows(row) + block_cols(row))
@@ -236,19 +238,18 @@ def test_bytes_of_bulk_copies(row: Row) -> None:
 # 66 FP32 instructions of 128 columns.
 OVERHEAD = {
     ("1d2d", 1, 1): 67,
-    ("1d2d", 2, 1): 92,
-    ("1d1d", 1, 1): 90,
-    ("1d1d", 2, 1): 130,
-    ("1d1d", 1, 4): 149,
-    ("none", 1, 0): 67,
-    ("none", 2, 0): 91,
+    ("1d2d", 2, 1): 90,
+    ("1d1d", 1, 1): 85,
+    ("1d1d", 2, 1): 129,
+    ("1d1d", 1, 4): 148,
+    ("none", 1, 0): 63,
+    ("none", 2, 0): 88,
 }
 # More of them with groups along K: the compiler does not know that all threads of a warp have as many K blocks, and
 # keeps descriptors out of the uniform registers.
-OVERHEAD_OF_K_GROUPS = {("1d1d", 1, 1): 7, ("1d1d", 2, 1): 16, ("none", 1, 0): 29}
+OVERHEAD_OF_K_GROUPS = {("1d1d", 1, 1): 4, ("1d1d", 2, 1): 6, ("none", 1, 0): 28}
 
 
-@pytest.mark.xfail(strict=False, reason="the figures of new rows (split K, turns, groups) are not settled yet")
 @every_row
 @pytest.mark.emulated
 def test_instructions_of_a_k_block(row: Row) -> None:
@@ -259,12 +260,13 @@ def test_instructions_of_a_k_block(row: Row) -> None:
     if row["grouping"] == "k_grouped":
         overhead += OVERHEAD_OF_K_GROUPS[kind]
     if row["grouping"] == "m_grouped" and row["scaling"] == "1d2d":
-        overhead += 42 * row_parts(row)  # where its scales start, and descriptors in vector registers
+        overhead += 4  # where a tile's scales start
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
     if row["grouping"] != "dense" and row["scaling"] == "1d1d":
-        overhead += 11  # addresses that the compiler keeps in registers elsewhere
+        overhead += 5  # addresses that the compiler keeps in registers elsewhere
     repro = f"cd test && python -m ptx_emulator.profile --row {row['index']}"
     fp32 = consumer.per_block.get("fp32", 0)
     assert fp32 <= fp32_instructions(row), repro
-    assert consumer.instructions() - fp32 <= overhead, repro
+    # Moves are copies of the totals between versions of the unrolled loop, which ptxas does without.
+    assert consumer.instructions() - fp32 - consumer.per_block.get("move", 0) <= overhead, repro

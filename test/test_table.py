@@ -88,7 +88,6 @@ def test_a_new_row_is_inspected(copy: Path) -> None:
     assert NEW_NAME in result.stdout and "QGMMA" in result.stdout and "no spills" in result.stdout
 
 
-@pytest.mark.xfail(strict=False, reason="see test_kernel_gates.py")
 def test_a_new_row_is_tested(copy: Path) -> None:
     """The tests over the table find it, dispatch it through the host code, and it is right."""
     files = ["test/test_gemm_emulated.py", "test/test_kernel_gates.py"]
@@ -136,7 +135,6 @@ INVALID = [
 ]
 
 
-@pytest.mark.xfail(strict=False, reason="the traits include cuda.h, which is not on this path yet")
 def test_reasons_against_rows(tmp_path: Path) -> None:
     rows = "".join(f"    print({row});\n" for row in INVALID)
     (tmp_path / "reasons.cpp").write_text(f"""

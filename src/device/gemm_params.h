@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "group_limits.h"
+
 namespace deep_gemm {
 
 // Division by a number that the host knows: x / divisor = (x * multiplier) >> 32 >> shift for 0 <= x < 2^31 and a divisor
@@ -37,7 +39,6 @@ enum GroupTable : int {
     kEndOfGroup,   // for each group where it ends; the next one starts there, rounded up to `alignment`
     kRowsOfGroup,  // for each group how many of its `rows` rows count
 };
-inline constexpr int kMaxGroups = 1024;  // of kEndOfGroup and kRowsOfGroup
 
 // Work for MGroupedScheduler (tile_scheduler.cuh). "Rows" are those of A and D, whatever the instruction's rows are.
 struct MGroupSchedule {
@@ -69,7 +70,6 @@ struct KGroupSchedule {
     int k;             // of the operands
     FastDivisor tiles_per_group;
 };
-inline constexpr int kMaxKGroups = 256;  // of a launch
 
 // FP32 scale factors of blocks, with any strides: entry (i, g) is data[i * stride_mn + g * stride_k].
 struct ScaleSource {

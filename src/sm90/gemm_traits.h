@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../device/gemm_params.h"
+#include "../device/group_limits.h"
 #include "../host/gemm_row.h"
 
 namespace deep_gemm::sm90 {
