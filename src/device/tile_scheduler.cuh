@@ -8,6 +8,7 @@
 #include "gemm_params.h"
 #include "pipeline.cuh"
 #include "ptx_mbarrier.cuh"
+#include "warp.cuh"
 
 namespace deep_gemm {
 
@@ -32,6 +33,8 @@ __device__ __forceinline__ int divide(int x, const FastDivisor& by) {
     return by.divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), by.multiplier) >> by.shift);
 }
 
+// All schedulers: next() is called by a whole warp, or, next<false>(), by one thread that has the role to itself.
+
 // Persistent walk over a dense output: cluster i takes tiles i, i + clusters, ... Tiles are numbered in groups of
 // `row_group` row tiles; inside a group rows vary fastest, so a wave of CTAs shares few panels of either operand.
 //   kRowCtas, kColCtas   CTAs of a cluster side by side along rows and columns
@@ -46,6 +49,7 @@ public:
         step_ = static_cast<int>(gridDim.x) / kClusterSize;
     }
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         if (tile_ >= schedule_.num_tiles) return false;
         locate(tile_, work);
@@ -90,6 +94,7 @@ public:
     __device__ __forceinline__ BatchedScheduler(const DenseSchedule& schedule, const BatchSchedule& batch)
         : Dense(schedule, 0), batch_(batch) {}
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         // A comparison of numbers that the compiler knows to be the same in all threads: otherwise descriptors leave the
         // uniform registers.
@@ -162,6 +167,7 @@ public:
         }
     }
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         const int group = divide(this->tile_, groups_.tiles_per_group);
         if (group >= groups_.num_groups) return false;
@@ -171,6 +177,7 @@ public:
         work.group_end = part.start + part.size;
         work.k_block = part.start;
         work.num_k_blocks = kPadded ? part.size : (part.size + kStageK - 1) / kStageK;
+        if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         this->tile_ += this->step_;
         return true;
     }
@@ -200,21 +207,22 @@ struct WorkQueue {
     }
 };
 
-// A role's position in a WorkQueue. `one_thread`: the role is one thread of its warp, not all of them.
+// A role's position in a WorkQueue.
 class QueueReader {
 public:
-    __device__ __forceinline__ QueueReader(WorkQueue& queue, bool one_thread)
-        : queue_(queue), one_thread_(one_thread) {}
+    __device__ __forceinline__ explicit QueueReader(WorkQueue& queue) : queue_(queue) {}
 
     // Gives back the slot of the tile before.
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         if (count_ > 0) {
-            if (!one_thread_) __syncwarp();
-            if (one_thread_ || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
+            if constexpr (kWholeWarp) __syncwarp();
+            if (!kWholeWarp || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
         }
         ptx::mbarrier_wait(queue_.full[count_ % kSlots], count_ / kSlots % 2);
         ++count_;
         read(work);
+        if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         return work.num_k_blocks >= 0;
     }
 
@@ -225,7 +233,6 @@ private:
     static constexpr uint32_t kSlots = WorkQueue::kSlots;
 
     WorkQueue& queue_;
-    bool one_thread_;
     uint32_t count_ = 0;  // of tiles so far: the slot and its phase in one register
 };
 

@@ -151,7 +151,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     if (full_waves > 0) clocks += full_waves * wave(resident);
     if (left > 0) clocks += wave(left);
     // Measured with one or two tiles along M. At 4096 these rows took 1.5 times as long as others.
-    if (row.k_warpgroups > 1 && problem.m > 2 * row.block_m()) clocks *= 1.5;
+    if (row.k_warpgroups > 1 && m > 2 * row.block_m()) clocks *= 1.5;
     return clocks / (kClockGHz * 1000);
 }
 

@@ -33,6 +33,7 @@
 #include "../device/gemm_params.h"
 #include "../device/pipeline.cuh"
 #include "../device/tile_scheduler.cuh"
+#include "../device/warp.cuh"
 #include "epilogue.cuh"
 #include "gemm_instances.h"
 #include "scale_policy.cuh"
@@ -85,8 +86,8 @@ class GemmKernel {
 
 public:
     __device__ __forceinline__ static void run(const GemmParams& params, Storage& shared) {
-        const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
-        const uint32_t rank = kClusterSize == 1 ? 0 : ptx::cluster_rank();
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+        const uint32_t rank = kClusterSize == 1 ? 0 : uniform(ptx::cluster_rank());
 
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
@@ -118,7 +119,7 @@ public:
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
+        Scheduler scheduler = make_scheduler(params, shared, rank);
         if constexpr (!kKGrouped) ptx::grid_dependency_wait();
 
         if (warp < 4) {
@@ -143,11 +144,10 @@ private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
 
-    // Each role has a copy. `one_thread`: the role is one thread of its warp.
-    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
-                                                               bool one_thread) {
+    // Each role has a copy.
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank) {
         if constexpr (kRow.grouping == Grouping::kMGrouped) {
-            return QueueReader(shared.groups.queue, one_thread);
+            return QueueReader(shared.groups.queue);
         } else if constexpr (kRow.grouping == Grouping::kBatched) {
             return Scheduler(params.schedule, params.batch);
         } else if constexpr (kKGrouped) {
@@ -180,7 +180,7 @@ private:
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
         State state;
         WorkTile work;
-        while (scheduler.next(work)) {
+        while (scheduler.template next<false>(work)) {
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -298,7 +298,7 @@ private:
 
     __device__ __forceinline__ static void consume(const GemmParams& params, Storage& shared, Scheduler scheduler,
                                                    uint32_t rank) {
-        const int consumer = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+        const int consumer = uniform(static_cast<int>(threadIdx.x) / 128 - 1);
         const int warpgroup = consumer % kRowWarpgroups;
         const int helper = consumer / kRowWarpgroups;  // 0: the finisher
         const int thread = threadIdx.x % 128;
