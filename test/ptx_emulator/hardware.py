@@ -49,7 +49,7 @@ DEFAULT_TESTS = [
 ]
 MAP_MAGIC, MAP_BYTES = 0x544D4150, 128  # src/tma.hpp
 GUARD_BYTES = 4096
-STALL_S = 60
+STALL_S = 20
 
 
 # ------------------------------------------------------------------------------------------------------ cases ---
@@ -419,47 +419,57 @@ def _worker(pack: Pack, first: int, out: Path, keep: str) -> None:
             os._exit(1)
 
 
-def run(path: Path, out: Path, keep: str = "") -> list[dict[str, Any]]:
+def _finished(lines: Path) -> list[dict[str, Any]]:
+    """The results that are written whole."""
+    text = lines.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _watch(worker: subprocess.Popen[bytes], lines: Path) -> None:
+    """Waits for the end of a worker, and ends it when it no longer writes results."""
+    size, since = lines.stat().st_size, time.monotonic()
+    while worker.poll() is None:
+        time.sleep(0.05)
+        if lines.stat().st_size > size:
+            size, since = lines.stat().st_size, time.monotonic()
+        elif time.monotonic() - since > STALL_S:
+            worker.kill()
+            worker.wait()
+
+
+def run(path: Path, out: Path, keep: str = "", limit_mib: float = 15) -> list[dict[str, Any]]:
     """Runs a pack on the GPU, in workers that may die; returns and writes the results."""
-    pack = Pack(path)
+    pack, description = Pack(path), Device().describe()
     shutil.rmtree(out / "outputs", ignore_errors=True)
     (out / "outputs").mkdir(parents=True)
     lines = out / "results.jsonl"
     lines.write_text("")
-
-    def results() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in lines.read_text().splitlines()]
-
     started = time.monotonic()
-    while (first := len(results())) < len(pack.cases):
+    while (first := len(_finished(lines))) < len(pack.cases):
         command = [sys.executable, "-m", "ptx_emulator.hardware", "worker", path, "--out", out, "--first", str(first)]
         worker = subprocess.Popen([*command, "--keep", keep])
-        done, since = first, time.monotonic()
-        while worker.poll() is None:
-            time.sleep(0.05)
-            size = len(results())
-            if size > done:
-                done, since = size, time.monotonic()
-            elif time.monotonic() - since > STALL_S:
-                worker.kill()
-                worker.wait()
-        if len(results()) == done and done < len(pack.cases):
-            last = results()[-1]["status"] if done > first else ""
-            if last != "failed":  # it died or stalled without a word
-                case = pack.cases[done]
-                word = {"index": done, "name": case.name, "entry": case.entry, "status": "failed"}
-                with open(lines, "a") as file:
-                    file.write(json.dumps({**word, "detail": f"the worker ended with {worker.returncode}"}) + "\n")
-
-    final = results()
-    summary = {"device": Device().describe(), "seconds": round(time.monotonic() - started, 1), "results": final}
-    (out / "results.json").write_text(json.dumps(summary, indent=1))
+        _watch(worker, lines)
+        results = _finished(lines)
+        if worker.returncode and not (len(results) > first and results[-1]["status"] == "failed"):
+            case = pack.cases[len(results)]
+            result = {"index": len(results), "name": case.name, "entry": case.entry, "status": "failed"}
+            with open(lines, "a") as file:
+                file.write(json.dumps({**result, "detail": f"no answer (worker: {worker.returncode})"}) + "\n")
+    results = _finished(lines)
     lines.unlink()
+    summary = {"device": description, "seconds": round(time.monotonic() - started, 1), "results": results}
+    (out / "results.json").write_text(json.dumps(summary, indent=1))
+
+    def order(output: Path) -> tuple[bool, int]:
+        index = int(output.name.split("_")[0])
+        return not (keep and re.search(keep, pack.cases[index].name)), output.stat().st_size
+
     with zipfile.ZipFile(out / "outputs.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for output in sorted((out / "outputs").iterdir()):
-            file.write(output, output.name)
+        for output in sorted((out / "outputs").iterdir(), key=order):
+            if file.fp.tell() < limit_mib * 2**20:
+                file.write(output, output.name)
     shutil.rmtree(out / "outputs")
-    return final
+    return results
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> None:
@@ -483,6 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name != "record":
             command.add_argument("--out", type=Path, required=True)
             command.add_argument("--keep", default="", help="keep what the GPU wrote in cases whose names match this")
+            command.add_argument("--limit-mib", type=float, default=15, help="size of outputs.zip, small ones first")
             command.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "record":
@@ -491,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _worker(Pack(chosen.cases), chosen.first, chosen.out, chosen.keep)
     else:
         chosen.out.mkdir(parents=True, exist_ok=True)
-        report(run(chosen.cases, chosen.out, chosen.keep))
+        report(run(chosen.cases, chosen.out, chosen.keep, chosen.limit_mib))
 
 
 if __name__ == "__main__":
