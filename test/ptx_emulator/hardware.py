@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from . import api, mutate
+from .build import cache_dir
 from .driver import Device, DriverError
 
 # What `record` runs: the emulator's own tests, and each row of the library's tables on a few small problems.
@@ -267,14 +268,17 @@ class Recorder:
             return
 
         def assemble(key: str) -> tuple[str, bytes]:
-            with tempfile.TemporaryDirectory() as folder:
-                source, out = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-                source.write_bytes(self.blobs[key])
-                r = subprocess.run([ptxas, "-arch=sm_90a", source, "-o", out], capture_output=True, text=True)
-                if r.returncode:
-                    names = sorted({case.name for case in self.cases.values() if case.ptx == key})
-                    raise RuntimeError(f"ptxas refuses the kernel of {names}:\n{r.stderr[-2000:]}")
-                return key, out.read_bytes()
+            out = cache_dir() / f"{key}.cubin"
+            if not out.exists():
+                with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+                    source, new = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+                    source.write_bytes(self.blobs[key])
+                    r = subprocess.run([ptxas, "-arch=sm_90a", source, "-o", new], capture_output=True, text=True)
+                    if r.returncode:
+                        names = sorted({case.name for case in self.cases.values() if case.ptx == key})
+                        raise RuntimeError(f"ptxas refuses the kernel of {names}:\n{r.stderr[-2000:]}")
+                    new.replace(out)
+            return key, out.read_bytes()
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             yield from pool.map(assemble, keys)
