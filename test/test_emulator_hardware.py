@@ -92,7 +92,8 @@ def test_a_launch_is_repeated(recorder, tmp_path):
     pack = saved(recorder, tmp_path)
     assert [case.entry for case in pack.cases] == ["replace_map", "multicast", "vadd"]
     for case in pack.cases:
-        results = hardware.run_case(EmulatedDevice(), pack, case)
+        results, outside = hardware.run_case(EmulatedDevice(), pack, case)
+        assert not outside
         changed = 0
         for region, data in zip(case.regions, results):
             assert hardware.compare(region, pack.blob(region.after.blob), data) == ""
@@ -113,7 +114,7 @@ def test_pointers_in_memory_are_moved(recorder, tmp_path):
     mod.launch("k", 1, 1, [table], buffers=[data])
     pack = saved(recorder, tmp_path)
     (case,) = pack.cases
-    results = hardware.run_case(EmulatedDevice(), pack, case)
+    results, _ = hardware.run_case(EmulatedDevice(), pack, case)
     assert sorted(len(data) for data in results) == [12, 16]
     by_size = {len(data): data for data in results}
     assert np.frombuffer(by_size[12], np.uint32).tolist() == [5, 7, 7]
@@ -137,21 +138,23 @@ def test_a_difference_is_found(recorder, tmp_path):
     number, wrong = next((i, r) for i, r in enumerate(case.regions) if r.before.blob != r.after.blob)
     data = np.frombuffer(pack.blob(wrong.after.blob), np.float32).copy()
     data[7] = np.nextafter(data[7], np.float32(np.inf))
-    actual = hardware.run_case(EmulatedDevice(), pack, case)[number]
-    assert hardware.compare(wrong, data.tobytes(), actual).startswith("1 of 100 values")
+    actual, _ = hardware.run_case(EmulatedDevice(), pack, case)
+    assert hardware.compare(wrong, data.tobytes(), actual[number]).startswith("1 of 100 values")
 
 
 def test_writing_outside_is_found(recorder, tmp_path):
     class Careless(EmulatedDevice):
         def launch(self, *args):
             super().launch(*args)
-            address = next(iter(self.memory))
-            self.write(address + 256 + 5, b"x")
+            start, end = next((address, address + raw.nbytes - 256) for address, raw in self.memory.items())
+            self.write(start + 256 + 5, b"x")
+            self.write(end - hardware.GUARD_BYTES - 250, b"x")
 
     add()
     pack = saved(recorder, tmp_path)
-    with pytest.raises(AssertionError, match="wrote outside"):
-        hardware.run_case(Careless(), pack, pack.cases[0])
+    _, outside = hardware.run_case(Careless(), pack, pack.cases[0])
+    ((_, text),) = outside.items()
+    assert "wrote outside" in text and "bytes before its start" in text
 
 
 def hopper() -> bool:

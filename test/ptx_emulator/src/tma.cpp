@@ -163,7 +163,12 @@ void nanFill(const TensorMap& t, u8* p, u32 bytes) {
 }
 }  // namespace
 
-void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr) {
+void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr, const TileReads& reads) {
+    auto source = [&](u64 a, u32 bytes) {
+        const u8* p = m.global(nullptr, -1, a, bytes, false);
+        if (reads) reads(a, bytes);
+        return p;
+    };
     u32 bits = elementBits(t.type), rowBytes = rowSmemBytes(t);
     RowSpan span = innerSpan(t, coord[0]);
     std::vector<u8> row(rowBytes);
@@ -176,17 +181,17 @@ void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32
                 for (u32 k = 0, x = 0; x < t.box[0]; x += t.elementStride[0], k++) {
                     if (x < span.lo || x >= span.hi) continue;
                     u64 a = rowAddr + u64(i64(coord[0]) + x) * eb;
-                    std::memcpy(&row[k * eb], m.global(nullptr, -1, a, eb, false), eb);
+                    std::memcpy(&row[k * eb], source(a, eb), eb);
                 }
             } else if (!unpacked(t.type)) {
                 u32 begin = span.lo * bits / 8, bytes = (span.hi - span.lo) * bits / 8;
                 u64 a = rowAddr + u64((i64(coord[0]) + span.lo) * i64(bits) / 8);
-                std::memcpy(&row[begin], m.global(nullptr, -1, a, bytes, false), bytes);
+                std::memcpy(&row[begin], source(a, bytes), bytes);
             } else {
                 for (u32 x = span.lo; x < span.hi; x += 16) {  // 16 elements per slot
                     u32 bytes = 16 * bits / 8;
                     u64 a = rowAddr + u64((i64(coord[0]) + x) * i64(bits) / 8);
-                    std::memcpy(&row[x], m.global(nullptr, -1, a, bytes, false), bytes);
+                    std::memcpy(&row[x], source(a, bytes), bytes);
                 }
             }
         }

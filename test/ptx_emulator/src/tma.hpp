@@ -55,7 +55,9 @@ u32 tmaTxBytes(const TensorMap& t);   // bytes reported to the mbarrier
 u32 tmaSwizzleOffset(TmaSwizzle s, u32 smemAddress);
 
 // One contiguous run of a box row: gmem address and smem address (unswizzled).
-void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr);
+// reads(address, bytes) is told of each piece of global memory before it is read.
+using TileReads = std::function<void(u64, u32)>;
+void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr, const TileReads& reads);
 // Gathers the in-bounds part of the tile from shared memory; apply() writes it.
 struct TileWrite {
     u64 addr;
