@@ -15,8 +15,10 @@ SEEDS = range(3)
 # thread's word of the data, of the next thread's; %first: thread 0.
 PROLOGUE = """
 .shared .align 128 .b8 buf[256]; .shared .align 8 .b64 bar;
-.reg .b32 %t, %cta, %r<4>, %s, %b; .reg .b64 %base, %data, %other, %all, %flag, %back, %d; .reg .pred %first, %zero, %p, %q;
-mov.u32 %t, %tid.x; ld.param.u64 %base, [memory]; ld.param.u32 %cta, [id]; mov.u32 %r0, %ctaid.x; add.u32 %cta, %cta, %r0;
+.reg .b32 %t, %cta, %r<4>, %s, %b; .reg .b64 %base, %data, %other, %all, %flag, %back, %d;
+.reg .pred %first, %zero, %p, %q;
+mov.u32 %t, %tid.x; ld.param.u64 %base, [memory];
+ld.param.u32 %cta, [id]; mov.u32 %r0, %ctaid.x; add.u32 %cta, %cta, %r0;
 add.u64 %all, %base, 256; mul.wide.u32 %d, %t, 4; add.u64 %data, %all, %d; xor.b32 %r0, %t, 31; mul.wide.u32 %d, %r0, 4;
 add.u64 %other, %all, %d; mov.u64 %flag, %base; add.u64 %back, %base, 64;
 setp.eq.u32 %first, %t, 0; setp.eq.u32 %zero, %cta, 0; mov.u32 %s, buf; mov.u32 %b, bar; mov.u32 %r3, 1;

@@ -162,7 +162,7 @@ class Model:
 
     def _add(self, c: np.ndarray, a: np.ndarray, b: np.ndarray, p: Problem) -> np.ndarray:
         terms = np.concatenate([np.broadcast_to(a * b, (*c.shape, a.shape[2])), c[:, :, None]], 2)
-        exponents = np.frexp(terms)[1] - 1
+        exponents = np.maximum(np.frexp(terms)[1] - 1, -126)
         if not self.normalized:
             factors = _exponent(a, p.a_type) + _exponent(b, p.b_type)
             exponents[:, :, :-1] = factors
@@ -181,6 +181,11 @@ def _exponent(x: np.ndarray, dtype: str) -> np.ndarray:
     """The exponent that a factor's code says; of subnormal numbers that of the smallest normal one."""
     least = {"e4m3": -6, "e5m2": -14, "f16": -14, "bf16": -126, "tf32": -126}[dtype]
     return np.maximum(np.frexp(x)[1] - 1, least)
+
+
+# What an H200 does: of all candidates these alone agree with it in every bit of every problem.
+HOPPER = {"e4m3": Model(13, 32, 13), "bf16": Model(25, 16), "f16": Model(25, 16), "tf32": Model(25, 8)}
+HOPPER["e5m2"] = HOPPER["e4m3"]
 
 
 def same(want: np.ndarray, got: np.ndarray) -> np.ndarray:
@@ -210,10 +215,12 @@ def read(pack: Path, results: Path) -> Iterator[tuple[str, str, Problem, np.ndar
         types, name = found[1].rstrip("]").split(":", 1)
         a_type, b_type = types.split("-")
         problem = dict(problems(a_type, b_type))[name]
-        number = next(i for i, r in enumerate(case.regions) if f"{index}_{i}" in names)
+        number, region = next((i, r) for i, r in enumerate(case.regions) if r.dtype == "float32")
+        kept = f"{index}_{number}"
+        bits = outputs.read(kept) if kept in names else file.blob(region.after.blob)
         row, col = layouts.wgmma_fragment(N)
         got = np.empty((64, N), np.float32)
-        got[row, col] = np.frombuffer(outputs.read(f"{index}_{number}"), np.float32).reshape(128, N // 2)
+        got[row, col] = np.frombuffer(bits, np.float32).reshape(128, N // 2)
         yield types, name, problem, got
 
 

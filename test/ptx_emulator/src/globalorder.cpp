@@ -57,26 +57,36 @@ bool ordered(const GlobalAccess& by, u32 cluster, Access a) {
     return e && seen(*e, a);
 }
 
+Whereabouts whereabouts(const Cluster& cl) {
+    Whereabouts out{cl.number, cl.launch->kernel, cl.launch->index, {}, {}};
+    for (auto& c : cl.ctas) {
+        out.ctas.push_back({c->id[0], c->id[1], c->id[2]});
+        for (auto& w : c->warps) out.sites.push_back(w->order->sites);
+    }
+    return out;
+}
+
+std::string describe(const Whereabouts& at, Access a) {
+    if (a.isQueue()) return "a bulk copy whose mbarrier has not been waited for";
+    size_t perCta = at.sites.size() / at.ctas.size();
+    auto& id = at.ctas[a.warp() / perCta];
+    std::string who = strf("warp %zu of CTA (%u,%u,%u) of launch %u", a.warp() % perCta, id[0], id[1], id[2], at.launch);
+    if (a.lane() < kWarp) who += strf(" lane %u", a.lane());
+    const char* sep = " (PTX line";
+    for (auto& [time, pc] : at.sites[a.warp()])
+        if (time == a.time() && at.kernel->code[pc].line) {
+            who += strf("%s %u `%s`", sep, at.kernel->code[pc].line, at.kernel->text[pc].c_str());
+            sep = ",";
+        }
+    return who + (*sep == ',' ? ")" : "");
+}
 std::string describe(Machine& m, u32 cluster, Access a) {
     if (a.who() == Access::kNotWaited)
         return "a bulk store that its thread has not waited for with cp.async.bulk.wait_group (without .read)";
-    for (auto& cl : m.clusters) {
-        if (cl->number != cluster) continue;
-        if (a.isQueue()) return "a bulk copy whose mbarrier has not been waited for";
-        size_t perCta = cl->ctas[0]->warps.size();
-        const Cta& c = *cl->ctas[a.warp() / perCta];
-        const Warp& w = *c.warps[a.warp() % perCta];
-        const Kernel& k = *cl->launch->kernel;
-        std::string who = strf("warp %u of CTA (%u,%u,%u) of launch %u", w.id, c.id[0], c.id[1], c.id[2], cl->launch->index);
-        if (a.lane() < kWarp) who += strf(" lane %u", a.lane());
-        const char* sep = " (PTX line";
-        for (auto& [time, pc] : w.order->sites)
-            if (time == a.time() && k.code[pc].line) {
-                who += strf("%s %u `%s`", sep, k.code[pc].line, k.text[pc].c_str());
-                sep = ",";
-            }
-        return who + (*sep == ',' ? ")" : "");
-    }
+    for (auto& cl : m.clusters)
+        if (cl->number == cluster) return describe(whereabouts(*cl), a);
+    for (auto& at : m.globalOrder.exited)
+        if (at.cluster == cluster) return describe(at, a);
     return "a CTA that has exited";
 }
 
@@ -241,6 +251,13 @@ void orderGlobal(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool read, bool 
             publish(m, address, cl, at, c, read);
         }
     });
+}
+
+void orderExited(Machine& m, const Cluster& cl) {
+    constexpr size_t kRemembered = 64;
+    auto& exited = m.globalOrder.exited;
+    if (exited.size() == kRemembered) exited.pop_front();
+    exited.push_back(whereabouts(cl));
 }
 
 GlobalAccess orderGlobalIssue(Warp& w, int lane) {

@@ -264,6 +264,7 @@ void Machine::finishCta(Cta* c) {
     // Storage goes away between slices, when no reference is held.
     schedule(0, [this, cl] {
         auto it = std::find_if(clusters.begin(), clusters.end(), [&](auto& p) { return p.get() == cl; });
+        if (it != clusters.end() && opt.checkOrder) orderExited(*this, *cl);
         if (it != clusters.end()) clusters.erase(it);
         startClusters();
     });

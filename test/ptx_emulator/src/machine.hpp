@@ -283,7 +283,7 @@ struct Options {
     bool checkOrder = true;   // happens-before, ordering.hpp
     bool counters = false;
     bool reorderCommits = false;  // arrivals of tcgen05.commit in any order
-    bool hopperFp8 = false;
+    bool hopper = false;          // sums of tensor cores as Hopper rounds them
     bool strictRegs = false;
     u32 maxDelay = 20000;  // longest asynchronous delay in warp instructions
     u32 maxSlice = 400;

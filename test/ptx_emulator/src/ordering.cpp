@@ -404,7 +404,7 @@ void orderTensorFence(Warp& w, u32 lanes, bool after) {
     if (o.tensorFences.size() == WarpOrder::kFences) o.tensorFences.pop_front();
     o.tensorFences.push_back({++o.tensorSeq, o.now, lanes, {}});
 }
-u64 orderTensorLoad(Warp& w) { return w.order ? ++w.order->tensorSeq : 0; }
+u64 orderTensorUse(Warp& w) { return w.order ? ++w.order->tensorSeq : 0; }
 
 bool orderTensorWritten(Warp& w, u32 queue, u32 commit) {
     if (!w.order) return true;
@@ -413,16 +413,22 @@ bool orderTensorWritten(Warp& w, u32 queue, u32 commit) {
             return false;
     return true;
 }
-bool orderTensorRead(Warp& w, int lane, const Warp& reader, u64 seq) {
-    if (!w.order || &w == &reader) return true;
-    const WarpOrder& theirs = *reader.order;
+bool orderTensorUsed(Warp& w, int lane, const Warp& other, u64 seq) {
+    if (!w.order || &w == &other) return true;
+    const WarpOrder& theirs = *other.order;
     if (theirs.tensorFences.size() == WarpOrder::kFences && theirs.tensorFences[0].seq > seq) return true;
-    const Clock& known = w.order->of(lane).tensorFenced;
+    const Clock& known = w.order->of(lane < 0 ? std::countr_zero(w.live) : lane).tensorFenced;
     if (theirs.index >= known.here.warps.size()) return false;
     for (auto& f : theirs.tensorFences)
         if (f.seq > seq && seen(known.here.warps[theirs.index], Access::byWarp(theirs.index, f.time, Access::kAllLanes, 0, 15)))
             return true;
     return false;
+}
+
+bool orderSeen(Warp& w, Access a) {
+    for (auto& s : w.order->sets)
+        if ((s.mask & w.live) && !known(*w.order, s, -1, a)) return false;
+    return true;
 }
 
 // ---------------------------------------------------------------------------- accesses --

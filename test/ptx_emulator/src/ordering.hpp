@@ -8,6 +8,7 @@
 // Asynchronous writes and reads end in a queue: a phase of an mbarrier, or a
 // tcgen05.commit.  Each queue counts, so "seen up to phase n" fits a Clock as well.
 #pragma once
+#include <array>
 #include <deque>
 #include <map>
 #include <memory>
@@ -158,11 +159,14 @@ bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane
 
 // --- tensor memory: tcgen05.fence on both sides of what orders a tcgen05.ld and an operation of another thread
 void orderTensorFence(Warp& w, u32 lanes, bool after);
-u64 orderTensorLoad(Warp& w);  // numbers the load
+u64 orderTensorUse(Warp& w);  // numbers a load or a store
 // Has the loading warp executed a fence after it had seen the commit of the operation that wrote the column?
 bool orderTensorWritten(Warp& w, u32 queue, u32 commit);
-// Is there a fence of `reader` behind its load `seq`, and one of the issuing lane behind what it knows of that?
-bool orderTensorRead(Warp& w, int lane, const Warp& reader, u64 seq);
+// Is there a fence of `other` behind its load or store `seq`, and one of this lane (-1: of the warp) behind what it knows
+// of that?
+bool orderTensorUsed(Warp& w, int lane, const Warp& other, u64 seq);
+// Plain order, for tcgen05.dealloc: has the warp seen the access, or the commit?
+bool orderSeen(Warp& w, Access a);
 
 // --- accesses; `lane` -1: the warp as a whole
 void orderNote(Warp& w);  // remembers where the warp is, for reports
@@ -206,9 +210,18 @@ struct Published {
     u32 launch, cluster;
     std::map<u32, Clock::View> clock;
 };
+// Where the warps of a cluster were last, for reports.
+struct Whereabouts {
+    u32 cluster;
+    const struct Kernel* kernel;
+    u32 launch;
+    std::vector<std::array<u32, 3>> ctas;
+    std::vector<std::vector<std::pair<u32, u32>>> sites;  // by warp: (time, instruction)
+};
 class GlobalOrder {
  public:
     GlobalWord& word(u64 address);
+    std::deque<Whereabouts> exited;  // the last clusters that have ended
     std::unordered_map<u64, std::vector<Published>> published;  // by address / 4
 
  private:
@@ -223,6 +236,7 @@ struct GlobalAccess {
     int lane = 0;
     std::shared_ptr<Clock> seen;
 };
+void orderExited(Machine& m, const Cluster& cl);
 // By an ordinary instruction: weak, or strong with what it acquires and releases.
 void orderGlobal(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool read, bool write, Sem sem, Scope scope);
 GlobalAccess orderGlobalIssue(Warp& w, int lane);

@@ -214,7 +214,9 @@ std::vector<TileWrite> tmaGatherTile(Machine& m, const TensorMap& t, const i32* 
         u32 base = smemAddr + index * rowBytes;
         for (u32 k = 0; k < rowBytes; k += 16)
             std::memcpy(&row[k], &src->smem[tmaSwizzleOffset(t.swizzle, base + k)], std::min(16u, rowBytes - k));
-        u32 begin = span.lo * bits / 8, bytes = (span.hi - span.lo) * bits / 8;
+        // Elements beyond the tensor are left out by units of 16 bytes, as an H200 does: a row that ends within one is
+        // written up to the unit's end.
+        u32 begin = span.lo * bits / 8, bytes = std::min(alignUp(span.hi * bits / 8, 16), rowBytes) - begin;
         u64 a = rowAddr + u64((i64(coord[0]) + span.lo) * i64(bits) / 8);
         out.push_back({a, std::vector<u8>(row.begin() + begin, row.begin() + begin + bytes)});
     });
