@@ -118,6 +118,11 @@ HANDOVERS = {
     ),
     "atomics": ("atom.global.add.u32 %r2, [%all], %r3;", "red.global.add.u32 [%all], %r3;", None),
     "an atomic and a load": ("atom.global.add.u32 %r2, [%all], %r3;", "ld.global.u32 %r2, [%all];", "race"),
+    "halves of one word, one read before the other is written": (
+        "@%first ld.global.u16 %r1, [%all]; @%first st.global.u16 [%all], %r3;",
+        "@%first ld.global.u16 %r1, [%all + 2]; @%first st.global.u16 [%all + 2], %r3;",
+        None,
+    ),
     "bytes of one word": (
         "st.global.u8 [%all], %r3;",
         "st.global.u8 [%all + 1], %r3; st.global.u16 [%all + 2], %r3;",

@@ -26,6 +26,8 @@ GlobalWord& GlobalOrder::word(u64 address) {
 }
 
 namespace {
+constexpr u32 kPart = 1;  // bytes of a read: less than the word
+
 const Clock::Entry* entryOf(const GlobalAccess& by, u32 cluster, u32 warp) {
     const Clock::View* view = &by.seen->here;
     if (cluster != by.cluster) {
@@ -109,9 +111,10 @@ struct Check {
         if (!g.write || (strong && g.strong) || !(g.write.bytes() & mask || g.async)) return;
         if (!ordered(by, g.writeCluster, g.write)) race(address, "the write", g.writeCluster, g.write);
     }
-    void reads(u64 address, const GlobalWord& g) const {
+    // ... and after the reads; which part of a word was read is not kept, so that parts are not compared.
+    void reads(u64 address, const GlobalWord& g, u32 mask = 15) const {
         for (int i = 0; i < 2; i++)
-            if (g.read[i] && !ordered(by, g.readCluster[i], g.read[i]))
+            if (g.read[i] && !(mask != 15 && g.read[i].bytes() == kPart) && !ordered(by, g.readCluster[i], g.read[i]))
                 race(address, "the read", g.readCluster[i], g.read[i]);
     }
     // The asynchronous proxy reads what ordinary stores have written.
@@ -132,7 +135,7 @@ void addReader(const GlobalAccess& by, GlobalWord& g, Access a) {
         if (!g.read[i]) slot = i;
         else if (g.readCluster[i] == by.cluster && !a.isQueue() && !g.read[i].isQueue() && g.read[i].warp() == a.warp()) {
             if (g.read[i].time() == a.time() && g.read[i].lane() != a.lane())
-                a = Access::byWarp(a.warp(), a.time(), Access::kSeveralLanes, 0, 15);
+                a = Access::byWarp(a.warp(), a.time(), Access::kSeveralLanes, 0, a.bytes());
             slot = i;
         }
     }
@@ -228,7 +231,7 @@ void orderGlobal(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool read, bool 
             GlobalWord& g = m.globalOrder.word(at);
             check.write(at, g, strong, mask);
             if (write) {
-                check.reads(at, g);
+                check.reads(at, g, mask);
                 Access now = Access::byWarp(o.index, o.now, u32(l), o.instr, mask);
                 if (g.writeCluster == cl.number && g.write.who() == now.who() && g.write.time() == now.time() &&
                     g.write.lane() != now.lane())
@@ -236,7 +239,7 @@ void orderGlobal(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool read, bool 
                 g = {};
                 g.write = now, g.writeCluster = cl.number, g.strong = strong;
             } else if (!strong) {
-                addReader(by, g, Access::byWarp(o.index, o.now, u32(l), 0, 15));
+                addReader(by, g, Access::byWarp(o.index, o.now, u32(l), 0, mask == 15 ? 15 : kPart));
             }
         });
         if (write && strong) {
