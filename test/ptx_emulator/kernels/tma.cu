@@ -56,7 +56,7 @@ __global__ void box_copy(const __grid_constant__ TensorMap in, const __grid_cons
     __syncthreads();
     if (threadIdx.x == 0) mbar_expect(&bar, rows * row_bytes), tma_load_2d(a, &in, x, y, &bar);
     mbar_wait(&bar, 0);
-    auto at = [&](int r, int c, int span) { return swizzled(r, c, row_bytes, span); };
+    auto at = [&](int r, int c, int span) { return swizzled(r, c, max(row_bytes, span), span); };
     int chunks = row_bytes / 16;
     for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x)
         *(int4*)(b + at(i / chunks, i % chunks, OUT)) = *(int4*)(a + at(i / chunks, i % chunks, IN));

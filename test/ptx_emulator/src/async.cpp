@@ -445,12 +445,16 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
         std::array<i32, 5> co{};
         for (size_t k = 0; k < x.s2.size(); k++) co[k] = i32(w.lane32(x.s2[k], l));
         checkInnermost(M, w, l, t, co[0]);
+        // An H200 stops with an illegal instruction; loads may start there.
+        if (co[0] < 0) M.fault(&w, l, "tma_coordinate", strf("tensor store to a box that starts at column %d", co[0]));
         u32 bytes = tmaBoxBytes(t);
         if (srcA % 128) M.fault(&w, l, "misaligned", strf("tensor copy source %#x is not 128-byte aligned", srcA));
         Cta* c = ctaOfSmem(w, l, srcA);
         u32 off = smemOffset(w, l, c, srcA, bytes);
-        smemAsyncRead(M, &w, c, off, bytes, "cp.async.bulk.tensor store");
-        orderAsyncRead(w, l, c, off, bytes, "cp.async.bulk.tensor store");
+        tmaBoxPieces(t, off, [&](u32 at, u32 n) {
+            smemAsyncRead(M, &w, c, at, n, "cp.async.bulk.tensor store");
+            orderAsyncRead(w, l, c, at, n, "cp.async.bulk.tensor store");
+        });
         countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, bytes);
         M.stats.bulkOps++;
         auto op = std::make_shared<BulkOp>();

@@ -30,6 +30,13 @@ u32 rowSmemBytes(const TensorMap& t) { return unpacked(t.type) ? t.box[0] : t.bo
 u32 swizzleSpan(TmaSwizzle s) {
     return s == TmaSwizzle::None ? 0 : s == TmaSwizzle::B32 ? 32 : s == TmaSwizzle::B64 ? 64 : 128;
 }
+// Rows of a box narrower than the swizzle's span are as far apart as that, as an H200 lays them out.
+u32 rowPitch(const TensorMap& t) { return std::max(rowSmemBytes(t), swizzleSpan(t.swizzle)); }
+u32 boxRows(const TensorMap& t) {
+    u32 n = 1;
+    for (u32 i = 1; i < t.rank; i++) n *= (t.box[i] + t.elementStride[i] - 1) / t.elementStride[i];
+    return n;
+}
 }  // namespace
 
 std::string encodeTiled(void* map, int type, u32 rank, u64 address, const u64* dims, const u64* strides, const u32* box,
@@ -83,16 +90,19 @@ TensorMap readTensorMap(Warp& w, int lane, u64 a) {
     return t;
 }
 
-u32 tmaBoxBytes(const TensorMap& t) {
-    u32 n = rowSmemBytes(t);
-    for (u32 i = 1; i < t.rank; i++) n *= (t.box[i] + t.elementStride[i] - 1) / t.elementStride[i];
-    return n;
+u32 tmaBoxBytes(const TensorMap& t) { return boxRows(t) * rowPitch(t); }
+
+void tmaBoxPieces(const TensorMap& t, u32 offset, const std::function<void(u32, u32)>& piece) {
+    u32 bytes = rowSmemBytes(t), pitch = rowPitch(t);
+    if (bytes == pitch) return piece(offset, tmaBoxBytes(t));
+    for (u32 r = 0; r < boxRows(t); r++)
+        for (u32 k = 0; k < bytes; k += 16) piece(tmaSwizzleOffset(t.swizzle, offset + r * pitch + k), 16);
 }
 
-// Completion counts the bytes that carry data: padding of unpacked sub-byte
-// types is not included (shipped kernels expect exactly that).
+// Completion counts the bytes that carry data: padding between rows or of unpacked sub-byte types is not included (which
+// an H200 confirms for the former, shipped kernels expect of the latter).
 u32 tmaTxBytes(const TensorMap& t) {
-    u32 n = tmaBoxBytes(t);
+    u32 n = boxRows(t) * rowSmemBytes(t);
     return unpacked(t.type) ? n * elementBits(t.type) / 8 : n;
 }
 
@@ -195,7 +205,7 @@ void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32
                 }
             }
         }
-        u32 base = smemAddr + index * rowBytes;
+        u32 base = smemAddr + index * rowPitch(t);
         for (u32 k = 0; k < rowBytes; k += 16)
             std::memcpy(&dst->smem[tmaSwizzleOffset(t.swizzle, base + k)], &row[k], std::min(16u, rowBytes - k));
     });
@@ -211,7 +221,7 @@ std::vector<TileWrite> tmaGatherTile(Machine& m, const TensorMap& t, const i32* 
     std::vector<u8> row(rowBytes);
     eachRow(t, coord, [&](u32 index, u64 rowAddr, bool ok) {
         if (!ok || span.hi <= span.lo) return;
-        u32 base = smemAddr + index * rowBytes;
+        u32 base = smemAddr + index * rowPitch(t);
         for (u32 k = 0; k < rowBytes; k += 16)
             std::memcpy(&row[k], &src->smem[tmaSwizzleOffset(t.swizzle, base + k)], std::min(16u, rowBytes - k));
         // Elements beyond the tensor are left out by units of 16 bytes, as an H200 does: a row that ends within one is
