@@ -246,8 +246,10 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
                      (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
                                                aligned(problem.c, 2 * element_bytes)));
     // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
+    // TMA stores whole units of 16 bytes, also at the end of a row: its columns have to fill them.
     const bool tma_can_store = layout.stages_result() && (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
-                               problem.d_stride * element_bytes % 16 == 0 && d.group_stride * element_bytes % 16 == 0 &&
+                               problem.n * element_bytes % 16 == 0 && problem.d_stride * element_bytes % 16 == 0 &&
+                               d.group_stride * element_bytes % 16 == 0 &&
                                problem.head_left % layout.box_cols() == 0 &&
                                problem.head_right % layout.box_cols() == 0 && problem.head_mid % 8 == 0;
     params.output_mode = tma_can_store ? kStoreTma : kStoreDirect;

@@ -158,8 +158,9 @@ void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, i
     gemm.d_is_float = problem.d_type == DataType::kFloat32;
     // Sums in place, such as gradients: TMA adds, and the kernel does not wait for what it adds to.
     const bool adds_in_place = gemm.d_is_float && problem.c == problem.d && problem.c_stride == problem.d_stride;
+    // TMA stores whole units of 16 bytes, also at the end of a row: its columns have to fill them.
     const bool tma_can_store = !row.swap_ab && (problem.c == nullptr || adds_in_place) && aligned(problem.d, 16) &&
-                               problem.d_stride * element_bytes % 16 == 0;
+                               problem.n * element_bytes % 16 == 0 && problem.d_stride * element_bytes % 16 == 0;
     gemm.output_mode = !tma_can_store ? kStoreDirect : problem.c ? kAddTma : kStoreTma;
     if (tma_can_store) {
         const CUtensorMapDataType type =
