@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -296,9 +296,7 @@ def get_symm_buffer_for_mega_moe(
     if use_fp8_dispatch is not None and use_fp8_dispatch == is_bf16:
         fail(op, "use_fp8_dispatch", "value", use_fp8_dispatch, not use_fp8_dispatch, f"mma_type is {mma_type}")
     ranks = 1 if group is None else group.size()
-    shape = LayerShape(
-        ranks, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden, is_bf16
-    )
+    shape = LayerShape(ranks, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden, is_bf16)
     _check_sizes(op, shape)
     size = shape.buffer_layout().bytes
     if ranks == 1:
@@ -532,7 +530,7 @@ class _Arguments(NamedTuple):
 
     @property
     def shape(self) -> LayerShape:
-        (_, _, hidden), intermediate = self.l1.shape, self.l2.shape[2]
+        hidden, intermediate = _checks.shape_of(self.l1)[2], _checks.shape_of(self.l2)[2]
         return LayerShape(
             len(self.buffer_ptrs),
             self.num_experts,
@@ -595,7 +593,8 @@ def _check(a: _Arguments, real: bool) -> None:
     _check_dense(op, "buffer", a.buffer)
     if not _checks.shape_of(a.buffer)[0] >= needed:
         fail(op, "buffer", "bytes", _checks.shape_of(a.buffer)[0], f"at least {needed}")
-    if real and a.buffer.data_ptr() != a.buffer_ptrs[a.rank]:
+    # Alone, a rank may work on a copy, as functionalisation makes one.
+    if real and shape.num_ranks > 1 and a.buffer.data_ptr() != a.buffer_ptrs[a.rank]:
         fail(op, "buffer", "address", a.buffer.data_ptr(), a.buffer_ptrs[a.rank], "that of this rank in buffer_ptrs")
     for ptr in a.buffer_ptrs if real else ():
         if ptr == 0 or ptr % 16 != 0:
@@ -688,9 +687,10 @@ def _collect(
     )
 
 
-def _wait(done: Callable[[], bool], a: _Arguments, step: str, rank: int) -> None:
+def _wait(word: Tensor, call: int, a: _Arguments, step: str, rank: int) -> None:
+    """Until another thread or process has written this call's number."""
     deadline = time.monotonic() + a.timeout_ms / 1000
-    while not done():
+    while int(word) != call:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{a.op}: rank {a.rank} timed out waiting for rank {rank} (step {step})")
         time.sleep(0.0001)
@@ -701,9 +701,9 @@ def _run(a: _Arguments) -> Tensor:
     _check(a, real=True)
     shape, header_words = a.shape, _HEADER_BYTES // 4
     layout = shape.buffer_layout()
-    memories = [
-        torch.frombuffer((ctypes.c_uint8 * layout.bytes).from_address(ptr), dtype=torch.uint8) for ptr in a.buffer_ptrs
-    ]
+    ptrs = list(a.buffer_ptrs)
+    ptrs[a.rank] = a.buffer.data_ptr()
+    memories = [torch.frombuffer((ctypes.c_uint8 * layout.bytes).from_address(p), dtype=torch.uint8) for p in ptrs]
     headers = [_view(memory, 0, torch.int32, header_words) for memory in memories]
     views = [_views(memory, shape) for memory in memories]
     mine, experts = views[a.rank], shape.local_experts
@@ -716,7 +716,7 @@ def _run(a: _Arguments) -> Tensor:
         header[arrived + 2 * a.rank] = a.num_tokens
         header[arrived + 2 * a.rank + 1] = call
     for rank in range(shape.num_ranks):
-        _wait(lambda: int(headers[a.rank][arrived + 2 * rank + 1]) == call, a, "enter", rank)
+        _wait(headers[a.rank][arrived + 2 * rank + 1], call, a, "enter", rank)
     received = torch.zeros(experts, dtype=torch.int64)
     first_expert = a.rank * experts
     for rank, peer in enumerate(views):
@@ -738,11 +738,11 @@ def _run(a: _Arguments) -> Tensor:
         )
         peer.combine[:tokens][is_mine] = results[is_mine]
     if a.stats is not None:
-        a.stats += received.to(torch.int32)
+        a.stats.add_(received.to(torch.int32))
     for header in headers:
         header[combined + a.rank] = call
     for rank in range(shape.num_ranks):
-        _wait(lambda: int(headers[a.rank][combined + rank]) == call, a, "leave", rank)
+        _wait(headers[a.rank][combined + rank], call, a, "leave", rank)
     y = torch.zeros(a.num_tokens, shape.hidden)
     for choice in range(shape.topk):
         chosen = mine.topk_idx[: a.num_tokens, choice] >= 0

@@ -19,7 +19,7 @@ enum class MegaMoeStep : uint32_t { kEnter = 1, kRoute, kLeave };
 // The beginning of a buffer. Zero before the first call.
 struct MegaMoeHeader {
     uint32_t epoch;          // calls that are over
-    uint32_t routed;         // CTAs that have counted their tokens; back at 0 when all have
+    uint32_t routed;         // CTAs that have sorted their tokens; back at 0 when all have
     uint32_t routed_epoch;   // the call in which all had last
     uint32_t computed;       // CTAs without tasks left; back at 0 when all have
     uint32_t finished;       // CTAs that are done with this buffer; back at 0 when all are

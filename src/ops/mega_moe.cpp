@@ -127,7 +127,8 @@ void check(const Arguments& a, const Tensor* out) {
     check_dense(op, "buffer", a.buffer);
     if (a.buffer.size(0) < needed) fail(op, "buffer", "bytes", a.buffer.size(0), "at least " + std::to_string(needed));
     const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.buffer.data_ptr()));
-    if (address != a.buffer_ptrs[a.rank]) {
+    // Alone, a rank may work on a copy, as functionalisation makes one.
+    if (ranks > 1 && address != a.buffer_ptrs[a.rank]) {
         fail(op, "buffer", "address", address, a.buffer_ptrs[a.rank], "that of this rank in buffer_ptrs");
     }
     for (const int64_t ptr : a.buffer_ptrs) {
@@ -174,7 +175,9 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     problem.l2 = a.l2.data_ptr();
     problem.l1_sf = block_scales(a.l1_sf);
     problem.l2_sf = block_scales(a.l2_sf);
-    problem.buffers = a.buffer_ptrs.data();
+    std::vector<int64_t> buffers = a.buffer_ptrs;
+    buffers[a.rank] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.buffer.data_ptr()));
+    problem.buffers = buffers.data();
     problem.y = out.data_ptr();
     problem.y_stride = a.num_tokens > 1 ? out.stride(0) : hidden;
     problem.stats = a.stats ? static_cast<int32_t*>(a.stats->data_ptr()) : nullptr;

@@ -89,22 +89,24 @@ __device__ __forceinline__ uint64_t global_time_ns() {
     return time;
 }
 
-// Polls until `done()`, which `rank` has to bring about in this step. False, and a note in the header for the kernel behind
-// this one, when that takes too long: a message from here would be a function call, beside which ptxas serialises wgmma.
+// Polls until `done()`; false when that takes too long.
 template <class Done>
-__device__ __forceinline__ bool wait_until(Done&& done, MegaMoeHeader& header, uint64_t timeout_ns, MegaMoeStep step,
-                                           int rank) {
+__device__ __forceinline__ bool wait_until(Done&& done, uint64_t timeout_ns) {
     if (done()) return true;
     const uint64_t start = global_time_ns();
 #pragma unroll 1
     while (!done()) {
         __nanosleep(20);
-        if (global_time_ns() - start > timeout_ns) {
-            atomicCAS(&header.failure, 0u, static_cast<uint32_t>(step) << 16 | static_cast<uint32_t>(rank));
-            return false;
-        }
+        if (global_time_ns() - start > timeout_ns) return false;
     }
     return true;
+}
+
+// `rank` was late: a note for the kernel behind this one. A message from here would be a function call, beside which ptxas
+// serialises wgmma. False.
+__device__ __forceinline__ bool give_up(MegaMoeHeader& header, MegaMoeStep step, int rank) {
+    atomicCAS(&header.failure, 0u, static_cast<uint32_t>(step) << 16 | static_cast<uint32_t>(rank));
+    return false;
 }
 
 // threadIdx.x, read again each time: the compiler keeps the builtin in a register from beginning to end, or spills it.
@@ -258,7 +260,8 @@ private:
                     word = load_acquire_sys(&header.arrived[other]);
                     return static_cast<uint32_t>(word >> 32) == call;
                 },
-                header, params.timeout_ns, MegaMoeStep::kEnter, other);
+                params.timeout_ns);
+            if (!arrived) give_up(header, MegaMoeStep::kEnter, other);
             shared.tokens_of[other] = min(static_cast<uint32_t>(word), static_cast<uint32_t>(params.shape.max_tokens));
         }
         return __syncthreads_and(arrived);
@@ -287,18 +290,31 @@ private:
         __syncthreads();
     }
 
+    // All CTAs or none get beyond: one that gives up marks the counter, in which the last one would else put a 0.
     __device__ __forceinline__ static bool wait_for_grid(const MegaMoeParams& params, MegaMoeHeader& header,
                                                          uint32_t call) {
-        bool arrived = true;
+        constexpr uint32_t kGaveUp = 1u << 31;
+        bool complete = true;
         if (thread_index() == 0) {
-            if (is_last_cta(&header.routed)) {
-                store_release_gpu(&header.routed_epoch, call);
-            } else {
-                arrived = wait_until([&] { return load_acquire_gpu(&header.routed_epoch) == call; }, header,
-                                     params.timeout_ns, MegaMoeStep::kRoute, params.rank);
+            uint32_t before;
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&header.routed) : "memory");
+            const auto all_arrived = [&] { return load_acquire_gpu(&header.routed_epoch) == call; };
+            if (before == gridDim.x - 1) {
+                complete = atomicCAS(&header.routed, gridDim.x, 0u) == gridDim.x;
+                if (complete) store_release_gpu(&header.routed_epoch, call);
+            } else if (before >= kGaveUp) {
+                complete = false;
+            } else if (!wait_until(all_arrived, params.timeout_ns)) {
+                complete = atomicOr(&header.routed, kGaveUp) == 0;
+                if (complete) {  // at the last moment
+                    atomicAnd(&header.routed, ~kGaveUp);
+                    while (!all_arrived()) {
+                    }
+                }
             }
+            if (!complete) give_up(header, MegaMoeStep::kRoute, params.rank);
         }
-        return __syncthreads_and(arrived);
+        return __syncthreads_and(complete);
     }
 
     // Every expert's first block.
@@ -461,7 +477,7 @@ private:
             const uint32_t* ready =
                 local<uint32_t>(params, task.is_second ? params.offsets.activated : params.offsets.dispatched) + task.block;
             const uint32_t all = task.is_second ? tasks.first_tiles : block.count;
-            // All CTAs of this rank are running: no time-out.
+            // All CTAs of this rank are running, and get there: no time-out.
             while (load_acquire_gpu(ready) != all) __nanosleep(20);
             fence_async_global();
             const int row = task.block * kTokens, count = num_k_blocks(params, task);
@@ -847,8 +863,8 @@ private:
         const int other = thread_index();
         bool arrived = true;
         if (other < params.shape.num_ranks) {
-            arrived = wait_until([&] { return load_acquire_sys(&header.combined[other]) == call; }, header,
-                                 params.timeout_ns, MegaMoeStep::kLeave, other);
+            arrived = wait_until([&] { return load_acquire_sys(&header.combined[other]) == call; }, params.timeout_ns);
+            if (!arrived) give_up(header, MegaMoeStep::kLeave, other);
         }
         return __syncthreads_and(arrived);
     }
@@ -909,9 +925,9 @@ __global__ void __launch_bounds__(32) sm90_mega_moe_check(const __grid_constant_
     const uint32_t rank = failure & 0xffff;
     constexpr const char* kMessage = "deep_gemm Mega MoE: timed out waiting for rank";
     switch (static_cast<MegaMoeStep>(failure >> 16)) {
-        case MegaMoeStep::kEnter: __assertfail("its inputs are there", kMessage, rank, "enter", 1);
-        case MegaMoeStep::kRoute: __assertfail("all its CTAs are running", kMessage, rank, "route", 1);
-        case MegaMoeStep::kLeave: __assertfail("its results are there", kMessage, rank, "leave", 1);
+        case MegaMoeStep::kEnter: __assertfail("enter: its inputs are there", kMessage, rank, "sm90_mega_moe", 1);
+        case MegaMoeStep::kRoute: __assertfail("route: all its CTAs are running", kMessage, rank, "sm90_mega_moe", 1);
+        case MegaMoeStep::kLeave: __assertfail("leave: its results are there", kMessage, rank, "sm90_mega_moe", 1);
     }
 #endif
 }
