@@ -266,12 +266,15 @@ def samples(device: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     result = []
     for mma_type, tokens in [("fp8xfp8", 3), ("fp8xfp8", 0), ("bf16xbf16", 5)]:
         case = MegaCase((tokens,), num_experts=3, max_tokens=8, mma_type=mma_type)
-        (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
-        case.write([buffer], [to_device(inputs, device)])
+        shape = mega_moe.LayerShape(1, 3, 8, case.topk, case.hidden, case.intermediate, case.is_bf16)
+        buffer = torch.zeros(shape.buffer_layout().bytes, dtype=torch.uint8, device=device)
+        (inputs,), (weights,), views = case.inputs(), case.weights(), mega_moe._views(buffer, shape)
+        views.topk_idx[:tokens] = inputs.topk_idx.to(device)
+        views.topk_weights[:tokens] = inputs.topk_weights.to(device)
         packet = torch.ops.deep_gemm.bf16_mega_moe if case.is_bf16 else torch.ops.deep_gemm.fp8_mega_moe
         stats = torch.zeros(3, dtype=torch.int32, device=device)
-        tensors = to_device(weights, device).tensors()
-        arguments = (*tensors, buffer.buffer, buffer.handle.buffer_ptrs, 0, tokens, 8, 3, case.topk)
+        # An address that is not the buffer's: alone, a rank reaches no other one's.
+        arguments = (*to_device(weights, device).tensors(), buffer, [16], 0, tokens, 8, 3, case.topk)
         for keywords in ({}, {"cumulative_local_expert_recv_stats": stats, "activation_clamp": 2.0}):
             out = torch.zeros(tokens, case.hidden, dtype=torch.bfloat16, device=device)
             result.append((packet.default, arguments, keywords))

@@ -186,16 +186,45 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
     name = f"sm90_mega_moeILi32ELb{int(mma_type == 'bf16xbf16')}E"
     ((text, entry),) = [(text, e) for text, module in units("mega_moe") for e in module.entries if name in e]
     text = mutate.extract(text, entry)
-    # Enough tasks for one CTA to wrap around its stages; a block with more than 32 tokens' worth of experts.
-    case = MegaCase((40,), 2, 2, 1280, 256, mma_type=mma_type, block_tokens=32, num_sms=2)
+    # Enough K blocks to wrap around the stages; tiles of the second linear before those of the first one and behind one
+    # another; CTAs that are done early.
+    options = {"mma_type": mma_type, "block_tokens": 32}
+    cases = [
+        MegaCase((40,), 2, 2, 1280, 256, num_sms=2, **options),
+        MegaCase((130,), 2, 1, 512, 128, num_sms=1, **options),
+        *(MegaCase((40, 3), 4, 2, 512, 128, num_sms=3, seed=seed, **options) for seed in range(3)),
+    ]
 
     def run(ptx: str) -> None:
-        run_case(case, {0: ptx_emulator.Module(ptx)}, budget=20_000_000, check_exit=1)
+        for case in cases:
+            run_case(case, {0: ptx_emulator.Module(ptx)}, budget=40_000_000, check_exit=1)
 
     run(text)  # the kernel itself is right
     silent = [
         f"{found}: {mutant}"
         for mutant, found in mutate.survey(mutate.mutants(text), run)
-        if found in ("not reached", "unnoticed")
+        if found in ("not reached", "unnoticed") and not reason_harmless(text, mutant)
     ]
     assert not silent, "\n".join(silent)
+
+
+def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
+    """Why a kernel works on the emulator without this statement, empty where it would not."""
+    lines = [line for line in ptx.splitlines()]
+    before, statement = lines[: mutant.line - 1], lines[mutant.line - 1]
+    behind = [line for line in lines[mutant.line :] if not line.lstrip().startswith(("//", ".loc"))][:12]
+    if "fence.proxy.async.global" in statement:
+        return "the emulator does not tell the proxies of global memory apart"
+    if mutant.kind == "warp barrier":
+        if any("red.release.gpu" in line for line in behind):
+            return "it orders global memory alone, which the emulator takes for sequentially consistent"
+        if re.match(r"\s*bar\.sync\s+0;", behind[0]):
+            return "so that a warp reaches the barrier behind it as one, which the emulator does not ask for"
+        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
+        if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
+            return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    if re.match(r"\s*bar\.sync\s+0;", statement) and any("setp.ne.s32" in line for line in behind):
+        written = [line for line in before[-40:] if re.search(r"\bst\.global|atom\.global", line)]
+        if written and not any(re.search(r"\b(ld|st)\.shared|mbarrier", line) for line in before[-40:]):
+            return "it orders global memory alone, in front of a count of the CTAs that one thread makes"
+    return ""

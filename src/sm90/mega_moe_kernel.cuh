@@ -790,7 +790,7 @@ private:
                 *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + task.tile * 128 * kBytes + piece) =
                     values;
             }
-            if constexpr (kBF16) ptx::named_barrier_sync(1, 256);  // else the maxima's is in between
+            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, 256);  // else the maxima's is in between
         }
         fence_async_global();
         ptx::named_barrier_sync(1, 256);
