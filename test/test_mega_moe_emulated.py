@@ -210,7 +210,7 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
 
 def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     """Why a kernel works on the emulator without this statement, empty where it would not."""
-    lines = [line for line in ptx.splitlines()]
+    lines = ptx.splitlines()
     before, statement = lines[: mutant.line - 1], lines[mutant.line - 1]
     behind = [line for line in lines[mutant.line :] if not line.lstrip().startswith(("//", ".loc"))][:12]
     if "fence.proxy.async.global" in statement:
