@@ -58,6 +58,7 @@ class Problem(ctypes.Structure):
         ("clamped", ctypes.c_int),
         ("clamp", ctypes.c_float),
         ("timeout_ns", ctypes.c_int64),
+        ("expected_m", ctypes.c_int64),
     ]
 
 

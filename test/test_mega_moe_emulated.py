@@ -191,7 +191,7 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
     options = {"mma_type": mma_type, "block_tokens": 32}
     cases = [
         MegaCase((40,), 2, 2, 1280, 256, num_sms=2, **options),
-        MegaCase((130,), 2, 1, 512, 128, num_sms=1, **options),
+        MegaCase((130,), 2, 1, 256, 128, num_sms=1, **options),
         *(MegaCase((40, 3), 4, 2, 512, 128, num_sms=3, seed=seed, **options) for seed in range(3)),
     ]
 

@@ -144,7 +144,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.bf16_mega_moe(\n"
         "    None,\n"
         "    *deep_gemm_ops.transform_weights_for_mega_moe(w3.view(2, 256, 128), w3[:, :, :128].contiguous()),\n"
-        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 128, 128, mma_type="bf16xbf16", device="cpu"),\n'
+        "    deep_gemm_ops.get_symm_buffer_for_mega_moe(\n"
+        '        None, 2, 64, 1, 128, 128, mma_type="bf16xbf16", device="cpu"\n'
+        "    ),\n"
         "    num_tokens=40,\n"
         ")",
         "deep_gemm_ops.bf16_mega_moe(\n"

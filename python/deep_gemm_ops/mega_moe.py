@@ -372,6 +372,7 @@ def _call(
     activation: str,
     activation_clamp: float | None,
     num_tokens: int | None,
+    expected_m: int | None,
     timeout_ms: int,
 ) -> Tensor:
     if activation != "swiglu":
@@ -400,6 +401,8 @@ def _call(
         keywords["cumulative_local_expert_recv_stats"] = stats
     if activation_clamp is not None:
         keywords["activation_clamp"] = activation_clamp
+    if expected_m is not None:
+        keywords["expected_m"] = expected_m
     if timeout_ms != DEFAULT_TIMEOUT_MS:
         keywords["timeout_ms"] = timeout_ms
     overloads = getattr(torch.ops.deep_gemm, op)
@@ -421,6 +424,7 @@ def fp8_mega_moe(
     fast_math: bool = True,
     *,
     num_tokens: int | None = None,
+    expected_m: int | None = None,
     timeout_ms: int = DEFAULT_TIMEOUT_MS,
 ) -> Tensor:
     """The expert layer of all ranks, one of which this is: dispatch, both linears, SwiGLU and combination.
@@ -442,6 +446,8 @@ def fp8_mega_moe(
         activation_clamp: gates at most that, ups between its negative and it; positive.
         fast_math: accepted; there is one arithmetic.
         num_tokens: of this rank, where y is None. It may be 0, and differ from rank to rank.
+        expected_m: how many tokens an expert of this rank will get, about, for the choice of the kernel. None assumes
+            that all ranks have as many tokens as this one, and that no choice is masked.
         timeout_ms: how long a rank waits for another one before it gives up, with a message that names it: on a GPU
             the kernel behind this one fails an assertion, on the CPU RuntimeError is raised.
 
@@ -466,6 +472,7 @@ def fp8_mega_moe(
         activation,
         activation_clamp,
         num_tokens,
+        expected_m,
         timeout_ms,
     )
 
@@ -481,6 +488,7 @@ def bf16_mega_moe(
     fast_math: bool = True,
     *,
     num_tokens: int | None = None,
+    expected_m: int | None = None,
     timeout_ms: int = DEFAULT_TIMEOUT_MS,
 ) -> Tensor:
     """As :func:`fp8_mega_moe`, with bfloat16 tokens and weights and without scales.
@@ -497,6 +505,7 @@ def bf16_mega_moe(
         activation,
         activation_clamp,
         num_tokens,
+        expected_m,
         timeout_ms,
     )
 
@@ -521,6 +530,7 @@ class _Arguments(NamedTuple):
     num_topk: int
     stats: Tensor | None
     clamp: float | None
+    expected_m: int | None
     timeout_ms: int
     out: Tensor | None
 
@@ -572,6 +582,9 @@ def _check(a: _Arguments, real: bool) -> None:
         fail(op, "num_tokens", "value", tokens, f"0 to {shape.max_tokens}")
     if a.clamp is not None and not a.clamp > 0:
         fail(op, "activation_clamp", "value", float(a.clamp), "a positive number")
+    expected_m = None if a.expected_m is None else _checks.concrete(a.expected_m)
+    if expected_m is not None and not expected_m >= 0:
+        fail(op, "expected_m", "value", expected_m, "at least 0")
     if not a.timeout_ms > 0:
         fail(op, "timeout_ms", "value", a.timeout_ms, "a positive integer")
     experts, hidden, intermediate = shape.local_experts, shape.hidden, shape.intermediate
@@ -682,6 +695,7 @@ def _collect(
         *rest,
         stats=keywords.get("cumulative_local_expert_recv_stats"),
         clamp=keywords.get("activation_clamp"),
+        expected_m=keywords.get("expected_m"),
         timeout_ms=keywords.get("timeout_ms", DEFAULT_TIMEOUT_MS),
         out=out,
     )

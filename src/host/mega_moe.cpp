@@ -69,8 +69,9 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
 }
 
 int mega_moe_block_tokens(const MegaMoeProblem& problem) {
-    const double mean = static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk) /
-                        static_cast<double>(problem.num_experts);
+    const double all = static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk);
+    const double mean = problem.expected_m >= 0 ? static_cast<double>(problem.expected_m)
+                                                : all / static_cast<double>(problem.num_experts);
     // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
     return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : 128;
 }

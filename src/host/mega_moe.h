@@ -31,11 +31,12 @@ struct MegaMoeProblem {
     int clamped = 0;
     float clamp = 0;
     int64_t timeout_ns = 0;
+    int64_t expected_m = -1;   // tokens that an expert will get, about; -1: as if all ranks had as many, none masked
 };
 
 MegaMoeShape shape_of(const MegaMoeProblem& problem);
 
-// Tokens of a block, by which the kernels differ, for the tokens that an expert will get if all ranks have as many.
+// Tokens of a block, by which the kernels differ.
 int mega_moe_block_tokens(const MegaMoeProblem& problem);
 
 // `block_tokens`: 0 chooses. Throws std::runtime_error where a launch fails.

@@ -25,6 +25,7 @@ struct Arguments {
     int64_t topk;
     const std::optional<Tensor>& stats;
     std::optional<double> clamp;
+    std::optional<int64_t> expected_m;
     int64_t timeout_ms;
 
     const char* op() const { return l1_sf ? "fp8_mega_moe" : "bf16_mega_moe"; }
@@ -104,6 +105,7 @@ void check(const Arguments& a, const Tensor* out) {
         fail(op, "num_tokens", "value", a.num_tokens, "0 to " + std::to_string(a.max_tokens));
     }
     if (a.clamp && !(*a.clamp > 0)) fail(op, "activation_clamp", "value", float_text(*a.clamp), "a positive number");
+    if (a.expected_m && *a.expected_m < 0) fail(op, "expected_m", "value", *a.expected_m, "at least 0");
     if (a.timeout_ms <= 0) fail(op, "timeout_ms", "value", a.timeout_ms, "a positive integer");
     const int64_t experts = a.num_experts / ranks;
     check_shape(op, "l1", a.l1, "[local experts, 2 * intermediate, hidden]", {experts, 2 * intermediate, hidden});
@@ -183,6 +185,7 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     problem.stats = a.stats ? static_cast<int32_t*>(a.stats->data_ptr()) : nullptr;
     problem.clamped = a.clamp.has_value();
     problem.clamp = static_cast<float>(a.clamp.value_or(0));
+    problem.expected_m = a.expected_m.value_or(-1);
     problem.timeout_ns = a.timeout_ms * 1'000'000;
     DeviceBackend backend(device, current_stream(a.l1));
     run_mega_moe(problem, usable_sms(device), 0, knobs().pdl, backend);
@@ -194,35 +197,37 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
 Tensor fp8_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
                     int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
                     int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
-                    int64_t timeout_ms) {
+                    std::optional<int64_t> expected_m, int64_t timeout_ms) {
     return run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
-                num_topk, stats, activation_clamp, timeout_ms},
+                num_topk, stats, activation_clamp, expected_m, timeout_ms},
                nullptr);
 }
 
 void fp8_mega_moe_out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
                       int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
                       int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
-                      int64_t timeout_ms, Tensor out) {
+                      std::optional<int64_t> expected_m, int64_t timeout_ms, Tensor out) {
     run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
-         stats, activation_clamp, timeout_ms},
+         stats, activation_clamp, expected_m, timeout_ms},
         &out);
 }
 
 Tensor bf16_mega_moe(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t> buffer_ptrs, int64_t rank,
                      int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
-                     std::optional<Tensor> stats, std::optional<double> activation_clamp, int64_t timeout_ms) {
+                     std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                     std::optional<int64_t> expected_m, int64_t timeout_ms) {
     return run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
-                num_topk, stats, activation_clamp, timeout_ms},
+                num_topk, stats, activation_clamp, expected_m, timeout_ms},
                nullptr);
 }
 
 void bf16_mega_moe_out(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t> buffer_ptrs, int64_t rank,
                        int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
-                       std::optional<Tensor> stats, std::optional<double> activation_clamp, int64_t timeout_ms,
+                       std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                       std::optional<int64_t> expected_m, int64_t timeout_ms,
                        Tensor out) {
     run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
-         stats, activation_clamp, timeout_ms},
+         stats, activation_clamp, expected_m, timeout_ms},
         &out);
 }
 
