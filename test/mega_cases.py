@@ -223,41 +223,48 @@ def to_device(value: Any, device: str) -> Any:
 
 
 def run_ranks(
-    case: MegaCase, buffers: list[mega_moe.SymmBuffer], weights: list[Weights], stats: list[torch.Tensor] | None = None
+    case: MegaCase,
+    buffers: list[mega_moe.SymmBuffer],
+    weights: list[Weights],
+    stats: list[torch.Tensor] | None = None,
+    expected_m: int | None = None,
 ) -> list[torch.Tensor]:
-    """All ranks in this process: each has a thread on the CPU, a stream and a share of the SMs on a GPU."""
-    on_cpu = weights[0].l1.device.type == "cpu"
-    results: list[Any] = [None] * case.num_ranks
-    keywords: dict[str, Any] = {"timeout_ms": 20_000}
+    """All ranks in this process: each has a thread on the CPU, a stream and a share of the SMs on a GPU.
+
+    On a GPU the kernel has to be loaded already, which cannot be done while another rank's waits for it.
+    """
+    device = weights[0].l1.device
+    results = [torch.empty(tokens, case.hidden, dtype=torch.bfloat16, device=device) for tokens in case.tokens]
+    failures: list[Exception] = []
+    keywords: dict[str, Any] = {"timeout_ms": 20_000, "expected_m": expected_m}
 
     def work(rank: int) -> None:
         try:
             more = {} if stats is None else {"cumulative_local_expert_recv_stats": stats[rank]}
-            results[rank] = call(case, buffers[rank], weights[rank], case.tokens[rank], **keywords, **more)
+            call(case, buffers[rank], weights[rank], case.tokens[rank], y=results[rank], **keywords, **more)
         except Exception as error:
-            results[rank] = error
+            failures.append(error)
 
-    if on_cpu:
+    if device.type == "cpu":
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(case.num_ranks)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     else:
+        streams = [torch.cuda.Stream() for _ in range(case.num_ranks)]
         before = deep_gemm_ops.get_num_sms()
-        share = torch.cuda.get_device_properties(0).multi_processor_count // case.num_ranks
-        deep_gemm_ops.set_num_sms(share)
+        deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // case.num_ranks)
         torch.cuda.synchronize()
         try:
-            for rank in range(case.num_ranks):
-                with torch.cuda.stream(torch.cuda.Stream()):
+            for rank, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
                     work(rank)
             torch.cuda.synchronize()
         finally:
             deep_gemm_ops.set_num_sms(before)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+    if failures:
+        raise failures[0]
     return results
 
 

@@ -208,7 +208,8 @@ class SymmBuffer:
     ) -> list[SymmBuffer]:
         """Buffers of several ranks that one process plays, each on a stream or thread of its own, on one device.
 
-        On a GPU every rank needs a share of the SMs (``set_num_sms``): their kernels wait for one another.
+        On a GPU every rank needs a share of the SMs (``set_num_sms``), because their kernels wait for one another, and
+        the kernel has to be loaded before, by a call for one rank alone.
         """
         shape = LayerShape(
             num_ranks,
