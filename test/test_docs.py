@@ -57,7 +57,8 @@ def test_mega_moe_page(monkeypatch: pytest.MonkeyPatch) -> None:
     scope = run_blocks("mega_moe.md", monkeypatch)
     assert scope["y"].shape == (40, 256) and scope["y"].isfinite().all() and scope["y"].any()
     layout = mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, False).buffer_layout()
-    sizes = f"{layout.bytes / 1e9:.2f} GB, of which the combine\nbuffer is {(layout.counts - layout.combine) / 1e9:.2f} GB"
+    combine = (layout.counts - layout.combine) / 1e9
+    sizes = f"{layout.bytes / 1e9:.2f} GB, of which the combine\nbuffer is {combine:.2f} GB"
     assert sizes in (ROOT / "docs" / "mega_moe.md").read_text()
     assert (ROOT / "docs" / "mega_moe.svg").read_text() == tool("draw_mega_moe").draw(), "run tools/draw_mega_moe.py"
 

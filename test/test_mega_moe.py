@@ -360,25 +360,28 @@ def test_large_layer(cuda: str) -> None:
         run(MegaCase((tokens,), 16, 4, 7168, 2048, calls=2), cuda)
 
 
-def process(rank: int, folder: str) -> None:
-    """One of three ranks, gloo between them."""
+def process(rank: int, folder: str, device: str) -> None:
+    """One of three ranks, gloo between them, on the CPU or all on one GPU."""
     torch.set_num_threads(1)
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     case = MegaCase((4, 0, 7), 6, 3, calls=2)
     sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
-    buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device="cpu")
-    results = []
+    buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=device)
+    if device == "cuda":
+        deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 3)
+    weights, results = to_device(case.weights()[rank], device), []
     for number in range(case.calls):
-        case.write([buffer], [case.inputs(number)[rank]])
-        results.append(call(case, buffer, case.weights()[rank], case.tokens[rank], timeout_ms=30_000))
+        case.write([buffer], [to_device(case.inputs(number)[rank], device)])
+        results.append(call(case, buffer, weights, case.tokens[rank], timeout_ms=30_000).cpu())
     torch.save(results, f"{folder}/{rank}")
     dist.barrier()
     buffer.destroy()
     dist.destroy_process_group()
 
 
-def test_processes(tmp_path: pathlib.Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=3)
+def test_processes(device: str, tmp_path: pathlib.Path) -> None:
+    torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3)
     case = MegaCase((4, 0, 7), 6, 3)
     y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     for number in range(2):
