@@ -44,6 +44,7 @@ FAMILIES = (
     ("Batched products", r".*einsum"),
     ("Hyper-connections", r"tf32_.*"),
     ("Indexer scoring", r".*mqa_logits.*"),
+    ("Mega MoE", r".*_mega_moe"),
     ("Casts", r".*_cast_to_.*|transpose_fp8"),
     ("Layouts of scales", r"get_.*|transform_.*|expand_.*"),
     ("Training", r"fp8_.*linear.*"),

@@ -130,6 +130,31 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, torch.randn(24, 256))",
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, w)",
     ),
+    "fp8_mega_moe": (
+        "deep_gemm_ops.fp8_mega_moe(\n"
+        "    None,\n"
+        "    (torch.zeros(2, 256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2, 2)),\n"
+        "    (torch.zeros(2, 256, 128).to(torch.float8_e4m3fn), torch.ones(2, 2, 1)),\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
+        'deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 100, device="cpu")',
+    ),
+    "bf16_mega_moe": (
+        "deep_gemm_ops.bf16_mega_moe(\n"
+        "    None,\n"
+        "    *deep_gemm_ops.transform_weights_for_mega_moe(w3.view(2, 256, 128), w3[:, :, :128].contiguous()),\n"
+        "    deep_gemm_ops.get_symm_buffer_for_mega_moe(\n"
+        '        None, 2, 64, 1, 128, 128, mma_type="bf16xbf16", device="cpu"\n'
+        "    ),\n"
+        "    num_tokens=40,\n"
+        ")",
+        "deep_gemm_ops.bf16_mega_moe(\n"
+        "    None, w3, w3,\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
+    ),
     "fp8_mqa_logits": (
         "deep_gemm_ops.fp8_mqa_logits(\n"
         "    a.view(64, 8, 32), b.view(-1, 32), torch.ones(1024), torch.randn(64, 8),\n"

@@ -19,6 +19,7 @@ from . import (  # noqa: E402, F401
     fused_casts,
     grouped_gemm,
     knobs,
+    mega_moe,
     mqa_logits,
     ops,
     prenorm_gemm,
@@ -31,6 +32,7 @@ from .fused_casts import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .mega_moe import *  # noqa: E402, F403
 from .mqa_logits import *  # noqa: E402, F403
 from .ops import *  # noqa: E402, F403
 from .prenorm_gemm import *  # noqa: E402, F403
@@ -46,6 +48,7 @@ __all__ = [
     *fused_casts.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
+    *mega_moe.__all__,
     *mqa_logits.__all__,
     *ops.__all__,
     *prenorm_gemm.__all__,
