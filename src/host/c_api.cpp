@@ -24,9 +24,11 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
                           : row.scaling == kUE8M0Scaling ? "ue8m0"
                                                          : "none";
     const bool is_bf16 = row.operands == OperandType::kBF16;
+    const bool has_fp4 = sm100 ? !is_bf16 : row.operands == OperandType::kFP8FP4;
+    const char* family = is_bf16 ? "bf16_gemm" : has_fp4 ? "fp8_fp4_gemm" : "fp8_gemm";
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"" << (sm100 ? "sm_100a" : "sm_90a") << "\""
-         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : sm100 ? "fp8_fp4_gemm" : "fp8_gemm") << "\""
+         << ", \"family\": \""  << family << "\""
          << ", \"kernel\": \"" << (sm100 ? "sm100" : "sm90") << "_gemmILi" << row_idx << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
          << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")

@@ -79,6 +79,21 @@ cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& pr
 // sf_t_stride].
 cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
 
+// FP4 as FP8, exactly: x is [rows, cols / 2] bytes with the even column's value in the low half, out [rows, cols] E4M3, or
+// `batch` of them. x and its strides are multiples of 16 bytes, out and its strides of 32; what follows a row of out up to a
+// multiple of 32 bytes is overwritten.
+struct ExpandFp4Problem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // bytes between rows
+    int64_t x_batch_stride = 0;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // bytes between rows
+    int64_t out_batch_stride = 0;
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+};
+cudaError_t launch_expand_fp4(const ExpandFp4Problem& problem, cudaStream_t stream, bool pdl);
+
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
 // before them.
 struct KGroups {

@@ -45,7 +45,8 @@ const char* reason_against(const GemmRow& row, const GemmProblem& problem, const
     if (row.arch == 100) return sm100_reason_against(row, problem, limits);
     if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
-    if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
+    if (row.swap_ab && row.operands != OperandType::kFP8FP4 && row.grouping != Grouping::kMGrouped &&
+        problem.m > row.block_m()) {
         return "with swapped operands one tile holds all of M";
     }
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
@@ -158,8 +159,11 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 }  // namespace
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
-    if (problem.a_is_fp4 || problem.b_is_fp4) return "FP8 or BF16 operands";
-    if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
+    if (row.operands != operands_of(problem) || problem.a_is_fp4) {
+        return row.operands == OperandType::kFP8      ? "FP8 operands"
+               : row.operands == OperandType::kFP8FP4 ? "FP8 A and FP4 B"
+                                                      : "BF16 operands";
+    }
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
         if (row.a_mn_major != problem.a_mn_major) return row.a_mn_major ? "MN-major A" : "K-major A";
@@ -168,14 +172,20 @@ const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
     }
     if (row.gran_k != problem.gran_k) return "another gran_k";
     if (row.scaling != scaling_of(problem)) {
-        return row.scaling == kScaling1D2D ? "scales of A per row and of B per 128 x 128 block"
-                                           : "scales per row of both operands";
+        return row.scaling == kScaling1D2D    ? "scales of A per row and of B per 128 x 128 block"
+               : row.scaling == kUE8M0Scaling ? "scales of B in packed UE8M0"
+                                              : "scales per row of both operands";
     }
     return nullptr;
 }
 
+OperandType operands_of(const GemmProblem& problem) {
+    return problem.b_is_fp4 ? OperandType::kFP8FP4 : problem.operands;
+}
+
 Scaling scaling_of(const GemmProblem& problem) {
     if (problem.operands == OperandType::kBF16) return kNoScaling;
+    if (problem.sfb_is_packed) return kUE8M0Scaling;
     const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
@@ -197,6 +207,9 @@ int64_t expected_rows(const GemmProblem& problem) {
 std::string row_name(const GemmRow& row) {
     if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
+    if (row.operands == OperandType::kFP8FP4) {
+        name = row.scaling == kUE8M0Scaling ? "sm90_fp8_fp4_ue8m0" : "sm90_fp8_fp4_1d1d";
+    }
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
     }

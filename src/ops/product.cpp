@@ -92,6 +92,26 @@ std::pair<int64_t, Choices> match_scales(const char* op, const char* arg, const 
 int64_t size_along(const TensorInfo& x, int axis) { return axis < 0 ? 1 : x.size(axis); }
 int64_t stride_along(const TensorInfo& x, int axis) { return axis < 0 ? 0 : x.stride(axis); }
 
+// FP4 as FP8, in `scratch`.
+Operand expand_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch) {
+    const int64_t groups = size_along(x, axes.group), mn = x.size(axes.mn), k = size_along_k(x, axes);
+    const int64_t aligned = ceil_to(k, 32);
+    const std::array<int64_t, 3> sizes = {groups, mn, aligned}, strides = {mn * aligned, aligned, 1};
+    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.get()));
+    cast::ExpandFp4Problem problem;
+    problem.x = x.data_ptr();
+    problem.x_stride = x.stride(axes.mn);
+    problem.x_batch_stride = stride_along(x, axes.group);
+    problem.out = TensorInfo(scratch.get()).data_ptr();
+    problem.out_stride = aligned;
+    problem.out_batch_stride = strides[0];
+    problem.rows = mn;
+    problem.cols = k;
+    problem.batch = groups;
+    check_enqueued(cast::launch_expand_fp4(problem, stream, knobs().pdl), op, "expanding FP4");
+    return {problem.out, aligned, strides[0]};
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -178,12 +198,23 @@ void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, 
     by_tma ? check_tma_readable(op, arg, x) : check_inner_stride(op, arg, x, "to_tma_aligned");
 }
 
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
+    if (or_fp4) {
+        check_dtype(op, arg, x, {dtype, ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+    } else {
+        check_dtype(op, arg, x, {dtype});
+    }
+}
+
 bool is_fp4(const TensorInfo& x) {
     return x.scalar_type() != ScalarType::Float8_e4m3fn && x.scalar_type() != ScalarType::BFloat16;
 }
 
+int64_t size_along_k(const TensorInfo& x, Axes axes) { return x.size(axes.k) * (is_fp4(x) ? 2 : 1); }
+
 Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
-                        bool sm100) {
+                        bool sm100, bool keep_fp4) {
+    if (is_fp4(x) && !keep_fp4) return expand_operand(op, x, axes, stream, scratch);
     const bool k_major = axes.k == x.dim() - 1;
     const int row_axis = k_major ? axes.mn : axes.k;
     // The stride of a single row is never used, but the tensor map wants a multiple of 16 bytes, of 32 with FP4.

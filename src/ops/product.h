@@ -122,13 +122,28 @@ struct Operand {
 // An operand that the kernel reads as it lies, or one that is transposed first.
 void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, bool by_tma);
 
+// FP8 or BF16 values; with `or_fp4` K-major FP8 operands may be FP4.
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4);
+
 // Packed pairs of E2M1 values, K-major.
 bool is_fp4(const TensorInfo& x);
 
+// K, of which a byte of FP4 holds two.
+int64_t size_along_k(const TensorInfo& x, Axes axes);
+
 // As the kernel reads it. SM90's FP8 tensor cores take K-major operands alone, so an MN-major one is transposed into
-// `scratch`; BF16 ones stay as they are, on SM100 FP8 ones, too, where TMA can address their rows.
+// `scratch`; BF16 ones stay as they are, on SM100 FP8 ones, too, where TMA can address their rows. FP4 becomes FP8 in
+// `scratch` unless `keep_fp4`.
 Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
-                        bool sm100 = false);
+                        bool sm100 = false, bool keep_fp4 = false);
+
+// What SM90's kernels make of B in FP4: they multiply it as it is where it has a scale for each 32 of K.
+inline bool sm90_keeps_fp4(const Granularities& grans) { return grans.k == 32; }
+
+// Its scales on SM90: UE8M0 ones stay packed, K permitting, a quarter of FP32's bytes.
+inline bool sm90_packs_scales(const TensorInfo& sfb, int64_t k) {
+    return sfb.scalar_type() != ScalarType::Float && k % 128 == 0;
+}
 
 void set_operands(GemmProblem& problem, const Operand& a, const Operand& b);
 
