@@ -29,6 +29,7 @@ __device__ __forceinline__ float ue8m0_to_float(uint32_t code) {
     return fmaf(power, 0.0f, power);  // infinity becomes NaN
 }
 
+// A consumer thread's part of K blocks.
 template <class Traits>
 class Fp4Block {
     static constexpr GemmLayout kLayout = Traits::kLayout;
@@ -41,33 +42,44 @@ class Fp4Block {
     using Fragment = uint32_t[4];
 
 public:
-    // Adds a K block. Calls `release` when all of the stage has been read.
-    template <class Release>
-    __device__ __forceinline__ static void add(SharedStorage<Traits>& shared, int stage_idx, int warpgroup, int thread,
-                                               int scale_start, float (&total)[kAccumulators], Release&& release) {
+    // Addresses in stage 0.
+    __device__ __forceinline__ Fp4Block(const SharedStorage<Traits>& shared, int warpgroup, int thread, int scale_start)
+        : cols_(shared.cols[0]) {
         const int lane = thread % 32;
         const int row = part_row<Traits>(0, warpgroup) + thread / 32 * 16 + lane / 4;  // and row + 8
+        const uint32_t swizzle = row / 2 % 4 * 16;
+        const uint32_t pairs = ptx::smem_address(shared.rows[0]) + row * kPackedBlockK + lane % 4 * 2;
+        pairs_ = kept(pairs + swizzle, lane);
+        row_scales_ = kept(ptx::smem_address(shared.row_scales[0]) + row * 4, lane);
+        col_scales_ = kept(ptx::smem_address(shared.col_scales[0]) + (scale_start + lane % 4 * 2) * 4, lane);
+        cols_.low = kept(cols_.low, lane);
+        low_magnitudes_ = kept(kLowMagnitudes + lane, 0);
+    }
+
+    // Adds a K block. Calls `release` when all of the stage has been read.
+    template <class Release>
+    __device__ __forceinline__ void add(int stage_idx, float (&total)[kAccumulators], Release&& release) const {
         uint32_t pairs[kGroups][4];
-        load_pairs(shared.rows[stage_idx], row, lane, pairs);
+        load_pairs(stage_idx, pairs);
         float rows[kGroups][2];
-        load_row_scales(shared.row_scales[stage_idx], row, rows);
-        const float* cols = reinterpret_cast<const float*>(shared.col_scales[stage_idx]) + scale_start + lane % 4 * 2;
+        load_row_scales(stage_idx, rows);
+        const uint32_t col_scales = col_scales_ + stage_idx * kLayout.col_scale_pitch();
 
         if constexpr (kAllAtOnce) {
-            float2 col_scales[kGroups][kCols / 8];
+            float2 cols[kGroups][kCols / 8];
             float accumulators[kGroups][kAccumulators];
             Fragment fragments[kGroups];
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-                for (int j = 0; j < kCols / 8; ++j) col_scales[group][j] = col_scale(cols, group, j);
+                for (int j = 0; j < kCols / 8; ++j) cols[group][j] = col_scale(col_scales, group, j);
                 expand(pairs[group], fragments[group]);
                 pin_registers(accumulators[group]);
             }
             wgmma_fence();
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
-                multiply(shared, stage_idx, group, fragments[group], accumulators[group]);
+                multiply(stage_idx, group, fragments[group], accumulators[group]);
             }
             wgmma_commit();
 #pragma unroll
@@ -77,8 +89,8 @@ public:
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
                 pin_registers(accumulators[group]);
-                Promotion<Traits>::by_column(rows[group][0], rows[group][1],
-                                             [&](int j) { return col_scales[group][j]; }, accumulators[group], total);
+                Promotion<Traits>::by_column(rows[group][0], rows[group][1], [&](int j) { return cols[group][j]; },
+                                             accumulators[group], total);
             }
         } else {
             float accumulator[kAccumulators];
@@ -88,25 +100,29 @@ public:
             for (int group = 0; group < kGroups; ++group) {
                 pin_registers(accumulator);
                 wgmma_fence();
-                multiply(shared, stage_idx, group, fragments[group % 2], accumulator);
+                multiply(stage_idx, group, fragments[group % 2], accumulator);
                 wgmma_commit();
                 // While the instruction runs.
                 if (group + 1 < kGroups) expand(pairs[group + 1], fragments[(group + 1) % 2]);
                 pin_registers(accumulator);
                 wgmma_wait<0>();
                 Promotion<Traits>::by_column(rows[group][0], rows[group][1],
-                                             [&](int j) { return col_scale(cols, group, j); }, accumulator, total);
+                                             [&](int j) { return col_scale(col_scales, group, j); }, accumulator, total);
             }
             release();
         }
     }
 
 private:
+    // The value of lane `lane`, in a register. ptxas prefers to compute addresses and constants again for every K block, which was a
+    // fifth of the main loop's instructions; what comes out of a shuffle it has to keep.
+    __device__ __forceinline__ static uint32_t kept(uint32_t value, int lane) {
+        return __shfl_sync(0xffffffff, value, lane);
+    }
+
     // Of a thread's four registers of a fragment: row and row + 8 at the first 16 of K, then both at the others.
-    __device__ __forceinline__ static void load_pairs(const uint8_t* tile, int row, int lane,
-                                                      uint32_t (&pairs)[kGroups][4]) {
-        const uint32_t swizzle = row / 2 % 4 * 16;
-        const uint32_t first = ptx::smem_address(tile) + row * kPackedBlockK + lane % 4 * 2 + swizzle;
+    __device__ __forceinline__ void load_pairs(int stage_idx, uint32_t (&pairs)[kGroups][4]) const {
+        const uint32_t first = pairs_ + stage_idx * kLayout.row_tile_bytes();
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             const uint32_t address = first ^ group * 16;
@@ -117,47 +133,52 @@ private:
         }
     }
 
-    __device__ __forceinline__ static void load_row_scales(const uint8_t* scales, int row, float (&rows)[kGroups][2]) {
+    // Of row and row + 8.
+    __device__ __forceinline__ void load_row_scales(int stage_idx, float (&rows)[kGroups][2]) const {
+        const uint32_t address = row_scales_ + stage_idx * kLayout.row_scale_pitch();
         if constexpr (kLayout.row_scales_are_words()) {
-            const uint32_t* words = reinterpret_cast<const uint32_t*>(scales) + row;
-            const uint32_t upper = words[0], lower = words[8];
+            const uint32_t upper = ptx::load_shared_u32(address), lower = ptx::load_shared_u32(address + 8 * 4);
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
                 rows[group][0] = ue8m0_to_float(upper >> group * 8 & 0xff);
                 rows[group][1] = ue8m0_to_float(lower >> group * 8 & 0xff);
             }
         } else {
-            const float* values = reinterpret_cast<const float*>(scales) + row;
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
-                rows[group][0] = values[group * kLayout.row_scale_box_rows()];
-                rows[group][1] = values[group * kLayout.row_scale_box_rows() + 8];
+                const uint32_t of_group = address + group * kLayout.row_scale_box_rows() * 4;
+                rows[group][0] = __uint_as_float(ptx::load_shared_u32(of_group));
+                rows[group][1] = __uint_as_float(ptx::load_shared_u32(of_group + 8 * 4));
             }
         }
     }
 
     // Of the thread's two columns of eight.
-    __device__ __forceinline__ static float2 col_scale(const float* cols, int group, int j) {
-        const float* scales = cols + group * kLayout.col_scale_box_cols() + j * 8;
-        if constexpr (kLayout.col_scale_slack() > 0) {
-            return make_float2(scales[0], scales[1]);
+    __device__ __forceinline__ static float2 col_scale(uint32_t scales, int group, int j) {
+        const uint32_t address = scales + (group * kLayout.col_scale_box_cols() + j * 8) * 4;
+        if constexpr (kLayout.col_scale_slack() > 0) {  // they begin anywhere
+            return make_float2(__uint_as_float(ptx::load_shared_u32(address)),
+                               __uint_as_float(ptx::load_shared_u32(address + 4)));
         } else {
-            return *reinterpret_cast<const float2*>(scales);
+            return ptx::load_shared_float2(address);
         }
     }
 
-    __device__ __forceinline__ static void expand(const uint32_t (&pairs)[4], Fragment& fragment) {
+    __device__ __forceinline__ void expand(const uint32_t (&pairs)[4], Fragment& fragment) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) fragment[i] = expand_e2m1(pairs[i]);
+        for (int i = 0; i < 4; ++i) fragment[i] = expand_e2m1(pairs[i], low_magnitudes_);
     }
 
     // accumulator = rows * cols^T over 32 of K.
-    __device__ __forceinline__ static void multiply(SharedStorage<Traits>& shared, int stage_idx, int group,
-                                                    const Fragment& rows, float (&accumulator)[kAccumulators]) {
-        const Descriptor cols(shared.cols[0]);
+    __device__ __forceinline__ void multiply(int stage_idx, int group, const Fragment& rows,
+                                             float (&accumulator)[kAccumulators]) const {
         const uint32_t offset = stage_idx * (kLayout.col_tile_bytes() / 16) + group * (32 / 16);
-        wgmma_from_registers<kCols>(rows, cols.at(offset), accumulator, false);
+        wgmma_from_registers<kCols>(rows, cols_.at(offset), accumulator, false);
     }
+
+    Descriptor cols_;
+    uint32_t low_magnitudes_;  // the look-up takes one constant, the other would be moved into a register each time
+    uint32_t pairs_, row_scales_, col_scales_;
 };
 
 }  // namespace deep_gemm::sm90

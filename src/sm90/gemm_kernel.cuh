@@ -321,6 +321,8 @@ private:
             float total[kRowParts][kAccumulators] = {};
             if constexpr (kLayout.is_bf16()) {
                 accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else if constexpr (kLayout.is_fp4()) {
+                accumulate_fp4(shared, state, work, warpgroup, helper, thread, total[0]);
             } else {
                 accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
             }
@@ -418,11 +420,7 @@ private:
         if constexpr (kKWarpgroups > 1) state.advance_by(helper);
         if constexpr (kBlockScales == 0) {
             for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
-                if constexpr (kLayout.is_fp4()) {
-                    add_fp4_block(shared, state, warpgroup, thread, scale_start, total[0]);
-                } else {
-                    add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, scale_start, total);
-                }
+                add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, scale_start, total);
             }
         } else {
             for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
@@ -443,6 +441,23 @@ private:
             state = first_state;
             state.advance_by(work.num_k_blocks);
         }
+    }
+
+    // The same where the rows are FP4.
+    __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, const WorkTile& work,
+                                                          int warpgroup, int helper, int thread,
+                                                          float (&total)[kAccumulators]) {
+        const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : work.col % 4;
+        const Fp4Block<Traits> block(shared, warpgroup, thread, scale_start);
+        State next = state;
+        next.advance_by(helper);
+        for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
+            const int s = next.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], next.phase);
+            block.add(s, total, [&] { release(shared.empty[s], thread % 32); });
+            next.template advance_few<kKWarpgroups>();
+        }
+        state.advance_by(work.num_k_blocks);
     }
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.
@@ -514,15 +529,6 @@ private:
         } else {
             state.template advance_few<kKWarpgroups>();
         }
-    }
-
-    __device__ __forceinline__ static void add_fp4_block(Storage& shared, State& state, int warpgroup, int thread,
-                                                         int scale_start, float (&total)[kAccumulators]) {
-        const int s = state.stage_idx;
-        ptx::mbarrier_wait(shared.full[s], state.phase);
-        Fp4Block<Traits>::add(shared, s, warpgroup, thread, scale_start, total,
-                              [&] { release(shared.empty[s], thread % 32); });
-        state.template advance_few<kKWarpgroups>();
     }
 
     // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
