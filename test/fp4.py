@@ -34,7 +34,8 @@ class Fp4Case(GemmCase):
         mn = self.m if which == "a" else self.n
         gran_mn, gran_k = self.recipe[0 if which == "a" else 1], self.recipe[2]
         codes = torch.randint(0, 16, (mn, self.k), generator=random)
-        packed = strided(pack_fp4(codes), ceil_div(self.k // 2, 32) * 32 + self.pad, self.device, 0x77).view(self.fp4_dtype)
+        packed = strided(pack_fp4(codes), ceil_div(self.k // 2, 32) * 32 + self.pad, self.device, 0x77)
+        packed = packed.view(self.fp4_dtype)
         exponents = torch.randint(-2, 3, (ceil_div(mn, gran_mn), ceil_div(self.k, gran_k)), generator=random)
         sf64 = torch.pow(2.0, exponents.double())
         kind = "float32" if self.scales == "random" and on_sm100(self.device) else self.scales

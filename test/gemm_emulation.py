@@ -201,8 +201,8 @@ def run_row(
     """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, none with BF16 operands.
 
     A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major; FP4 ones have bytes of two.
-    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of it; ``options`` are
-    those of ``Module.launch``.
+    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
+    it; ``options`` are those of ``Module.launch``.
     """
     info = _capi.instances()[row]
     a_mn_major, b_mn_major = info["a_mn_major"], info["b_mn_major"]
