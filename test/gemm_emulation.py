@@ -317,7 +317,7 @@ class RowCase:
     ``d`` is ``tma`` (BF16 that TMA can store), ``direct`` (BF16 that it cannot: the first element and the rows lie
     anywhere) or ``float32``; ``c`` is empty, ``full``, ``bias`` or ``alias`` (it is D). ``data`` is ``normal``,
     ``integer`` (results are exact) or ``special`` (integers, with NaN among the values and NaN and Inf among FP8's
-    scales). ``k`` grows to what the row takes.
+    scales), or of FP4 rows ``far`` (normal, with UE8M0 scales far apart). ``k`` grows to what the row takes.
     """
 
     row: str
@@ -356,22 +356,28 @@ class RowCase:
         return (1, 128 if self.info["scaling"] == "1d2d" else 1, self.info["gran_k"])
 
     def _values(self, mn: int, random: torch.Generator) -> torch.Tensor:
-        if self.data == "normal":
+        if self.data in ("normal", "far"):
             return (torch.randn(mn, self.k, generator=random) * 60).clamp(-448, 448)
         values = torch.randint(-3, 4, (mn, self.k), generator=random).float()
         if self.data == "special":
             values.view(-1)[torch.randint(mn * self.k, (3,), generator=random)] = math.nan
         return values
 
-    def _scales(self, mn: int, gran_mn: int, random: torch.Generator, powers: bool = False) -> torch.Tensor:
-        groups = ceil_div(self.k, self.gran[2])
+    def _scales(
+        self, mn: int, gran_mn: int, gran_k: int, random: torch.Generator, powers: bool = False
+    ) -> torch.Tensor:
+        groups = ceil_div(self.k, gran_k)
         scales = 2.0 ** torch.randint(-2, 3, (ceil_div(mn, gran_mn), groups), generator=random)
-        if self.data == "normal" and not powers:
+        if self.data in ("normal", "far") and not powers:
             scales = scales * (1 + torch.rand(scales.shape, generator=random))
         if self.data == "special":
             at = torch.randint(scales.numel(), (3,), generator=random)
             if gran_mn == 1:  # a scale per block would leave little that is finite
                 scales.view(-1)[at] = math.nan if powers else torch.tensor([math.nan, math.inf, -math.inf])
+        if self.data == "far" and powers:
+            # Of each row's four scales the largest is one, and the others are hardly in reach of it, or far away.
+            scales = 2.0 ** -torch.randint(9, 30, scales.shape, generator=random)
+            scales[:, ::4] = 1
         return scales.float()
 
     def _bf16_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
@@ -386,20 +392,26 @@ class RowCase:
         """[a, sfa, b, sfb], and their product."""
         gran_m, gran_n, gran_k = self.gran
         is_fp4, is_packed = self.info["family"] == "fp8_fp4_gemm", self.info["scaling"] == "ue8m0"
-        a, sfa = self._values(self.m, random).to(FP8), self._scales(self.m, gran_m, random)
+        gran_k_b = 32 if is_fp4 else gran_k
+        a, sfa = self._values(self.m, random).to(FP8), self._scales(self.m, gran_m, gran_k, random)
+        if gran_k_b != gran_k:  # sums over several of B's scales: infinite parts of one have no sign
+            sfa[sfa.isinf()] = math.nan
         if is_fp4:
             codes = torch.randint(16, (self.n, self.k), generator=random)
+            if self.data == "far":  # of some rows, only values with small scales are left
+                codes.view(self.n, -1, 4, 32)[::2, :, 0] = 0
             b = E2M1[codes]
         else:
             b = self._values(self.n, random).to(FP8)
-        sfb = self._scales(self.n, gran_n, random, is_packed)
+        sfb = self._scales(self.n, gran_n, gran_k_b, random, is_packed)
 
         expected = torch.zeros(self.m, self.n, dtype=torch.float64)
         rows = torch.arange(self.n) // gran_n
-        for group in range(sfa.shape[1]):
-            block = slice(group * gran_k, (group + 1) * gran_k)
+        for group in range(sfb.shape[1]):
+            block = slice(group * gran_k_b, (group + 1) * gran_k_b)
             product = a[:, block].double() @ b[:, block].double().t()
-            expected += product * (sfa[:, group, None].double() * sfb[rows, group].double())
+            scales_of_a = sfa[:, group * gran_k_b // gran_k, None]
+            expected += product * (scales_of_a.double() * sfb[rows, group].double())
 
         if is_packed:
             sfb = pack_ue8m0(sfb)
@@ -461,7 +473,7 @@ class RowCase:
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         assert same_bits(buffer[outside], before), f"wrote outside of D\nreproduce with: {self.repro}"
-        if self.data == "normal":
+        if self.data in ("normal", "far"):
             # The emulator's tensor core is exact, so FP32 sums are all that rounds: of 128 products in FP8, 16 in BF16.
             float_tol = 2e-6 if self.gran else error_bar(d.dtype, "bf16")
             assert_close(d, expected, tol=float_tol if self.d == "float32" else error_bar(d.dtype), repro=self.repro)

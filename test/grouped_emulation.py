@@ -146,8 +146,9 @@ class GroupedCase:
         if is_fp4:
             codes = torch.randint(16, b.shape, generator=random)
             b = E2M1[codes]
+        gran_k_b = 32 if is_fp4 else gran_k
         if is_packed:
-            sfb = 2.0 ** torch.randint(-2, 3, sfb.shape, generator=random).float()
+            sfb = 2.0 ** torch.randint(-2, 3, (groups, n, ceil_div(k, gran_k_b)), generator=random).float()
 
         d_type = torch.float32 if self.d == "float32" else torch.bfloat16
         # Rows that belong to no group are NaN in A and in D, where they stay so unless they are to be set to zero.
@@ -158,10 +159,11 @@ class GroupedCase:
             at = (group if own_rows else 0, slice(start, end))
             owned[at] = True
             expected[at] = 0
-            for i in range(k_groups):
-                block = slice(i * gran_k, (i + 1) * gran_k)
+            for i in range(sfb.shape[2]):
+                block = slice(i * gran_k_b, (i + 1) * gran_k_b)
                 product = a[at][:, block].double() @ b[group, :, block].double().t()
-                expected[at] += product * (sfa[at[0], i, start:end, None].double() * sfb[group, columns, i].double())
+                scales_of_a = sfa[at[0], i * gran_k_b // gran_k, start:end, None].double()
+                expected[at] += product * (scales_of_a * sfb[group, columns, i].double())
         if is_bf16:
             a[~owned] = math.nan
         else:

@@ -268,7 +268,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
-        const int64_t row_k_groups = layout.row_scales_are_words() ? (k_groups + 3) / 4 : k_groups;
+        const int64_t row_k_groups = layout.row_scales_are_words() ? (problem.k + block_k - 1) / block_k : k_groups;
         params.row_scales_map =
             make_scale_map(encode, row_scales, num_rows, row_k_groups, rows.groups, layout.row_scale_box_rows(),
                            layout.row_scale_groups());

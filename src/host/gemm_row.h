@@ -8,7 +8,7 @@ enum Scaling : int {
     kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
     kNoScaling,    // BF16
     kUE8M0Scaling, // SM100: a power of two per row of either operand and 32 or 128 of K, applied by the tensor core.
-                   // SM90's FP4 rows: B's scales are UE8M0 words, a row's four of 128 of K, A's FP32 per row and gran_k
+                   // SM90's FP4 rows: B's scales are UE8M0 words, a row's four of 128 of K; A's FP32 per row and gran_k
 };
 
 enum class OperandType : int { kFP8 = 0, kBF16 = 1, kFP8FP4 = 2 };  // kFP8FP4: A FP8, B FP4, on SM90

@@ -242,7 +242,22 @@ inline constexpr GemmRow kGemmRows[] = {
     {64, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
     {128, 8, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
 
-    // The same with FP32 scales.
+    // The same where A has scales per 128 of K.
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 32, 1, 1, 2, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 16, 1, 1, 4, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 8, 1, 1, 8, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+
+    // The same with FP32 scales, per 32 of K of either operand.
     {128, 128, 1, 1, 1, true, kScaling1D1D, 32, kFP8FP4},
     {64, 16, 1, 1, 4, true, kScaling1D1D, 32, kFP8FP4},
     {128, 64, 1, 1, 1, true, kScaling1D1D, 32, kFP8FP4, kMGrouped},

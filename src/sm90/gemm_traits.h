@@ -65,6 +65,8 @@ struct GemmLayout {
     }
     constexpr bool row_scales_are_words() const { return row.scaling == kUE8M0Scaling; }
     constexpr int row_scale_groups() const { return row_scales_are_words() ? 1 : k_groups(); }  // of a stage
+    // UE8M0 scales of FP4 rows are part of the expanded values, relative to the largest of a row's K block.
+    constexpr bool folds_row_scales() const { return row_scales_are_words() && row.gran_k == kBlockK; }
     constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
     constexpr int num_block_scales() const {
         if (!has_block_scales()) return 0;
@@ -160,8 +162,9 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (layout.is_fp4() && (!row.swap_ab || layout.row_parts() > 1)) {
         return "FP4 operands are swapped, with one part of 64 rows per warpgroup";
     }
-    if (layout.is_fp4() && (row.gran_k != 32 || row.multicast_ctas() > 1)) {
-        return "FP4 rows have scales per 32 of K and share no panels";
+    if (layout.is_fp4() && row.multicast_ctas() > 1) return "FP4 rows share no panels";
+    if (layout.is_fp4() && row.scaling == kScaling1D1D && row.gran_k != 32) {
+        return "FP32 scales of FP4 rows are per 32 of K";
     }
     if (layout.rows_mn_major() && row.block_rows % (kMnMajorSpan * row.col_ctas) != 0) {
         return "MN-major rows come 64 at a time";
