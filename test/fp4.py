@@ -14,7 +14,8 @@ FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 
 @dataclasses.dataclass(frozen=True)
 class Fp4Case(GemmCase):
-    """A GemmCase of ``fp8_fp4_gemm_<layout>``; operands whose type is "fp8" are made as there."""
+    """A GemmCase of ``fp8_fp4_gemm_<layout>``; operands whose type is "fp8" are made as there. With FP4 ``b`` the recipe
+    may have four numbers."""
 
     a: str = "fp8"
     b: str = "fp4"
@@ -32,7 +33,7 @@ class Fp4Case(GemmCase):
         if getattr(self, which) == "fp8":
             return super().operand(which, random)
         mn = self.m if which == "a" else self.n
-        gran_mn, gran_k = self.recipe[0 if which == "a" else 1], self.recipe[2]
+        gran_mn, gran_k = (self.recipe[0], self.recipe[2]) if which == "a" else (self.recipe[1], self.recipe[-1])
         codes = torch.randint(0, 16, (mn, self.k), generator=random)
         packed = strided(pack_fp4(codes), ceil_div(self.k // 2, 32) * 32 + self.pad, self.device, 0x77)
         packed = packed.view(self.fp4_dtype)

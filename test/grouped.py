@@ -198,7 +198,7 @@ class MGroupedCase(Case):
     layout: str = "indices"
     alignment: int = 128
     tail: int = 0  # rows of padding behind the last group
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"  # random (float32), e8m0, packed
     sf_strides: str = "columns"
@@ -233,16 +233,16 @@ class MGroupedCase(Case):
         for group, (start, end) in enumerate(zip(starts, ends)):
             owner[start:end] = group
         padding = owner < 0
-        groups, (gran_m, gran_n, gran_k) = len(self.sizes), self.recipe
+        groups, (gran_m, gran_n, gran_k), gran_k_b = len(self.sizes), self.recipe[:3], self.recipe[-1]
         a, a64 = self.stored_values("a", (m, self.k), random)
         b, b64 = self.stored_values("b", (groups, self.n, self.k), random)
         sf: list[torch.Tensor] = []
         if self.type != "bf16":
             k_groups = ceil_div(self.k, gran_k)
             sfa, sfa64 = self.scales_of((ceil_div(m, gran_m), k_groups), random)
-            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), k_groups), random)
+            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), ceil_div(self.k, gran_k_b)), random)
             a64 = a64 * blocks(sfa64, gran_m, gran_k, m, self.k)
-            b64 = b64 * blocks(sfb64, gran_n, gran_k, self.n, self.k)
+            b64 = b64 * blocks(sfb64, gran_n, gran_k_b, self.n, self.k)
             if gran_m == 1:
                 poison(sfa, padding)
             sfb = sfb.transpose(1, 2) if self.order == "nn" else sfb
@@ -284,7 +284,7 @@ class MaskedCase(Case):
     n: int
     k: int
     type: str = "fp8"
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"
     sf_strides: str = "columns"
@@ -304,7 +304,7 @@ class MaskedCase(Case):
 
     def build(self) -> Built:
         random = generator(self.seed)
-        groups, (gran_m, gran_n, gran_k) = len(self.counts), self.recipe
+        groups, (gran_m, gran_n, gran_k), gran_k_b = len(self.counts), self.recipe[:3], self.recipe[-1]
         a, a64 = self.stored_values("a", (groups, self.m_max, self.k), random)
         b, b64 = self.stored_values("b", (groups, self.n, self.k), random)
         counts = torch.tensor(self.counts, dtype=torch.int32)
@@ -314,9 +314,9 @@ class MaskedCase(Case):
         if self.type != "bf16":
             k_groups = ceil_div(self.k, gran_k)
             sfa, sfa64 = self.scales_of((groups, ceil_div(self.m_max, gran_m), k_groups), random)
-            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), k_groups), random)
+            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), ceil_div(self.k, gran_k_b)), random)
             a64 = a64 * blocks(sfa64, gran_m, gran_k, self.m_max, self.k)
-            b64 = b64 * blocks(sfb64, gran_n, gran_k, self.n, self.k)
+            b64 = b64 * blocks(sfb64, gran_n, gran_k_b, self.n, self.k)
             if gran_m == 1:
                 poison(sfa, ~live)
             sf = [arrange(sfa, self.sf_strides, self.device), arrange(sfb, self.sf_strides, self.device)]
@@ -445,7 +445,7 @@ class EinsumCase(Case):
     expr: str
     sizes: tuple[int, int, int, int] | tuple[int, int, int]
     type: str = "bf16"
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"
     sf_strides: str = "rows"
@@ -564,7 +564,7 @@ class HeadsCase(Case):
     heads: int
     splits: tuple[int, int, int]
     k: int
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     scales: str = "random"
     out_dtype: str = "bfloat16"
     out: bool = False

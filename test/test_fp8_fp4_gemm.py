@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import deep_gemm_ops
 from deep_gemm_ops.fp8_fp4_gemm import expand_fp4
 
-from common import on_sm100, same_bits
+from common import assert_close, encode_scales, error_bar, generator, on_sm100, same_bits
 from fp4 import E2M1, FP4_DTYPES, Fp4Case
+from gemm_emulation import pack_fp4
 from grouped import MaskedCase, MGroupedCase
 
 
@@ -61,8 +62,10 @@ def test_more_tokens_than_a_tile(device: str, m: int) -> None:
 
 
 @pytest.mark.parametrize("fp4", ["b", "a", "ab"])
-@pytest.mark.parametrize("recipe", [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32)], ids=str)
-def test_grouped_scales(grouped_device: str, recipe: tuple[int, int, int], fp4: str) -> None:
+@pytest.mark.parametrize("recipe", [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32), (1, 1, 128, 32)], ids=str)
+def test_grouped_scales(grouped_device: str, recipe: tuple[int, ...], fp4: str) -> None:
+    if len(recipe) == 4 and fp4 == "a":
+        pytest.skip("B is FP8")
     for scales, k in itertools.product(("random", "e8m0", "packed"), (256, 416)):
         options: dict[str, Any] = {"device": grouped_device, "type": "fp8_fp4", "fp4": fp4, "pad": 16}
         options |= {"recipe": recipe, "pass_recipe": True, "scales": scales, "sf_strides": "scattered"}
@@ -103,6 +106,37 @@ def test_grouped_empty(grouped_device: str, n: int, k: int, out: bool) -> None:
     MaskedCase((0, 3), 5, n, k, **options).run()
 
 
+@pytest.mark.parametrize("recipe", [(1, 1, 128, 32), (1, 128, 128, 32), (128, 1, 128, 32), (1, 1, 32, 32)], ids=str)
+def test_a_granularity_for_each_operand(device: str, recipe: tuple[int, ...]) -> None:
+    for a, scales, strides in itertools.product(("fp8", "fp4"), ("random", "e8m0", "packed"), ("columns", "scattered")):
+        options: dict[str, Any] = {"scales": scales, "sf_strides": strides, "a": a, "pad": 32, "device": device}
+        for m, n, k in [(40, 136, 640), (3, 70, 1664)]:
+            Fp4Case(m, n, k, "nt", recipe, True, **options).run()
+            Fp4Case(m, n, k, "nt", recipe, False, **options).run()
+        if not on_sm100(device):
+            Fp4Case(5, 6, 200, "nt", recipe, True, **options).run()
+
+
+def test_scales_far_apart(device: str) -> None:
+    """Of each 128 of K the first 32 have the largest scale, and are zero for half of the rows."""
+    case = Fp4Case(9, 96, 512, "nt", (1, 1, 128, 32), True, "packed", device=device)
+    (a, sfa, _, _), _, _, _ = case.build()
+    random = generator(0)
+    codes = torch.randint(16, (96, 4, 4, 32), generator=random)
+    codes[::2, :, 0] = 0
+    exponents = -torch.randint(8, 40, (96, 4, 4), generator=random)
+    exponents[:, :, 0] = 0
+    weights = (E2M1[codes] * torch.pow(2.0, exponents.double())[..., None]).flatten(1)
+    sfb = encode_scales(exponents.flatten(1), "packed", 1).to(device)
+    result = deep_gemm_ops.fp8_fp4_gemm_nt(
+        a, sfa, pack_fp4(codes.flatten(1)).to(device), sfb, recipe=case.recipe, out_dtype=torch.float32
+    )
+    words = sfa.cpu().contiguous().view(torch.uint8).view(9, -1)[:, :4]
+    expected = (a.cpu().double().view(9, 4, 128) * torch.exp2(words.double() - 127)[..., None]).flatten(1) @ weights.t()
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert_close(result.cpu()[:, rows], expected[:, rows], tol=error_bar(torch.float32), repro="test_scales_far_apart")
+
+
 def test_empty(device: str) -> None:
     for m, n, k in [(0, 5, 128), (5, 0, 128), (5, 6, 0), (0, 0, 0)]:
         for c, out in [("", False), ("full", False), ("bias", True)]:
@@ -129,6 +163,9 @@ def test_bad_input() -> None:
         "K": lambda: ops.fp8_fp4_gemm_nt(a, sfa, b[:, :64], sfb),
         "row stride": lambda: ops.fp8_fp4_gemm_nt(a, sfa, torch.zeros(6, 129, dtype=torch.uint8)[:, :128], sfb),
         "scales": lambda: ops.fp8_fp4_gemm_nt(a, sfa, b, sfb[:, :7]),
+        "recipe": lambda: ops.fp8_fp4_gemm_nt(a, sfa, b, sfb, recipe=[1, 1, 32, 128]),
+        "recipe of FP8": lambda: ops.fp8_fp4_gemm_nt(a, sfa[:, :2], a, sfa, recipe=[1, 1, 128, 32]),
+        "packed scales": lambda: ops.fp8_fp4_gemm_nt(a[:, :128], sfa[:, :1], b[:, :64], sfb[:, :1].int()),
         "fp8_gemm": lambda: ops.fp8_gemm_nt(a, sfa, b, sfb),
         "requires grad": lambda: deep_gemm_ops.fp8_fp4_gemm_nt(a, sfa.clone().requires_grad_(), b, sfb),
     }
@@ -146,6 +183,9 @@ MN-major FP4 b: fp8_fp4_gemm_nn: b has dtype int8, expected float8_e4m3fn
 K: fp8_fp4_gemm_nt: b has K 128, expected 256 (the K of a)
 row stride: fp8_fp4_gemm_nt: b has row stride 129 bytes, expected a multiple of 16 bytes (use deep_gemm_ops.to_tma_aligned)
 scales: fp8_fp4_gemm_nt: sfb has shape [6, 7], expected [N or ceil(N / 128), ceil(K / 32)] = [6 or 1, 8]
+recipe: fp8_fp4_gemm_nt: recipe has value [1, 1, 32, 128], expected [1 or 128, 1 or 128, 128 or 32] or [1 or 128, 1 or 128, 128, 32]
+recipe of FP8: fp8_fp4_gemm_nt: recipe has value [1, 1, 128, 32], expected [1 or 128, 1 or 128, 128 or 32]
+packed scales: fp8_fp4_gemm_nt: recipe has value None, expected [gran_m, gran_n, 128] or [gran_m, gran_n, 128, 32] (packed scales fit both here)
 fp8_gemm: fp8_gemm_nt: b has dtype uint8, expected float8_e4m3fn
 requires grad: fp8_fp4_gemm_nt: sfa has requires_grad True, expected False (not differentiable: use torch.no_grad() or sfa.detach())""",
     )

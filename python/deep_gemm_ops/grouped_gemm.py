@@ -398,13 +398,13 @@ def check_m_grouped(
     if not per_row and not num_groups <= MAX_GROUPS:
         fail(op, "b", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, groups_arg, groups, "[M]" if per_row else "[G]", m if per_row else num_groups)
-    grans = (1, 1, 1)
+    grans = (1, 1, 1, 1)
     if sfa is not None:
         assert sfb is not None
         group = [Dim("group", "G", num_groups)]
         dims_a = (group if masked else []) + _checks.matrix_dims(m_name, m, k)
         dims_b = group + _checks.matrix_dims("N", n, k, not b_k_major)
-        grans = _checks.match_recipe(op, sfa, dims_a, sfb, dims_b, recipe)
+        grans = _checks.match_recipe(op, sfa, dims_a, sfb, dims_b, recipe, b.dtype in _checks.FP4_DTYPES)
     names, shape = ("[G, M_max, N]", [num_groups, m, n]) if masked else ("[M, N]", [m, n])
     _checks.check_result(op, names, shape, c=None, out_dtype=out_dtype, out=out)
     return _checks.GemmShape(m, n, k, *grans)
@@ -519,7 +519,7 @@ def reference_m_grouped(
     layout: str = "indices",
     alignment: int = 128,
     b_k_major: bool = True,
-    grans: tuple[int, int, int] = (1, 128, 128),
+    grans: Sequence[int] = (1, 128, 128),
     exact: bool = False,
 ) -> Tensor:
     """Writes ``A_g @ B_g^T`` to the rows of each group of ``out [M, N]``, which is returned, and no others.
@@ -529,10 +529,11 @@ def reference_m_grouped(
             None for them.
         grouped_layout: ``[M]`` or ``[G]``, see :func:`m_grouped_fp8_gemm_nt_contiguous`.
         alignment: rows that a group's start is a multiple of in the layout "psum".
+        grans: (gran_m, gran_n, gran_k), or with those of both operands (gran_m, gran_n, gran_k_a, gran_k_b).
         exact: dequantise and multiply in float64 instead of float32.
     """
     dtype = torch.float64 if exact else torch.float32
-    gran_m, gran_n, gran_k = grans
+    gran_m, gran_n, gran_k, gran_k_b = *grans[:3], grans[-1]
     rows = _values(a, sfa, (gran_m, gran_k), dtype)
     if layout == "indices":
         owned = [(grouped_layout == group).nonzero()[:, 0] for group in range(len(b))]
@@ -545,7 +546,7 @@ def reference_m_grouped(
         weight, scales = b[group], None if sfb is None else sfb[group]
         if not b_k_major:
             weight, scales = weight.t(), None if scales is None else scales.t()
-        out[where] = (rows[where] @ _values(weight, scales, (gran_n, gran_k), dtype).t()).to(out.dtype)
+        out[where] = (rows[where] @ _values(weight, scales, (gran_n, gran_k_b), dtype).t()).to(out.dtype)
     return out
 
 
@@ -557,7 +558,7 @@ def reference_masked(
     masked_m: Tensor,
     out: Tensor,
     *,
-    grans: tuple[int, int, int] = (1, 128, 128),
+    grans: Sequence[int] = (1, 128, 128),
     exact: bool = False,
 ) -> Tensor:
     """Writes ``A_g @ B_g^T`` to the first ``masked_m[g]`` rows of each ``out[g]`` and no others; returns ``out``.
@@ -566,12 +567,12 @@ def reference_masked(
     :func:`reference_m_grouped`.
     """
     dtype = torch.float64 if exact else torch.float32
-    gran_m, gran_n, gran_k = grans
+    gran_m, gran_n, gran_k, gran_k_b = *grans[:3], grans[-1]
     for group, count in enumerate(masked_m.tolist()):
         count = min(max(count, 0), a.shape[1])
         sfa_g, sfb_g = (None if sf is None else sf[group] for sf in (sfa, sfb))
         rows = _values(a[group], sfa_g, (gran_m, gran_k), dtype)[:count]
-        out[group, :count] = (rows @ _values(b[group], sfb_g, (gran_n, gran_k), dtype).t()).to(out.dtype)
+        out[group, :count] = (rows @ _values(b[group], sfb_g, (gran_n, gran_k_b), dtype).t()).to(out.dtype)
     return out
 
 

@@ -96,7 +96,7 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         const Dim m_dim = {Dim::kMN, "M", m}, n_dim = {Dim::kMN, "N", n}, k_dim = {Dim::kK, "K", k};
         const std::array<Dim, 2> dims_a = {a_k_major ? m_dim : k_dim, a_k_major ? k_dim : m_dim};
         const std::array<Dim, 2> dims_b = {b_k_major ? n_dim : k_dim, b_k_major ? k_dim : n_dim};
-        grans = match_recipe(op, *sfa, dims_a, *sfb, dims_b, recipe);
+        grans = match_recipe(op, *sfa, dims_a, *sfb, dims_b, recipe, is_fp4(b));
     }
     int64_t columns = n;
     if (heads.any()) {
@@ -140,12 +140,7 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
                  prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, *sfa, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0, sm100);
-        const bool per_row = sm100 || !grans.is_1d2d();
-        problem.sfb_is_packed = !sm100 && problem.b_is_fp4 && sm90_packs_scales(*sfb, k);
-        problem.sfb = prepare_scales(op, *sfb, axes_b, n, grans.n, per_row, grans.k, k, stream, scratch_sfb, 0,
-                                     sm100 || problem.sfb_is_packed);
+        set_scales(op, problem, *sfa, axes_a, scratch_sfa, *sfb, axes_b, scratch_sfb, grans, stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.a_mn_major = !a_k_major;

@@ -174,7 +174,7 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
         const std::array<Dim, 3> dims_a = {g_dim, m_dim, k_dim};
         const std::array<Dim, 3> dims_b = {g_dim, call.b_k_major ? n_dim : k_dim, call.b_k_major ? k_dim : n_dim};
         grans = match_recipe(op, operands.sfa->info, std::span(dims_a).subspan(masked ? 0 : 1), operands.sfb->info,
-                             dims_b, call.recipe);
+                             dims_b, call.recipe, is_fp4(b));
     }
     const std::array<int64_t, 3> shape = {num_groups, m, n};
     const std::span<const int64_t> result_shape = std::span(shape).subspan(masked ? 0 : 1);
@@ -208,11 +208,8 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a),
                  prepare_operand(op, b, axes_b, stream, scratch_b, false, sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, operands.sfa->info, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa);
-        problem.sfb_is_packed = problem.b_is_fp4 && sm90_packs_scales(operands.sfb->info, k);
-        problem.sfb = prepare_scales(op, operands.sfb->info, axes_b, n, grans.n, !grans.is_1d2d(), grans.k, k, stream,
-                                     scratch_sfb, 0, problem.sfb_is_packed);
+        set_scales(op, problem, operands.sfa->info, axes_a, scratch_sfa, operands.sfb->info, axes_b, scratch_sfb, grans,
+                   stream);
     } else {
         problem.operands = OperandType::kBF16;
         problem.b_mn_major = !call.b_k_major;
