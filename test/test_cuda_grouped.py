@@ -41,7 +41,7 @@ def cases_of(row: dict[str, Any]) -> Iterator[Case]:
     if type_ != "bf16" and row["grouping"] != "k_grouped":
         common |= {"recipe": (1, 128 if row["scaling"] == "1d2d" else 1, row["gran_k"]), "pass_recipe": True}
     if row["scaling"] == "ue8m0":
-        common["scales"] = "packed"
+        common |= {"scales": "packed", "recipe": (1, 1, row["gran_k"], 32)}
     for n, k, data, out_dtype in [
         (block_n, 512, "normal", "bfloat16"),
         (2 * block_n + 40, 1040, "integer", "float32"),

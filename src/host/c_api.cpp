@@ -91,7 +91,7 @@ DG_EXPORT const char* dg_instances() {
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
                                 int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
                                 int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major, int a_is_fp4,
-                                int b_is_fp4, int arch) {
+                                int b_is_fp4, int sfb_is_packed, int arch) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -111,6 +111,7 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.expected_m = expected_m;
     problem.a_is_fp4 = a_is_fp4 != 0;
     problem.b_is_fp4 = b_is_fp4 != 0;
+    problem.sfb_is_packed = sfb_is_packed != 0;
     const auto rows = arch == 100 ? sm100_gemm_rows() : gemm_rows();
     const int first = arch == 100 ? static_cast<int>(gemm_rows().size()) : 0;  // as dg_instances() counts
     const SelectionLimits limits = limits_from_knobs(num_sms);
