@@ -10,13 +10,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBytes = 16;  // that a thread reads
 
-__global__ void __launch_bounds__(kThreads)
-    expand_fp4_kernel(const __grid_constant__ ExpandFp4Problem problem, int64_t row_chunks, int64_t chunks) {
+struct ExpandParams {
+    ExpandFp4Problem problem;
+    int64_t row_chunks;  // of kBytes, in a row
+    int64_t chunks;      // in all
+};
+
+__global__ void __launch_bounds__(kThreads) expand_fp4_kernel(const __grid_constant__ ExpandParams params) {
     launch_dependents();
     wait_for_dependencies();
+    const ExpandFp4Problem& problem = params.problem;
     const int64_t chunk = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (chunk >= chunks) return;
-    const int64_t row = chunk / row_chunks, first = (chunk - row * row_chunks) * kBytes;
+    if (chunk >= params.chunks) return;
+    const int64_t row = chunk / params.row_chunks, first = (chunk - row * params.row_chunks) * kBytes;
     const int64_t batch_idx = row / problem.rows, row_idx = row - batch_idx * problem.rows;
     const auto* x = static_cast<const uint8_t*>(problem.x) + batch_idx * problem.x_batch_stride +
                     row_idx * problem.x_stride + first;
@@ -48,8 +54,8 @@ cudaError_t launch_expand_fp4(const ExpandFp4Problem& problem, cudaStream_t stre
     if (problem.rows <= 0 || problem.cols <= 0 || problem.batch <= 0) return cudaSuccess;
     const int64_t row_chunks = ceil_div<int64_t>(problem.cols / 2, kBytes);
     const int64_t chunks = row_chunks * problem.rows * problem.batch;
-    return launch(expand_fp4_kernel, ceil_div<int64_t>(chunks, kThreads), kThreads, stream, pdl, problem, row_chunks,
-                  chunks);
+    return launch(expand_fp4_kernel, ceil_div<int64_t>(chunks, kThreads), kThreads, stream, pdl,
+                  ExpandParams{problem, row_chunks, chunks});
 }
 
 }  // namespace deep_gemm::cast
