@@ -14,8 +14,8 @@ FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 
 @dataclasses.dataclass(frozen=True)
 class Fp4Case(GemmCase):
-    """A GemmCase of ``fp8_fp4_gemm_<layout>``; operands whose type is "fp8" are made as there. With FP4 ``b`` the recipe
-    may have four numbers."""
+    """A GemmCase of ``fp8_fp4_gemm_<layout>``; operands whose type is "fp8" are made as there. With FP4 ``b`` the
+    recipe may have four numbers."""
 
     a: str = "fp8"
     b: str = "fp4"

@@ -19,7 +19,7 @@ import deep_gemm_ops
 from deep_gemm_ops import compat, reference
 from deep_gemm_ops.compat import _names
 
-from common import ROOT, assert_close, error_bar, generator, same_bits
+from common import ROOT, assert_close, error_bar, generator, on_sm100, same_bits
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]

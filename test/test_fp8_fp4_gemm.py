@@ -134,7 +134,9 @@ def test_scales_far_apart(device: str) -> None:
     words = sfa.cpu().contiguous().view(torch.uint8).view(9, -1)[:, :4]
     expected = (a.cpu().double().view(9, 4, 128) * torch.exp2(words.double() - 127)[..., None]).flatten(1) @ weights.t()
     for rows in (slice(0, None, 2), slice(1, None, 2)):
-        assert_close(result.cpu()[:, rows], expected[:, rows], tol=error_bar(torch.float32), repro="test_scales_far_apart")
+        assert_close(
+            result.cpu()[:, rows], expected[:, rows], tol=error_bar(torch.float32), repro="test_scales_far_apart"
+        )
 
 
 def test_empty(device: str) -> None:
@@ -209,13 +211,16 @@ def test_grouped_bad_input() -> None:
         with pytest.raises(RuntimeError) as error:
             call()
         lines.append(f"{name}: {error.value}")
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 b of another type: m_grouped_fp8_fp4_gemm_nt_contiguous: b has dtype float32, expected float8_e4m3fn, uint8, int8 or float4_e2m1fn_x2
 MN-major FP4: m_grouped_fp8_fp4_gemm_nn_contiguous: b has dtype uint8, expected float8_e4m3fn
 K: m_grouped_fp8_fp4_gemm_nt_contiguous: b has K 128, expected 256 (the K of a)
 base address: m_grouped_fp8_fp4_gemm_nt_contiguous: b has base address 8 modulo 16 bytes, expected 0 (use deep_gemm_ops.to_tma_aligned)
 masked: m_grouped_fp8_fp4_gemm_nt_masked: a has rank 2, expected 3
-fp8: m_grouped_fp8_gemm_nt_contiguous: b has dtype uint8, expected float8_e4m3fn""")
+fp8: m_grouped_fp8_gemm_nt_contiguous: b has dtype uint8, expected float8_e4m3fn""",
+    )
 
 
 def test_fakes_and_opcheck() -> None:
@@ -235,11 +240,16 @@ def test_fakes_and_opcheck() -> None:
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
     grouped: dict[str, Any] = {"type": "fp8_fp4", "recipe": (1, 1, 32)}
     for out in (False, True):
-        for grouped_case in (MGroupedCase((5, 0, 3), 10, 64, out=out, **grouped), MaskedCase((2, 0), 3, 10, 64, out=out, **grouped)):
+        for grouped_case in (
+            MGroupedCase((5, 0, 3), 10, 64, out=out, **grouped),
+            MaskedCase((2, 0), 3, 10, 64, out=out, **grouped),
+        ):
             built = grouped_case.build()
             packet = getattr(torch.ops.deep_gemm, grouped_case.op)
             utils = ("test_faketensor", "test_autograd_registration")
-            torch.library.opcheck(packet.out if out else packet.default, tuple(built.arguments), built.keywords, test_utils=utils)
+            torch.library.opcheck(
+                packet.out if out else packet.default, tuple(built.arguments), built.keywords, test_utils=utils
+            )
 
 
 def test_compiles_once_for_all_sizes() -> None:

@@ -81,8 +81,9 @@ def fp32_instructions(row: Row) -> float:
         return parts * (cols // 2 + 2 * block_scales(row))
     # Also a product of scales for each element, or for every second one where both rows of a thread have the same.
     instructions = parts * groups * cols // 2 * (1.5 if row["scaling"] == "1d2d" else 2)
-    # UE8M0: a maximum and a multiply-add, for 0 and NaN, of each group's scale of two rows.
-    return instructions + (4 * groups if row["scaling"] == "ue8m0" else 0)
+    # UE8M0: a maximum and a multiply-add, for 0 and NaN, of each group's scale of two rows; where they are folded into
+    # the values, of the K block's, and a product.
+    return instructions + (0 if row["scaling"] != "ue8m0" else 6 if groups == 1 else 4 * groups)
 
 
 def choices_of_scale(row: Row) -> int:
@@ -129,9 +130,10 @@ def test_tensor_core_instructions(row: Row) -> None:
     groups = mnemonics["WARPGROUP.ARRIVE"]
     assert groups > 0
     if row["family"] == "fp8_fp4_gemm":
-        # With few columns all of a K block's four have their own accumulators, and are one group.
+        # With few columns all of a K block's four have their own accumulators, and with scales of A per 128 one for
+        # all: they are one group.
         shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
-        assert mnemonics[shape] == groups * (4 if block_cols(row) <= 32 else 1)
+        assert mnemonics[shape] == groups * (4 if block_cols(row) <= 32 or row["gran_k"] == 128 else 1)
         assert count(mnemonics, "WARPGROUP.DEPBAR") == groups
     elif scale_groups(row):
         shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
@@ -228,8 +230,8 @@ def test_bytes_of_bulk_copies(row: Row) -> None:
     groups = scale_groups(row)
     scales = 4 * groups * block_rows(row) * (row["scaling"] == "1d1d" or not row["swap_ab"])
     scales += 4 * groups * block_cols(row) * (row["scaling"] == "1d1d" or row["swap_ab"])
-    if row["scaling"] == "ue8m0":  # a byte each
-        scales += groups * block_rows(row)
+    if row["scaling"] == "ue8m0":  # a word of four
+        scales += 4 * block_rows(row)
     if row["grouping"] == "m_grouped":  # a box of tokens' scales has up to three in front of the tile's
         scales += 16 * groups * (2 if row_parts(row) == 2 and not row["swap_ab"] else 1)
     producer, consumer = roles(row["index"])["copy producer"], roles(row["index"])["consumer"]
@@ -275,8 +277,9 @@ def test_instructions_of_a_k_block(row: Row) -> None:
         overhead += 3  # which CTAs of the cluster share the panel
     if row["family"] == "fp8_fp4_gemm":
         # 16 loads of two bytes, five instructions for each to expand them, and the scales of columns: those of groups,
-        # which start anywhere, one by one.
-        overhead = 220 + block_cols(row) * (2 if row["grouping"] == "m_grouped" else 1)
+        # which start anywhere, one by one. Folded scales of rows need tables.
+        loads = block_cols(row) // 4 * (2 if row["grouping"] == "m_grouped" else 1)
+        overhead = 264 + loads if row["gran_k"] == 128 else 220 + 4 * loads
     elif row["grouping"] != "dense" and row["scaling"] == "1d1d":
         overhead += 5  # addresses that the compiler keeps in registers elsewhere
     repro = f"cd test && python -m ptx_emulator.profile --row {row['index']}"

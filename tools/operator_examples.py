@@ -93,7 +93,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(\n"
         '    *deep_gemm_ops.per_token_cast_to_fp8(x, gran_k=32), b4, sfb4, ends, layout="offsets"\n'
         ")",
-        'deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(a, sfa, b4, sfb4, ends, layout="offsets", recipe=[1, 1, 32])',
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(a, sfa, b4, sfb4, ends, recipe=[1, 1, 32])",
     ),
     "m_grouped_fp8_fp4_gemm_nn_contiguous": (
         "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nn_contiguous(\n"

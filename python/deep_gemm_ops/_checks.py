@@ -261,8 +261,8 @@ def match_recipe(
     recipe: Sequence[int] | None,
     or_mixed: bool = False,
 ) -> tuple[int, int, int, int]:
-    """The granularities (gran_m, gran_n, gran_k of A, gran_k of B), given or inferred from the shapes of the scales. One
-    granularity along K serves both, or with ``or_mixed`` those of MIXED_K."""
+    """The granularities (gran_m, gran_n, gran_k of A, gran_k of B), given or inferred from the shapes of the scales.
+    One granularity along K serves both, or with ``or_mixed`` those of MIXED_K."""
     check_recipe(op, recipe, or_mixed)
     grans_m = [recipe[0]] if recipe is not None else GRANULARITIES
     grans_n = [recipe[1]] if recipe is not None else GRANULARITIES

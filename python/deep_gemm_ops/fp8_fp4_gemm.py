@@ -61,7 +61,7 @@ def fp8_fp4_gemm_nt(
         c: added to the product, ``[M, N]`` or a row ``[N]``, inner stride 1, of the result's dtype. May be ``out``.
         out_dtype: torch.bfloat16 (default) or torch.float32.
         recipe: ``[gran_m, gran_n, gran_k]`` with gran_m, gran_n in {1, 128} and gran_k in {128, 32}, inferred where
-            absent. With FP4 ``b`` also ``[gran_m, gran_n, 128, 32]``: scales of ``a`` per 128 of K, those of ``b`` per 32.
+            absent. With FP4 ``b`` also ``[gran_m, gran_n, 128, 32]``: scales of ``a`` per 128 of K, of ``b`` per 32.
         out: ``[M, N]``, inner stride 1, any row stride: written and returned.
 
     Returns:
