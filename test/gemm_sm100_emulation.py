@@ -19,11 +19,9 @@ from deep_gemm_ops import _capi
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
+from gemm_emulation import BFLOAT16, BUDGET, E2M1, FLOAT32, _Problem, _Scales, launch, pack_fp4
 
 FP8_OPERANDS, BF16_OPERANDS = 0, 1  # OperandType
-# The value of each E2M1 code.
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +80,8 @@ class Sm100Case:
         if kind == "fp4":
             codes = torch.randint(0, 16, (mn, self.k), generator=random)
             values = E2M1[codes]
-            stored = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
             # TMA takes rows of FP4 at multiples of 32 bytes.
-            stored = strided(stored, ceil_div(self.k // 2, 32) * 32 + 32, "cpu", 0x77)
+            stored = strided(pack_fp4(codes), ceil_div(self.k // 2, 32) * 32 + 32, "cpu", 0x77)
         else:
             if self.data == "normal":
                 values = torch.randn(mn, self.k, generator=random)

@@ -18,17 +18,30 @@ from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits
-from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
+from gemm_emulation import (
+    BF16_OPERANDS,
+    BFLOAT16,
+    BUDGET,
+    E2M1,
+    FLOAT32,
+    _Problem,
+    _Scales,
+    k_multiple,
+    launch,
+    pack_fp4,
+    pack_ue8m0,
+)
 
 
 def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
     """A copy of ``[groups, rows, cols]`` whose rows lie ``inner`` apart, with a row between groups, or the groups' rows
-    in turns. Memory in between is NaN.
+    in turns. Memory in between is NaN, of integers 0x77.
     """
     groups, rows, cols = x.shape
     if interleaved:
         return spread(x.transpose(0, 1), inner).transpose(0, 1)
-    buffer = torch.full((groups, rows + 1, inner), math.nan).to(x.dtype)
+    fill = math.nan if x.dtype.is_floating_point else 0x77
+    buffer = torch.full((groups, rows + 1, inner), fill, dtype=torch.float32).to(x.dtype)
     buffer[:, :rows, :cols] = x
     return buffer[:, :rows, :cols]
 
@@ -44,7 +57,7 @@ class GroupedCase:
     ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
     ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``
     replaces what the layout holds: then only memory is checked. ``heads`` are the left, middle and right columns of a
-    dense product's heads. ``d``, ``c`` and ``data`` are those of RowCase.
+    dense product's heads. ``d``, ``c`` and ``data`` are those of RowCase. ``k`` grows to what the row takes.
     """
 
     row: str
@@ -63,6 +76,9 @@ class GroupedCase:
     values: tuple[int, ...] | None = None
     num_sms: int = 3
     seed: int = 0  # of the schedule; the data depends on the rest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", align(self.k, k_multiple(self.info)))
 
     def __str__(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
@@ -126,6 +142,13 @@ class GroupedCase:
         random = generator(hash((self.sizes, n, k)) % 2**32)
         a, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random)
         b, sfb = self._random((groups, n, k), (groups, ceil_div(n, gran_n), k_groups), random)
+        is_fp4, is_packed = info["family"] == "fp8_fp4_gemm", info["scaling"] == "ue8m0"
+        if is_fp4:
+            codes = torch.randint(16, b.shape, generator=random)
+            b = E2M1[codes]
+        gran_k_b = 32 if is_fp4 else gran_k
+        if is_packed:
+            sfb = 2.0 ** torch.randint(-2, 3, (groups, n, ceil_div(k, gran_k_b)), generator=random).float()
 
         d_type = torch.float32 if self.d == "float32" else torch.bfloat16
         # Rows that belong to no group are NaN in A and in D, where they stay so unless they are to be set to zero.
@@ -136,10 +159,11 @@ class GroupedCase:
             at = (group if own_rows else 0, slice(start, end))
             owned[at] = True
             expected[at] = 0
-            for i in range(k_groups):
-                block = slice(i * gran_k, (i + 1) * gran_k)
+            for i in range(sfb.shape[2]):
+                block = slice(i * gran_k_b, (i + 1) * gran_k_b)
                 product = a[at][:, block].double() @ b[group, :, block].double().t()
-                expected[at] += product * (sfa[at[0], i, start:end, None].double() * sfb[group, columns, i].double())
+                scales_of_a = sfa[at[0], i * gran_k_b // gran_k, start:end, None].double()
+                expected[at] += product * (scales_of_a * sfb[group, columns, i].double())
         if is_bf16:
             a[~owned] = math.nan
         else:
@@ -173,7 +197,11 @@ class GroupedCase:
         a = spread(a, align(k, 16) + 16, self.interleaved)
         if info["b_mn_major"]:
             b = b.transpose(1, 2)
+        if is_fp4:
+            b = pack_fp4(codes)
         b = spread(b, align(b.shape[2], 16) + 16, self.interleaved)
+        if is_packed:
+            sfb = pack_ue8m0(sfb)
         sfa = spread(sfa, align(rows, 4) + 4).transpose(1, 2)
         if gran_n == 1:
             sfb = spread(sfb.transpose(1, 2), align(n, 4) + 4).transpose(1, 2)
@@ -186,13 +214,15 @@ class GroupedCase:
             a=a.data_ptr(),
             b=b.data_ptr(),
             a_stride=a.stride(1),
-            b_stride=b.stride(1),
+            b_stride=b.stride(1) * (2 if is_fp4 else 1),
+            b_is_fp4=is_fp4,
+            sfb_is_packed=is_packed,
             d=d.data_ptr(),
             d_stride=d.stride(1),
             d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
             num_groups=groups,
             a_group_stride=a.stride(0),
-            b_group_stride=b.stride(0),
+            b_group_stride=b.stride(0) * (2 if is_fp4 else 1),
             d_group_stride=d.stride(0),
             grouping=GROUPINGS.index("batched" if self.layout == "batched" else "m_grouped"),
             zero_padding=self.zero_padding,

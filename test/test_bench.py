@@ -16,7 +16,7 @@ import torch
 from expecttest import assert_expected_inline
 
 from deep_gemm_ops import prenorm_gemm, reference
-from deep_gemm_ops.bench import cli, layers, mega_moe, mqa_logits, plot, products, report, suites
+from deep_gemm_ops.bench import cli, fp4, layers, mega_moe, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -605,6 +605,23 @@ offsets 50.00 5.00x
   m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops psum       5.000x of 1
   m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops offsets    5.000x of 1""",
     )
+
+
+def test_fp4_products(on_cpu):
+    on_cpu.setattr(fp4, "BENCH_M", (3,))
+    on_cpu.setattr(fp4, "BENCH_SHAPES", ((136, 256),))
+    on_cpu.setattr(fp4, "MASKED", ((3, 20),))
+    on_cpu.setattr(fp4, "MASKED_MAX", 32)
+    on_cpu.setattr(fp4, "MASKED_SHAPES", ((130, 384),))
+    records = [products.product_record(problem, limits=LIMITS, repeats=3) for problem in fp4.problems()]
+    assert [record["op"] for record in records] == ["fp8_fp4_gemm_nt, M 3", "m_grouped_fp8_fp4_gemm_nt_masked"]
+    # The weights in FP4, FP8 and BF16 are the same numbers, so all contenders have passed the check.
+    assert [sorted(record["times"]) for record in records] == [
+        ["deep_gemm_ops", "fp8_gemm_nt", "torch.matmul"],
+        ["deep_gemm_ops", "m_grouped_fp8_gemm_nt_masked"],
+    ]
+    assert not any(record["failed"] for record in records)
+    assert records[0]["bytes"] < 3 * 256 + 136 * (128 + 8) + 3 * 136 * 2 + 4096
 
 
 def test_wrong_products_are_not_timed(on_cpu):

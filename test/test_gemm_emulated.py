@@ -144,6 +144,13 @@ def test_shapes(row: Row, shape: Callable[[Row], RowCase]) -> None:
     check(shape(row))
 
 
+@pytest.mark.parametrize("row", [row for row in DENSE if row["scaling"] == "ue8m0"], ids=lambda row: row["name"])
+def test_scales_far_apart(row: Row) -> None:
+    """Also those that do not fit into the exponents of expanded values next to the largest of their K block."""
+    m, n = cluster_tile(row)
+    check(RowCase(row["name"], m + 3, n + 9, 2 * row["split_k"] * row["block_k"], "float32", data="far"))
+
+
 def random_case(row: Row, seed: int) -> RowCase:
     random = generator(seed)
 

@@ -17,6 +17,7 @@ a, sfa = deep_gemm_ops.per_token_cast_to_fp8(x)
 b, sfb = deep_gemm_ops.per_block_cast_to_fp8(w)
 w3 = torch.stack([w, -w])                                 # two experts
 b3, sfb3 = torch.stack([b, b]), torch.stack([sfb, sfb])
+b4, sfb4 = (torch.stack(x) for x in zip(*map(deep_gemm_ops.per_token_cast_to_fp4, w3)))
 ends = torch.tensor([40, 64], dtype=torch.int32)          # 40 tokens for the first, 24 for the second
 sizes = torch.tensor([40, 24], dtype=torch.int32)
 """
@@ -87,6 +88,24 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "    torch.stack([a, a]), torch.stack([sfa, sfa]), b3, sfb3, sizes, expected_m=32\n"
         ")",
         "deep_gemm_ops.m_grouped_fp8_gemm_nt_masked(a, sfa, b3, sfb3, sizes, expected_m=32)",
+    ),
+    "m_grouped_fp8_fp4_gemm_nt_contiguous": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(\n"
+        '    *deep_gemm_ops.per_token_cast_to_fp8(x, gran_k=32), b4, sfb4, ends, layout="offsets"\n'
+        ")",
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(a, sfa, b4, sfb4, ends, recipe=[1, 1, 32])",
+    ),
+    "m_grouped_fp8_fp4_gemm_nn_contiguous": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nn_contiguous(\n"
+        '    a, sfa, b3.transpose(1, 2).contiguous(), sfb3.transpose(1, 2), ends, layout="offsets"\n'
+        ")",
+        'deep_gemm_ops.m_grouped_fp8_fp4_gemm_nn_contiguous(a, sfa, b4, sfb4, ends, layout="offsets")',
+    ),
+    "m_grouped_fp8_fp4_gemm_nt_masked": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_masked(\n"
+        "    torch.stack([a, a]), torch.stack([sfa, sfa]), b4, sfb4, sizes, expected_m=32\n"
+        ")",
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_masked(a, sfa, b4, sfb4, sizes, expected_m=32)",
     ),
     "m_grouped_bf16_gemm_nt_contiguous": (
         'deep_gemm_ops.m_grouped_bf16_gemm_nt_contiguous(x, w3, ends, layout="offsets")',

@@ -17,6 +17,7 @@ from . import (  # noqa: E402, F401
     bf16_gemm,
     fp8_fp4_gemm,
     fused_casts,
+    grouped_fp8_fp4_gemm,
     grouped_gemm,
     knobs,
     mega_moe,
@@ -29,6 +30,7 @@ from .batched import *  # noqa: E402, F403
 from .bf16_gemm import *  # noqa: E402, F403
 from .fp8_fp4_gemm import *  # noqa: E402, F403
 from .fused_casts import *  # noqa: E402, F403
+from .grouped_fp8_fp4_gemm import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
@@ -46,6 +48,7 @@ __all__ = [
     *bf16_gemm.__all__,
     *fp8_fp4_gemm.__all__,
     *fused_casts.__all__,
+    *grouped_fp8_fp4_gemm.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
     *mega_moe.__all__,

@@ -51,6 +51,9 @@ void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, con
     if (problem.operands == OperandType::kFP8) {
         message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k
                 << "]";
+        if (problem.a_is_fp4 || problem.b_is_fp4) {
+            message << ", FP4 " << (!problem.b_is_fp4 ? "A" : !problem.a_is_fp4 ? "B" : "A and B");
+        }
     } else {
         message << " with BF16 operands";
     }
@@ -72,6 +75,7 @@ MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_
 }
 
 // A stage of `block_k` of an operand, `block_mn` along MN: in one box, or MN-major in several of one swizzle span each.
+// `block_k` counts elements of `operand`: pairs of FP4.
 CUtensorMap make_operand_map(EncodeTiledFunction encode, const MatrixView& operand, bool mn_major, int block_k,
                              int block_mn) {
     return mn_major ? make_tensor_map(encode, operand, block_k, sm90::kMnMajorSpan)
@@ -207,13 +211,16 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const bool is_float = problem.d_type == DataType::kFloat32;
 
     MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
-    MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
+    // Two elements of FP4 are one of a tensor map.
+    const int b_pack = layout.is_fp4() ? 2 : 1;
+    MatrixView b = operand_view(row, problem.b, problem.n, (problem.k + b_pack - 1) / b_pack, problem.b_stride / b_pack,
+                                row.b_mn_major);
     const int64_t heads = problem.head_left + problem.head_right > 0 ? problem.n / (problem.head_left + problem.head_right) : 0;
     MatrixView d{problem.d, problem.m, problem.n + heads * problem.head_mid, problem.d_stride,
                  is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, size_of(problem.d_type)};
     if (layout.has_groups()) {
         b.groups = problem.num_groups;
-        b.group_stride = problem.b_group_stride;
+        b.group_stride = problem.b_group_stride / b_pack;
         const bool own_tokens = row.grouping == Grouping::kBatched || problem.layout == GroupLayout::kMasked;
         a.groups = d.groups = own_tokens ? problem.num_groups : 1;
         a.group_stride = problem.a_group_stride;
@@ -234,7 +241,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
 
     GemmParams params = {};
     // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k,
+    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k / (row.swap_ab ? b_pack : 1),
                                        row.block_rows / row.col_ctas);
     params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), block_k,
                                        row.block_cols / row.row_ctas);
@@ -263,9 +270,10 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
+        const int64_t row_k_groups = layout.row_scales_are_words() ? (problem.k + block_k - 1) / block_k : k_groups;
         params.row_scales_map =
-            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, layout.row_scale_box_rows(),
-                           layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, row_k_groups, rows.groups, layout.row_scale_box_rows(),
+                           layout.row_scale_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =

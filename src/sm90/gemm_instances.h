@@ -229,6 +229,48 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kSummed},
     {128, 64, 1, 1, 4, false, kNoScaling, 0, kBF16, kSummed},
     {64, 128, 1, 1, 8, false, kNoScaling, 0, kBF16, kSummed},
+
+    // FP4 weights, on the M side for any M, with UE8M0 scales: many tokens, some, and few, of which B's bytes are the cost.
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {64, 64, 1, 1, 2, true, kUE8M0Scaling, 32, kFP8FP4},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {64, 32, 1, 1, 2, true, kUE8M0Scaling, 32, kFP8FP4},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {64, 16, 1, 1, 4, true, kUE8M0Scaling, 32, kFP8FP4},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {128, 8, 1, 1, 4, true, kUE8M0Scaling, 32, kFP8FP4},
+    {64, 8, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4},
+    {64, 8, 1, 1, 8, true, kUE8M0Scaling, 32, kFP8FP4},
+    k_warpgroups(2, {128, 8, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4}),
+    k_warpgroups(2, {64, 16, 1, 1, 2, true, kUE8M0Scaling, 32, kFP8FP4}),
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+    {64, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4, kMGrouped},
+
+    // The same where A has scales per 128 of K.
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 32, 1, 1, 2, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 16, 1, 1, 4, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4},
+    {64, 8, 1, 1, 8, true, kUE8M0Scaling, 128, kFP8FP4},
+    {128, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 64, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 32, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 16, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+    {128, 8, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4, kMGrouped},
+
+    // The same with FP32 scales, per 32 of K of either operand.
+    {128, 128, 1, 1, 1, true, kScaling1D1D, 32, kFP8FP4},
+    {64, 16, 1, 1, 4, true, kScaling1D1D, 32, kFP8FP4},
+    {128, 64, 1, 1, 1, true, kScaling1D1D, 32, kFP8FP4, kMGrouped},
+    {64, 16, 1, 1, 1, true, kScaling1D1D, 32, kFP8FP4, kMGrouped},
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 
