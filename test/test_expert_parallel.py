@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_nn_experts import FP8_ERROR, expert_reference, relative
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from deep_gemm_ops.bench.expert_parallel import Layer, traffic
+from deep_gemm_ops.bench import expert_parallel
+from deep_gemm_ops.bench.expert_parallel import Layer, Machine, cost, traffic
 from deep_gemm_ops.nn import GroupedExperts
 
-from common import generator, same_bits
+from common import ROOT, generator, same_bits
 
 Tensor = torch.Tensor
 
@@ -96,11 +99,11 @@ class Counted:
     """Counts the layer's exchanges and their bytes, and how often the host reads from the device."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from deep_gemm_ops.nn import expert_parallel
+        from deep_gemm_ops.nn import expert_parallel as module
 
         self.exchanges: list[tuple[int, int]] = []  # bytes sent to all ranks, to others
         self.reads = 0
-        all_to_all, read = expert_parallel._all_to_all, expert_parallel._read
+        all_to_all, read = module._all_to_all, module._read
 
         def counted_all_to_all(x: Tensor, send: Any, receive: Any, group: str, ranks: int) -> Tensor:
             total = x.numel() * x.element_size()
@@ -112,8 +115,29 @@ class Counted:
             self.reads += 1
             return read(sizes)
 
-        patch.setattr(expert_parallel, "_all_to_all", counted_all_to_all)
-        patch.setattr(expert_parallel, "_read", counted_read)
+        patch.setattr(module, "_all_to_all", counted_all_to_all)
+        patch.setattr(module, "_read", counted_read)
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of grouped layers, and the weights of experts that have rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.weights = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.name()
+        if name.startswith(("deep_gemm::fp8_grouped_linear", "deep_gemm::fp8_swiglu_grouped_linear")):
+            offsets = next(t for t in args if isinstance(t, Tensor) and t.dtype == torch.int32)
+            rows = int(offsets[-1])
+            if "backward" in name:
+                grad, x, weight = args[:3]
+                self.operations += 2 * rows * grad.shape[1] * sum(t.shape[-1] for t in (x, weight) if t is not None)
+            else:
+                self.operations += 2 * rows * args[1][0].numel()
+                self.weights += int((offsets.diff(prepend=offsets.new_zeros(1)) > 0).sum()) * args[1][0].numel()
+        return func(*args, **(kwargs or {}))
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
@@ -247,10 +271,12 @@ def work(rank: int, ranks: int, folder: str) -> None:
             x = x.clone().requires_grad_()
             counted.exchanges.clear()
             counted.reads = 0
-            y = layer(x, ids, weights.clone().requires_grad_())
-            forward = list(counted.exchanges)
-            y.float().sum().backward()
+            with Products() as products:
+                y = layer(x, ids, weights.clone().requires_grad_())
+                forward, operations = list(counted.exchanges), products.operations
+                y.float().sum().backward()
             results[f"bytes, {name}"] = (forward, counted.exchanges[len(forward) :], counted.reads)
+            results[f"operations, {name}"] = (operations, products.operations, products.weights)
 
     torch.save(results, os.path.join(folder, f"results{ranks}_{rank}.pt"))
     dist.destroy_process_group()
@@ -286,8 +312,9 @@ def joined(results: list[dict[str, Any]], name: str) -> list[Tensor]:
 def test_equal_to_one_process(results: list[dict[str, Any]], kind: str) -> None:
     ranks = len(results)
     x, ids, weights = inputs(ranks, kind)
+    expected = step(whole_layer(), x, ids, weights)
     for capacity in ("exact", "ample"):
-        for a, b in zip(joined(results, f"{capacity}, {kind}"), step(whole_layer(), x, ids, weights)):
+        for a, b in zip(joined(results, f"{capacity}, {kind}"), expected):
             assert a.shape == b.shape
             assert relative(a, b) < ROUNDING if bool(b.any()) else not a.any()
     kept, dropped = drop(ids, TOKENS[ranks], 10)
@@ -357,6 +384,7 @@ def test_initial_weights(folder: pathlib.Path) -> None:
         assert len({float(expert[0, 0]) for expert in a}) == EXPERTS
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_checkpoints(folder: pathlib.Path) -> None:
     """What two ranks have saved, four load, with experts sharded further by FSDP2, too, and so does one process."""
     import torch.distributed.checkpoint as dcp
@@ -403,6 +431,53 @@ def test_bytes_are_those_of_the_cost_model(results: list[dict[str, Any]]) -> Non
             model = traffic(layer, ranks, rows_sent=others, rows_received=arriving, **options)
             assert [sent for _, sent in forward] == [model.counts, model.dispatch, model.combine]
             assert [sent for _, sent in backward] == [model.combine_backward, model.dispatch_backward]
+
+
+@pytest.mark.parametrize("name", ["exact", "fp8", "capacity"])
+def test_operations_are_those_of_the_cost_model(results: list[dict[str, Any]], name: str) -> None:
+    """Of all ranks together: the model is about an average one."""
+    ranks, layer = len(results), Layer(dim=DIM, hidden_dim=HIDDEN, num_experts=EXPERTS, copies=COPIES)
+    forward, step, weights = (sum(result[f"operations, {name}"][i] for result in results) for i in range(3))
+    tokens = sum(TOKENS[ranks]) / ranks
+    assert forward == ranks * cost(layer, ranks, tokens).operations
+    assert step == ranks * cost(layer, ranks, tokens, training=True).operations
+    assert weights == pytest.approx(ranks * cost(layer, ranks, tokens, frozen=True).weight_bytes, rel=1e-3)
+
+
+def test_cost_model() -> None:
+    """Against DeepSeek-V3's numbers, worked out by hand."""
+    layer = Layer()
+    few, many = cost(layer, 8, 4096), cost(layer, 1024, 4096, training=True)
+    assert few.operations == 4096 * 8 * 6 * 7168 * 2048
+    assert few.remote_bytes == 0 and few.expert_ranks == 8
+    # 7/8 of the rows leave: 7168 BF16 values and 16 bytes around a routing weight, and 7168 values back.
+    assert few.local_bytes == 4096 * 8 * 7 / 8 * (7168 * 2 + 16 + 7168 * 2) + 4 * 7 * 33
+    fp8 = cost(layer, 8, 4096, fp8_dispatch=True)
+    assert few.local_bytes - fp8.local_bytes == 4096 * 7 * (7168 * 2 + 16 - (7168 + 56 * 4 + 16))
+    assert cost(layer, 8, 4096, capacity=4096 * 8).local_bytes > 7.9 * few.local_bytes
+    # One expert per rank, four replicas; 7 of 255 other ranks are near.
+    assert (many.expert_ranks, many.sync_bytes) == (256, 2 * 0.75 * 2 * 3 * 7168 * 2048)
+    assert many.remote_bytes / many.local_bytes == pytest.approx(248 / 7)
+    assert many.operations == 3 * few.operations
+    assert few.fused_us is not None and few.fused_us < few.us and many.fused_us is None
+    # One token has eight experts, of which each rank's 32 hold one on average: 1/8 * 1/32 of all weights per rank.
+    single = cost(layer, 8, 1 / 8, frozen=True)
+    assert single.weight_bytes == pytest.approx(32 * 3 * 7168 * 2048 / 32)
+    fast = Machine(remote_gbps=100.0, exchange_us=10.0)
+    slow = cost(layer, 64, 128)
+    assert cost(layer, 64, 128, machine=fast).links_us == pytest.approx(slow.links_us / 2 + 30, rel=1e-3)
+    with pytest.raises(ValueError, match="24 ranks cannot share 256 experts evenly"):
+        cost(layer, 24, 1)
+
+
+def test_cost_model_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/expert_parallel.md shows what the commands in it print."""
+    page = (ROOT / "docs" / "expert_parallel.md").read_text()
+    blocks = re.findall(r"<!-- python -m deep_gemm_ops.bench.expert_parallel(.*?) -->\n(\|.*?)\n\n", page, re.DOTALL)
+    assert len(blocks) >= 3
+    for arguments, printed in blocks:
+        expert_parallel.main(arguments.split())
+        assert capsys.readouterr().out.strip() == printed
 
 
 @pytest.mark.parametrize(

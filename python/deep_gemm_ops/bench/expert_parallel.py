@@ -120,7 +120,7 @@ class Cost:
 def cost(
     layer: Layer,
     ranks: int,
-    tokens: int,
+    tokens: float,
     *,
     machine: Machine | None = None,
     training: bool = False,

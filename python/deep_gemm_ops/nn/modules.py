@@ -312,9 +312,9 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
 def freeze(model: nn.Module) -> nn.Module:
     """Make ``model`` one for serving: no gradients, half of BF16's memory, the same results to the bit.
 
-    Every :class:`FP8Linear` is replaced by a :class:`FrozenFP8Linear`. Every :class:`GroupedExperts` keeps its place and
-    has a :class:`FrozenExperts` in ``frozen`` instead of its parameters; in an ``ExpertParallel`` that holds the experts
-    of this rank, as plain tensors.
+    Every :class:`FP8Linear` is replaced by a :class:`FrozenFP8Linear`. Every :class:`GroupedExperts` keeps its place
+    and has a :class:`FrozenExperts` in ``frozen`` instead of its parameters; in an ``ExpertParallel`` that holds the
+    experts of this rank, as plain tensors.
 
     Returns:
         ``model``, changed in place, or the frozen layer where ``model`` is an FP8Linear itself.
