@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_nn_experts import FP8_ERROR, expert_reference, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +25,7 @@ from deep_gemm_ops.bench.expert_parallel import Layer, Machine, cost, traffic
 from deep_gemm_ops.nn import GroupedExperts
 
 from common import ROOT, generator, same_bits
+from test_nn_experts import FP8_ERROR, expert_reference, relative
 
 Tensor = torch.Tensor
 
