@@ -177,8 +177,14 @@ def work(rank: int, ranks: int, folder: str) -> None:
         layer_of(whole_layer(torch.float32), fp8_dispatch=True), x.float(), ids, weights
     )
     results["FP32"] = step(layer_of(whole_layer(torch.float32)), x.float(), ids, weights)
-    layer = layer_of(whole_layer())
-    results["checkpointed"] = step(layer, x, ids, weights, lambda *args: checkpoint(layer, *args, use_reentrant=False))
+    layer = layer_of(whole_layer(), capacity=AMPLE)
+
+    def checkpointed(*arguments: Tensor) -> Tensor:
+        return checkpoint(layer, *arguments, use_reentrant=False)
+
+    if ranks == 2:
+        checkpointed = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+    results["checkpointed"] = step(layer, x, ids, weights, checkpointed)
     leading = layer(x.unflatten(0, (-1, 1)), ids.unflatten(0, (-1, 1)), weights.unflatten(0, (-1, 1)))
     results["leading dimensions"] = [leading.detach().squeeze(1)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -350,8 +356,9 @@ def test_fp8_dispatch_changes_no_result(results: list[dict[str, Any]]) -> None:
 
 
 def test_checkpointed(results: list[dict[str, Any]]) -> None:
+    """Activation checkpointing, compiled on two ranks, and leading dimensions of tokens."""
     expected = joined(results, "exact, plain")
-    assert all(same_bits(a, b) for a, b in zip(joined(results, "checkpointed"), expected))
+    assert all(relative(a, b) < ROUNDING for a, b in zip(joined(results, "checkpointed"), expected))
     assert same_bits(torch.cat([rank["leading dimensions"][0] for rank in results]), expected[0])
 
 

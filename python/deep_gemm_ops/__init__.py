@@ -12,6 +12,7 @@ _library.load()
 
 from . import (  # noqa: E402, F401
     _cpu,
+    _dense,
     _fakes,
     batched,
     bf16_gemm,
