@@ -559,6 +559,44 @@ def test_on_a_gpu(cuda: str, tmp_path: pathlib.Path) -> None:
         del graph
 
 
+def work_on_gpus(rank: int, ranks: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from deep_gemm_ops.nn import ExpertParallel
+
+    mesh = init_device_mesh("cuda", (ranks,))
+    begin = sum(TOKENS[ranks][:rank])
+    mine = slice(begin, begin + TOKENS[ranks][rank])
+    whole = whole_layer().to("cuda")
+    for kind in ("plain", "masked", "one expert"):
+        x, ids, weights = (t.to("cuda") for t in inputs(ranks, kind))
+        expected = step(whole, x, ids, weights)
+        expected[:3] = [t[mine] for t in expected[:3]]
+        for options in ({}, {"capacity": AMPLE}, {"fp8_dispatch": True}):
+            layer = ExpertParallel.from_experts(whole, mesh, **options)
+            actual = step(layer, x[mine], ids[mine], weights[mine])
+            for i, (a, b) in enumerate(zip(actual, expected)):
+                bar = 0.06 if "fp8_dispatch" in options and i == 3 else ROUNDING
+                assert relative(a, b) < bar if bool(b.any()) else not a.any()
+    dist.destroy_process_group()
+
+
+def test_on_several_gpus(two_cuda_devices: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    """Over NCCL: equal to one GPU that holds all tokens."""
+    ranks = 4 if torch.cuda.device_count() >= 4 else 2
+    torch.multiprocessing.spawn(work_on_gpus, (ranks, str(tmp_path)), nprocs=ranks)
+
+
+def test_measuring_on_one_gpu(cuda: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--dim", "256", "--hidden-dim", "128", "--num-experts", "8", "--copies", "2"]
+    expert_parallel.main(["--measure", "--tokens", "64", *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 ranks, 64 tokens each.")
+    assert len(lines) == 4 + 4 * 3 + 2
+
+
 def test_deepcopy_keeps_the_mesh(tmp_path: pathlib.Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 

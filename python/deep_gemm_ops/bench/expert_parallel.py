@@ -7,13 +7,20 @@ passes to its all-to-alls, and operations with the products it calls. Tokens cho
 Rates are options. The defaults are an H200's: 1250 TFLOPS of grouped FP8 products and 4200 GB/s of copying, both
 measured (README), and the datasheet's 450 GB/s of NVLink and 50 GB/s (400 Gbit/s) of network per GPU and direction. An
 exchange's own latency has not been measured here: ``--exchange-us`` adds one, by default none.
+
+    torchrun --nproc-per-node 8 -m deep_gemm_ops.bench.expert_parallel --measure
+
+times the layer on the GPUs that there are, beside the model with the links' speed and latency that it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..layout import align, ceil_div
 
@@ -210,6 +217,105 @@ def table(costs: Sequence[Cost]) -> str:
     return "\n".join(lines)
 
 
+def _time_us(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call on the slowest rank, which all ranks start together."""
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for i in range(repeats + 3):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        if i >= 3:  # the first ones load kernels and connect ranks
+            times.append(start.elapsed_time(end) * 1e3)
+    slowest = torch.tensor(times, device="cuda")
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def measure(layer: Layer, tokens: int, machine: Machine) -> str:
+    """Times on all ranks of this job, each with a GPU and ``tokens`` tokens, beside the model; Markdown."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from ..nn import ExpertParallel, freeze
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, value)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl")
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cuda", (ranks,))
+
+    def exchange_us(size: int) -> float:
+        source = torch.zeros(ranks, size, dtype=torch.uint8, device="cuda")
+        return _time_us(lambda: dist.all_to_all_single(torch.empty_like(source), source))
+
+    empty, large = exchange_us(16), 1 << 26
+    rates: dict[str, Any] = {"exchange_us": empty}
+    if ranks > 1:
+        gbps = large * (ranks - 1) * 1e-3 / max(exchange_us(large) - empty, 1e-3)
+        rates["local_gbps" if ranks <= machine.local_ranks else "remote_gbps"] = gbps
+    machine = dataclasses.replace(machine, **rates)
+
+    random = torch.Generator("cuda").manual_seed(dist.get_rank())
+    x = torch.randn(tokens, layer.dim, generator=random, device="cuda").bfloat16()
+    scores = torch.rand(tokens, layer.num_experts, generator=random, device="cuda")
+    weights, ids = scores.topk(layer.copies)
+    lines = [
+        f"{ranks} ranks, {tokens} tokens each. " + ", ".join(f"{name} {value:.1f}" for name, value in rates.items())
+    ]
+    lines += ["", "| | measured us | model us |", "|---|---:|---:|"]
+    local = layer.num_experts // ranks
+    always_fits = tokens * min(layer.copies, local)
+    for name, options in (
+        ("exact", {}),
+        ("exact, tokens in FP8", {"fp8_dispatch": True}),
+        ("capacity of twice the mean", {"capacity": max(2 * tokens * layer.copies // ranks, 1)}),
+        ("capacity that always fits", {"capacity": always_fits}),
+    ):
+        torch.manual_seed(0)
+        sizes = (layer.dim, layer.hidden_dim, layer.num_experts)
+        module = ExpertParallel(*sizes, mesh, dtype=torch.bfloat16, **options)
+        inputs = x.clone().requires_grad_()
+
+        def train(module: ExpertParallel = module, inputs: torch.Tensor = inputs) -> None:
+            module(inputs, ids, weights).sum().backward()
+            for tensor in (inputs, *module.parameters()):
+                tensor.grad = None
+
+        def infer(module: ExpertParallel = module) -> torch.Tensor:
+            with torch.no_grad():
+                return module(x, ids, weights)
+
+        rows = [
+            ("training step", train, {"training": True}),
+            ("forward", infer, {}),
+            ("frozen", infer, {"frozen": True}),
+        ]
+        for step, function, kind in rows:
+            if step == "frozen":
+                freeze(module)
+            model = cost(layer, ranks, tokens, machine=machine, **kind, **options)
+            lines.append(f"| {name}, {step} | {_time_us(function):.0f} | {model.us:.0f} |")
+        if "capacity" in options:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                infer()
+            lines.append(f"| {name}, frozen, from a graph | {_time_us(graph.replay):.0f} | {model.us:.0f} |")
+            del graph
+        del module
+    printed = "\n".join(lines) if dist.get_rank() == 0 else ""
+    dist.destroy_process_group()
+    return printed
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0].partition(": ")[2])
@@ -218,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frozen", action="store_true", help="weights in FP8")
     parser.add_argument("--fp8-dispatch", action="store_true")
     parser.add_argument("--capacity", type=int, help="rows from each rank to each other")
+    parser.add_argument("--measure", action="store_true", help="time it on this job's GPUs")
     for kind in (Layer, Machine):
         for field in dataclasses.fields(kind):
             number = type(field.default)
@@ -228,6 +335,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
         for kind in (Layer, Machine)
     )
+    if args.measure:
+        if printed := measure(layer, args.tokens, machine):  # on the first rank
+            print(printed)
+        return
     options = {name: getattr(args, name) for name in ("training", "frozen", "fp8_dispatch", "capacity")}
     print(table([cost(layer, ranks, args.tokens, machine=machine, **options) for ranks in args.ranks]))
 
