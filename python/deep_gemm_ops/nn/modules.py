@@ -161,6 +161,9 @@ class GroupedExperts(nn.Module):
     product is one launch for all experts. The routing weights are applied between the two layers, where they cost
     nothing. Results and gradients are deterministic.
 
+    Parameters may be DTensors: of FSDP2, or for tensor parallelism ``Shard(1)``, so that each rank computes a part of
+    the columns of either layer and gathers them. Whole experts on each rank are ``ExpertParallel``.
+
     Args:
         dim: features of a token.
         hidden_dim: features between the two layers.
@@ -227,9 +230,16 @@ class GroupedExperts(nn.Module):
         if self.frozen is not None:
             return self.frozen(rows, offsets, row_weights)
         (gate_up, gate_up_grad), (down, down_grad) = (self._factor(weight) for weight in (self.gate_up, self.down))
+        plain = not (torch.distributed.is_available() and isinstance(gate_up, torch.distributed.tensor.DTensor))
+        if not plain:  # tensor parallelism: rows and offsets are the same on all of its ranks
+            from ._sharding import replicated
+
+            rows, offsets = replicated(rows, gate_up), replicated(offsets, gate_up)
+            row_weights = None if row_weights is None else replicated(row_weights, gate_up)
         hidden = fp8_grouped_linear(rows, gate_up, offsets, out_dtype=torch.bfloat16, main_grad=gate_up_grad)
         options = {"out_dtype": autocast_dtype(rows), "main_grad": down_grad}
-        return fp8_swiglu_grouped_linear(hidden, down, offsets, row_weights, **options)
+        y = fp8_swiglu_grouped_linear(hidden, down, offsets, row_weights, **options)
+        return y if plain else y.full_tensor()
 
     @staticmethod
     def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
