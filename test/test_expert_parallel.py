@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import deep_gemm_ops
 from deep_gemm_ops.bench import expert_parallel
 from deep_gemm_ops.bench.expert_parallel import Layer, Machine, cost, traffic
 from deep_gemm_ops.nn import GroupedExperts
@@ -28,6 +29,7 @@ from common import ROOT, generator, same_bits
 from test_nn_experts import FP8_ERROR, expert_reference, relative
 
 Tensor = torch.Tensor
+HAS_FUSED = hasattr(deep_gemm_ops, "fp8_mega_moe")
 
 if not dist.is_available():
     pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
@@ -214,6 +216,27 @@ def work(rank: int, ranks: int, folder: str) -> None:
         assert layer.frozen.down.shape == (EXPERTS // ranks, DIM, HIDDEN)
         assert same_bits(layer(x, ids, weights), before)
 
+    # The fused kernel of the same layer.
+    if HAS_FUSED:
+        torch.manual_seed(0)
+        layer = freeze(layer_of(GroupedExperts(128, 128, EXPERTS, dtype=torch.bfloat16)))
+        _, ids, weights = (t[mine] for t in inputs(ranks))
+        x = torch.randn(len(ids), 128, generator=generator(rank)).bfloat16()
+        buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(
+            dist.group.WORLD, EXPERTS, max(TOKENS[ranks]), COPIES, 128, 128, device="cpu"
+        )
+        quantised = deep_gemm_ops.per_token_cast_to_fp8(x)
+        given = (*quantised, ids, weights)
+        for target, source in zip((buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights), given):
+            target[: len(x)].copy_(source)
+        own = layer.frozen
+        pairs = ((own.gate_up, own.gate_up_scale), (own.down, own.down_scale))
+        fused = deep_gemm_ops.fp8_mega_moe(
+            None, *deep_gemm_ops.transform_weights_for_mega_moe(*pairs), buffer, num_tokens=len(x)
+        )
+        with torch.no_grad():
+            results["fused"] = (layer(x, ids, weights), fused)
+
     # A gradient that is accumulated in place.
     x, ids, weights = (t[mine] for t in inputs(ranks))
     layer = layer_of(whole_layer())
@@ -360,6 +383,15 @@ def test_checkpointed(results: list[dict[str, Any]]) -> None:
     expected = joined(results, "exact, plain")
     assert all(relative(a, b) < ROUNDING for a, b in zip(joined(results, "checkpointed"), expected))
     assert same_bits(torch.cat([rank["leading dimensions"][0] for rank in results]), expected[0])
+
+
+@pytest.mark.skipif(not HAS_FUSED, reason="there is no fp8_mega_moe")
+def test_equal_to_the_fused_kernel(results: list[dict[str, Any]]) -> None:
+    """Quantised in the same places; an intermediate that is rounded to BF16 in another order changes FP8 roundings."""
+    for rank in results:
+        ours, fused = rank["fused"]
+        assert ours.shape == fused.shape and ours.dtype == fused.dtype
+        assert relative(ours, fused) < 1e-3 if len(ours) else True
 
 
 @pytest.mark.parametrize("name", ["exact", "ample"])
