@@ -12,6 +12,7 @@ _library.load()
 
 from . import (  # noqa: E402, F401
     _cpu,
+    _dense,
     _fakes,
     batched,
     bf16_gemm,
@@ -61,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # Imported when first used: they cost time that a server does not want to spend.
-    if name in ("compat", "nn", "scaled_mm", "testing"):
+    if name in ("compat", "export", "nn", "scaled_mm", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _checks, reference
-from ._cpu import _cpu
-from ._fakes import _fake
+from . import _checks, _dense, reference
 from .fused_casts import FP4_VALUES
 from .ops import call_product
 
@@ -154,75 +152,10 @@ def reference_gemm(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **options: An
 def _register(layout: str) -> None:
     op = f"fp8_fp4_gemm_{layout}"
 
-    def check(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, real: bool, **rest: Any) -> _checks.GemmShape:
-        dtype = torch.float8_e4m3fn
-        return _checks.check_gemm(op, dtype, layout, a, b, scales=(sfa, sfb), real=real, or_fp4=True, **rest)
+    def check(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **rest: Any) -> _checks.GemmShape:
+        return _checks.check_gemm(op, torch.float8_e4m3fn, layout, a, b, scales=(sfa, sfb), or_fp4=True, **rest)
 
-    @_fake(op)
-    def fake(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        check(a, sfa, b, sfb, False, c=c, out_dtype=out_dtype, out=None, recipe=recipe)
-        m, n = a.shape[0 if layout[0] == "n" else 1], b.shape[0 if layout[1] == "t" else 1]
-        return a.new_empty((m, n), dtype=out_dtype)
-
-    @_fake(f"{op}.out")
-    def fake_out(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        check(a, sfa, b, sfb, False, c=c, out_dtype=None, out=out, recipe=recipe)
-
-    def product(
-        operands: tuple[Tensor, Tensor, Tensor, Tensor],
-        c: Tensor | None,
-        out_dtype: torch.dtype | None,
-        recipe: list[int] | None,
-        out: Tensor | None,
-    ) -> Tensor:
-        shape = check(*operands, True, c=c, out_dtype=out_dtype, out=out, recipe=recipe)
-        grans = (shape.gran_m, shape.gran_n, shape.gran_k, shape.gran_k_b)
-        dtype = out_dtype if out is None else out.dtype
-        return reference_gemm(*operands, layout=layout, c=c, out_dtype=dtype, recipe=grans)
-
-    @_cpu(op)
-    def functional(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        return product((a, sfa, b, sfb), c, out_dtype, recipe, None)
-
-    @_cpu(f"{op}.out")
-    def out_form(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        out.copy_(product((a, sfa, b, sfb), c, None, recipe, out))
+    _dense.register(op, layout, check, reference_gemm)
 
 
 for _layout in _checks.LAYOUTS:
