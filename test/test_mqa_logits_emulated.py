@@ -74,7 +74,7 @@ def one_tile_each(row: Row) -> DenseCase:
 
 
 def two_tiles_each(row: Row) -> DenseCase:
-    """Groups as long as two warpgroups take: each warpgroup goes on to the next group while the other still has this one."""
+    """As many as warpgroups: each goes on to the next group while the other still has this one."""
     return DenseCase(row["name"], tile_tokens(row) * (row["num_stages"] + 5), 100, "full", num_sms=1)
 
 
