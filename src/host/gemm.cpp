@@ -254,7 +254,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
                                                aligned(problem.c, 2 * element_bytes)));
     // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
     // TMA stores whole units of 16 bytes, also at the end of a row: its columns have to fill them.
-    const bool tma_can_store = layout.stages_result() && (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
+    const bool tma_can_store = (!is_float || layout.stages_float()) && aligned(problem.d, 16) &&
                                problem.n * element_bytes % 16 == 0 && problem.d_stride * element_bytes % 16 == 0 &&
                                d.group_stride * element_bytes % 16 == 0 &&
                                problem.head_left % layout.box_cols() == 0 &&

@@ -29,7 +29,6 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 96, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 64, 1, 1, 2, false, kScaling1D2D, 128},
-    {128, 56, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 32, 1, 1, 1, false, kScaling1D2D, 128},
 
     // M around 64.
@@ -67,7 +66,6 @@ inline constexpr GemmRow kGemmRows[] = {
     k_warpgroups(2, {64, 16, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 32, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 32, 1, 1, 2, false, kScaling1D2D, 128}),
-    k_warpgroups(2, {64, 56, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 2, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 4, false, kScaling1D2D, 128}),
@@ -75,9 +73,7 @@ inline constexpr GemmRow kGemmRows[] = {
     k_warpgroups(2, {64, 112, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 128, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {128, 32, 1, 1, 2, false, kScaling1D2D, 128}),
-    k_warpgroups(2, {128, 56, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {128, 64, 1, 1, 1, false, kScaling1D2D, 128}),
-    k_warpgroups(2, {64, 192, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 8, 1, 1, 1, true, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 8, 1, 1, 2, true, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 8, 1, 1, 4, true, kScaling1D2D, 128}),

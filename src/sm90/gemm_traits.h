@@ -95,19 +95,15 @@ struct GemmLayout {
     constexpr int num_slices() const { return std::min(row.split_k, row.block_cols / 8); }
     constexpr int store_cols() const { return row.block_cols / num_slices(); }
 
-    // stmatrix takes two eights of columns. Other results are stored from registers.
-    constexpr bool stages_result() const { return row.swap_ab || store_cols() % 16 == 0; }
-
     // A box of D that one TMA store writes. Without swapped operands it is 64 rows high; with them it holds the 64 columns
     // of D that belong to a consumer warpgroup.
     constexpr int box_cols() const {
-        return row.swap_ab || store_cols() % 64 == 0 ? 64 : std::gcd(store_cols(), 32);
+        return row.swap_ab || store_cols() % 64 == 0 ? 64 : store_cols() % 32 == 0 ? 32 : 16;
     }
     constexpr int box_rows() const { return row.swap_ab ? store_cols() : 64; }
     constexpr int boxes_per_part() const { return row.swap_ab ? 1 : store_cols() / box_cols(); }
     // Boxes of a part in shared memory at a time. Of a wide BF16 tile it is half of them, which leaves room for a stage.
     constexpr int staged_boxes() const {
-        if (!stages_result()) return 1;
         return is_bf16() && !row.swap_ab && row.block_rows * store_cols() == 128 * 256 ? boxes_per_part() / 2
                                                                                        : boxes_per_part();
     }
@@ -187,7 +183,7 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.k_warpgroups > 1 && (layout.row_parts() > 1 || layout.is_bf16())) {
         return "K warpgroups take FP8 and one part of 64 rows";
     }
-    if (layout.has_groups() && !layout.stages_result()) return "results of groups need 16 columns at a time";
+    if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
     if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
         return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";

@@ -22,7 +22,6 @@
 // q_empty[g]     consumer warps                query stage g may be overwritten
 // kv_full[s]     1 (warp 0), and the bytes     keys and scales of stage s are there
 // kv_empty[s]    4 (warps of its warpgroup)    stage s may be overwritten
-// named 1 + w    256                           it is warpgroup w's turn at the tensor core (see take_turn)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -93,7 +92,6 @@ class MqaKernel {
     static constexpr int kOutputs = kSums >= 4 ? kSums / 4 : 1;   // of a thread, once a quad's sums are added
     static constexpr int kOutputTokens = (kOutputs + 1) / 2;
     static constexpr float kMaxFactored = 0x1p64f;  // scales up to this may be taken out of the sum
-    static constexpr bool kTakesTurns = kLayout.takes_turns();
 
     using Storage = MqaStorage<Traits>;
     using QueryState = PipelineState<kMqaQueryStages>;
@@ -194,7 +192,7 @@ private:
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
-            if (lane == 0) {
+            if (ptx::elect_one()) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
                 } else {
@@ -211,10 +209,10 @@ private:
                 __syncwarp();
 #pragma unroll 1
                 for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
-                    if (lane == 0) {
-                        const int s = kv_state.stage_idx;
-                        const int key = group.first_key + i * kMqaTileKeys;
-                        ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
+                    const int s = kv_state.stage_idx;
+                    const int key = group.first_key + i * kMqaTileKeys;
+                    ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
+                    if (ptx::elect_one()) {
                         ptx::mbarrier_arrive_expect_tx(shared.kv_full[s], kLayout.kv_bytes() + kLayout.scale_bytes());
                         ptx::tma_load_2d(params.kv_map, shared.kv_full[s], shared.kv[s], 0, key, kHint);
                         ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
@@ -268,16 +266,19 @@ private:
             for (int j = 0; j < count; j += tile_blocks, state.advance()) {
                 const int upper = __shfl_sync(kAllLanes, blocks, j);
                 const int lower = __shfl_sync(kAllLanes, blocks, j + tile_blocks - 1);
-                if (lane != 0) continue;
                 const int s = state.stage_idx;
                 ptx::Barrier& full = shared.kv_full[s];
                 ptx::mbarrier_wait(shared.kv_empty[s], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
-                ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
-                ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
-                if (tile_blocks == 2) {
-                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
-                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                // Of one thread, and the compiler knows it: from a lane that was asked for by number each copy would be a
+                // loop over the lanes.
+                if (ptx::elect_one()) {
+                    ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
+                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
+                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
+                    if (tile_blocks == 2) {
+                        ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
+                        ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                    }
                 }
             }
         }
@@ -410,25 +411,9 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 32; ++step) {
-            if (kTakesTurns && step == kHeadDim / 32 - 1) wgmma_commit();
             wgmma<kCols>(Operand::at(rows, step), Operand::at(cols, step), accumulator, step > 0);
         }
         wgmma_commit();
-    }
-
-    // Long products of two warpgroups at once take the tensor core by turns, end together, and then both sum while it
-    // rests. So they go one after the other, in the order of the tiles: who waits for the result of its products lets the
-    // next one go during the last of them. Whoever has the turn waits for nothing else.
-    __device__ __forceinline__ static void take_turn(int warpgroup, bool is_first) {
-        if (kTakesTurns && !is_first) ptx::named_barrier_sync(1 + warpgroup, 256);
-    }
-
-    __device__ __forceinline__ static void wait_for_products(int warpgroup) {
-        if constexpr (kTakesTurns) {
-            wgmma_wait<1>();
-            ptx::named_barrier_arrive(1 + (warpgroup + 1) % kWarpgroups, 256);
-        }
-        wgmma_wait<0>();
     }
 
     // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
@@ -531,24 +516,22 @@ private:
         QueryState q_state;
         Position position = {uniform(warpgroup), 0};
         int in_group = position.stage;  // the warpgroup's next tile, counted from the group's first
-        bool is_first = warpgroup == 0;  // the run's first tile waits for nobody
         int key;                   // of the thread, in the tile at `position`
 
-        // One tile, whose first products are on their way, and, before a new group, awaited, and nothing else: the assembler
-        // takes no more than that around a loop. Issues those of the next tile, in query stage `next_q`.
+        // One tile, whose first products are on their way, and nothing else: the assembler takes no more than that around
+        // a loop. Issues those of the next tile, in query stage `next_q`.
         const auto step = [&](auto is_new_group, int next_q) {
             constexpr bool kNewGroup = decltype(is_new_group)::value;
             const Position next = position.next();
             Scales next_scales;
             float sums[kSums];
-            if constexpr (!kNewGroup) wait_for_products(warpgroup);
+            wgmma_wait<0>();
             pin_registers(accumulators[0]);
             if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
             add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
             ptx::mbarrier_wait(shared.kv_full[next.stage], next.phase);
             read_scales(shared, next.stage, row, next_scales);
             if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
-            take_turn(warpgroup, false);
             multiply(shared, next.stage, next_q, 0, accumulators[0]);
             if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
             store(bytes, key, lane, parts[0], sums);
@@ -585,8 +568,6 @@ private:
                 read_outputs(params, shared, q_state.stage_idx, p, lane, parts[p]);
             }
             classify(scales);
-            take_turn(warpgroup, is_first);
-            is_first = false;
             multiply(shared, position.stage, q_state.stage_idx, 0, accumulators[0]);
 
             while (true) {
@@ -595,7 +576,6 @@ private:
                     step(std::false_type(), q_state.stage_idx);
                 }
                 in_group += kWarpgroups - num_tiles;
-                wait_for_products(warpgroup);
                 QueryState next_state = q_state;
                 next_state.advance();
                 ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
@@ -611,6 +591,7 @@ private:
             }
 
             float sums[kSums];
+            wgmma_wait<0>();
             pin_registers(accumulators[0]);
             if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
             add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
