@@ -16,7 +16,7 @@ from . import _checks, knobs, reference
 from ._checks import cast_scale_shape, check_device, check_dtype, check_rank, concrete, fail, one_of, shape_of
 from ._cpu import _cpu
 from ._fakes import _fake
-from .layout import align
+from .layout import align, group_ranges
 from .ops import _refuse_grad
 
 __all__ = [
@@ -502,17 +502,6 @@ def reference_per_block_cast_to_fp8_with_transpose(
     values, sf = reference.per_block_cast_to_fp8(x, **options)
     values_t, sf_t = reference.per_block_cast_to_fp8(x.t(), **options)
     return values, sf, _padded_rows(values_t), sf_t
-
-
-def group_ranges(ks: Sequence[int], total: int, layout: str, alignment: int) -> list[tuple[int, int]]:
-    """[begin, end) of each group among ``total`` rows, from ``sizes``, ``psum`` or ``offsets``. What points outside is
-    clamped, so that the ranges ascend and never overlap."""
-    ranges, end = [], 0
-    for value in ks:
-        begin = min(align(end, alignment), total) if layout == "psum" else end
-        end = min(max(begin + value if layout == "sizes" else value, begin), total)
-        ranges.append((begin, end))
-    return ranges
 
 
 def reference_k_grouped_per_channel_cast_to_fp8(
