@@ -16,6 +16,7 @@ from torch.export import Dim, export
 
 import deep_gemm_ops
 from deep_gemm_ops import fused_casts
+from deep_gemm_ops.layout import group_ranges
 
 from common import FP8, ceil_div, fp8_bytes, generator, like, same_bits
 from test_bad_input import changed, messages
@@ -358,9 +359,9 @@ def test_k_groups(device: str, layout: str, ue8m0: bool) -> None:
 
 
 def test_group_ranges_are_clamped() -> None:
-    assert fused_casts.group_ranges([3, -1, 9, 4], 10, "sizes", 128) == [(0, 3), (3, 3), (3, 10), (10, 10)]
-    assert fused_casts.group_ranges([3, -1, 9, 14], 10, "offsets", 128) == [(0, 3), (3, 3), (3, 9), (9, 10)]
-    assert fused_casts.group_ranges([3, 5, 12, 99], 20, "psum", 4) == [(0, 3), (4, 5), (8, 12), (12, 20)]
+    assert group_ranges([3, -1, 9, 4], 10, "sizes", 128) == [(0, 3), (3, 3), (3, 10), (10, 10)]
+    assert group_ranges([3, -1, 9, 14], 10, "offsets", 128) == [(0, 3), (3, 3), (3, 9), (9, 10)]
+    assert group_ranges([3, 5, 12, 99], 20, "psum", 4) == [(0, 3), (4, 5), (8, 12), (12, 20)]
 
 
 @pytest.mark.parametrize("layout", ["sizes", "psum", "offsets"])

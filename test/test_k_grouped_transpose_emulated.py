@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deep_gemm_ops.grouped_gemm import group_ranges
+from deep_gemm_ops.layout import group_ranges
 
 import cast_emulation as emulation
 from cast_emulation import align, assert_memory_bound, buffer, matrix

@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import _checks, knobs, reference
 from ._checks import cast_scale_shape, check_device, check_dtype, check_rank, concrete, fail, one_of, shape_of
 from ._cpu import _cpu
 from ._fakes import _fake
-from .layout import align
+from .layout import align, group_ranges
 from .ops import _refuse_grad
 
 __all__ = [
@@ -285,7 +286,13 @@ def _check_input(op: str, x: Tensor, dtypes: Sequence[torch.dtype], names: Seque
 
 
 def check_fp4_cast(
-    x: Tensor, *, gran_k: int, use_packed_ue8m0: bool, out: Tensor | None = None, out_sf: Tensor | None = None
+    x: Tensor,
+    *,
+    gran_k: int = 32,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: Tensor | None = None,
+    out_sf: Tensor | None = None,
 ) -> None:
     op = "per_token_cast_to_fp4"
     _check_input(op, x, _checks.CAST_DTYPES, ("M", "K"))
@@ -304,10 +311,11 @@ def check_fp4_cast(
 def check_swiglu_cast(
     x: Tensor,
     *,
-    topk_weights: Tensor | None,
-    clamp: float | None,
-    gran_k: int,
-    use_packed_ue8m0: bool,
+    topk_weights: Tensor | None = None,
+    clamp: float | None = None,
+    gran_k: int = 128,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
     out: Tensor | None = None,
     out_sf: Tensor | None = None,
 ) -> None:
@@ -333,16 +341,17 @@ def check_swiglu_cast(
 
 
 def check_transposed_cast(
-    kind: str, x: Tensor, *, use_packed_ue8m0: bool, outs: Sequence[Tensor] | None = None
+    kind: str, x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False, **outs: Tensor
 ) -> None:
     op = f"{kind}_cast_to_fp8_with_transpose"
     _check_input(op, x, _checks.CAST_DTYPES, ("dimension 0", "dimension 1"))
-    if outs is None:
+    if not outs:
         return
     layouts = transposed_layouts(kind, *shape_of(x), use_packed_ue8m0)
     for i, like in ((0, "the shape of x"), (2, "the shape of x.t()")):
-        _check_values_out(op, _TRANSPOSED_OUTS[i], outs[i], x, like, layouts[i][0])
-        _check_scales_out(op, _TRANSPOSED_OUTS[i + 1], outs[i + 1], x, use_packed_ue8m0, layouts[i + 1])
+        values, scales = _TRANSPOSED_OUTS[i : i + 2]
+        _check_values_out(op, values, outs[values], x, like, layouts[i][0])
+        _check_scales_out(op, scales, outs[scales], x, use_packed_ue8m0, layouts[i + 1])
 
 
 def check_k_grouped_cast(
@@ -350,8 +359,9 @@ def check_k_grouped_cast(
     x: Tensor,
     ks: Tensor,
     *,
-    layout: str,
     k_major: bool,
+    layout: str = "sizes",
+    use_ue8m0: bool = False,
     out: Tensor | None = None,
     out_sf: Tensor | None = None,
 ) -> None:
@@ -504,17 +514,6 @@ def reference_per_block_cast_to_fp8_with_transpose(
     return values, sf, _padded_rows(values_t), sf_t
 
 
-def group_ranges(ks: Sequence[int], total: int, layout: str, alignment: int) -> list[tuple[int, int]]:
-    """[begin, end) of each group among ``total`` rows, from ``sizes``, ``psum`` or ``offsets``. What points outside is
-    clamped, so that the ranges ascend and never overlap."""
-    ranges, end = [], 0
-    for value in ks:
-        begin = min(align(end, alignment), total) if layout == "psum" else end
-        end = min(max(begin + value if layout == "sizes" else value, begin), total)
-        ranges.append((begin, end))
-    return ranges
-
-
 def reference_k_grouped_per_channel_cast_to_fp8(
     x: Tensor, ks: Tensor, *, layout: str = "sizes", use_ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -553,204 +552,84 @@ def _empty(x: Tensor, layout: tuple[Sequence[int], Sequence[int]], dtype: torch.
     return x.new_empty_strided(tuple(layout[0]), tuple(layout[1]), dtype=dtype)
 
 
-def _copy(results: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    for result, out in zip(results, outs, strict=True):
-        out.copy_(result)
+def _register(
+    op: str,
+    check: Callable[..., None],
+    empty: Callable[..., tuple[Tensor, ...]],
+    cast: Callable[..., tuple[Tensor, ...]],
+    outs: Sequence[str] = ("out", "out_sf"),
+) -> None:
+    """Registers the fakes and the CPU implementations of ``op`` and ``op.out``, whose results are named ``outs``.
+
+    All three functions take the operator's arguments with its defaults, ``check`` those of the ``.out`` form, too.
+    """
+
+    @_fake(op)
+    def fake(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        check(*inputs, **options)
+        return empty(*inputs, **options)
+
+    @_fake(f"{op}.out")
+    def fake_out(*inputs: Tensor, **options: Any) -> None:
+        check(*inputs, **options)
+
+    @_cpu(op)
+    def functional(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        check(*inputs, **options)
+        return cast(*inputs, **options)
+
+    @_cpu(f"{op}.out")
+    def out_form(*inputs: Tensor, **options: Any) -> None:
+        check(*inputs, **options)
+        targets = [options.pop(name) for name in outs]
+        for target, result in zip(targets, cast(*inputs, **options), strict=True):
+            target.view(result.dtype).copy_(result)  # FP4 may be asked for as any dtype of one byte
 
 
-@_fake("per_token_cast_to_fp4")
-def _fp4_fake(
+def _empty_fp4(
     x: Tensor, *, gran_k: int = 32, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0)
     layout = cast_scale_shape("per_token", x.shape[0], x.shape[1], gran_k, use_packed_ue8m0)
     values = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8)
     return values, _empty(x, layout, torch.int32 if use_packed_ue8m0 else torch.float32)
 
 
-@_fake("per_token_cast_to_fp4.out")
-def _fp4_out_fake(
-    x: Tensor,
-    *,
-    gran_k: int = 32,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-    out: Tensor,
-    out_sf: Tensor,
-) -> None:
-    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0, out=out, out_sf=out_sf)
-
-
-@_cpu("per_token_cast_to_fp4")
-def _fp4(
-    x: Tensor, *, gran_k: int = 32, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+def _empty_swiglu(
+    x: Tensor, *, gran_k: int = 128, use_packed_ue8m0: bool = False, **_options: Any
 ) -> tuple[Tensor, Tensor]:
-    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0)
-    return reference_per_token_cast_to_fp4(x, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
-
-
-@_cpu("per_token_cast_to_fp4.out")
-def _fp4_out(
-    x: Tensor,
-    *,
-    gran_k: int = 32,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-    out: Tensor,
-    out_sf: Tensor,
-) -> None:
-    check_fp4_cast(x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0, out=out, out_sf=out_sf)
-    options: dict[str, Any] = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
-    _copy(reference_per_token_cast_to_fp4(x, gran_k=gran_k, **options), (out.view(torch.uint8), out_sf))
-
-
-@_fake("swiglu_cast_to_fp8")
-def _swiglu_fake(
-    x: Tensor,
-    *,
-    topk_weights: Tensor | None = None,
-    clamp: float | None = None,
-    gran_k: int = 128,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_swiglu_cast(x, topk_weights=topk_weights, clamp=clamp, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0)
     rows, hidden = x.shape[0], x.shape[1] // 2
     layout = cast_scale_shape("per_token", rows, hidden, gran_k, use_packed_ue8m0)
     values = x.new_empty((rows, hidden), dtype=torch.float8_e4m3fn)
     return values, _empty(x, layout, torch.int32 if use_packed_ue8m0 else torch.float32)
 
 
-@_fake("swiglu_cast_to_fp8.out")
-def _swiglu_out_fake(
-    x: Tensor,
-    *,
-    topk_weights: Tensor | None = None,
-    clamp: float | None = None,
-    gran_k: int = 128,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-    out: Tensor,
-    out_sf: Tensor,
-) -> None:
-    options: dict[str, Any] = {"gran_k": gran_k, "use_packed_ue8m0": use_packed_ue8m0}
-    check_swiglu_cast(x, topk_weights=topk_weights, clamp=clamp, **options, out=out, out_sf=out_sf)
+def _empty_transposed(
+    kind: str, x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, ...]:
+    layouts = transposed_layouts(kind, x.shape[0], x.shape[1], use_packed_ue8m0)
+    dtype = torch.int32 if use_packed_ue8m0 else torch.float32
+    values = x.new_empty((x.shape[0], x.shape[1]), dtype=torch.float8_e4m3fn)
+    values_t = _empty(x, layouts[2], torch.float8_e4m3fn)
+    return values, _empty(x, layouts[1], dtype), values_t, _empty(x, layouts[3], dtype)
 
 
-@_cpu("swiglu_cast_to_fp8")
-def _swiglu(
-    x: Tensor,
-    *,
-    topk_weights: Tensor | None = None,
-    clamp: float | None = None,
-    gran_k: int = 128,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"topk_weights": topk_weights, "clamp": clamp, "gran_k": gran_k}
-    options["use_packed_ue8m0"] = use_packed_ue8m0
-    check_swiglu_cast(x, **options)
-    return reference_swiglu_cast_to_fp8(x, **options, use_ue8m0=use_ue8m0)
+def _empty_k_grouped(k_major: bool, x: Tensor, ks: Tensor, **_options: Any) -> tuple[Tensor, Tensor]:
+    values, scales = k_grouped_layouts(x.shape[0], x.shape[1], ks.shape[0], k_major)
+    return x.new_empty(values[0], dtype=torch.float8_e4m3fn), _empty(x, scales, torch.float32)
 
 
-@_cpu("swiglu_cast_to_fp8.out")
-def _swiglu_out(
-    x: Tensor,
-    *,
-    topk_weights: Tensor | None = None,
-    clamp: float | None = None,
-    gran_k: int = 128,
-    use_ue8m0: bool = False,
-    use_packed_ue8m0: bool = False,
-    out: Tensor,
-    out_sf: Tensor,
-) -> None:
-    options: dict[str, Any] = {"topk_weights": topk_weights, "clamp": clamp, "gran_k": gran_k}
-    options["use_packed_ue8m0"] = use_packed_ue8m0
-    check_swiglu_cast(x, **options, out=out, out_sf=out_sf)
-    _copy(reference_swiglu_cast_to_fp8(x, **options, use_ue8m0=use_ue8m0), (out, out_sf))
-
-
-def _register_transposed(kind: str, cast: Callable[..., tuple[Tensor, ...]]) -> None:
-    op = f"{kind}_cast_to_fp8_with_transpose"
-
-    @_fake(op)
-    def fake(
-        x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        check_transposed_cast(kind, x, use_packed_ue8m0=use_packed_ue8m0)
-        layouts = transposed_layouts(kind, x.shape[0], x.shape[1], use_packed_ue8m0)
-        dtype = torch.int32 if use_packed_ue8m0 else torch.float32
-        values = x.new_empty((x.shape[0], x.shape[1]), dtype=torch.float8_e4m3fn)
-        values_t = _empty(x, layouts[2], torch.float8_e4m3fn)
-        return values, _empty(x, layouts[1], dtype), values_t, _empty(x, layouts[3], dtype)
-
-    @_fake(f"{op}.out")
-    def out_fake(
-        x: Tensor,
-        *,
-        use_ue8m0: bool = False,
-        use_packed_ue8m0: bool = False,
-        out: Tensor,
-        out_sf: Tensor,
-        out_t: Tensor,
-        out_t_sf: Tensor,
-    ) -> None:
-        outs = (out, out_sf, out_t, out_t_sf)
-        check_transposed_cast(kind, x, use_packed_ue8m0=use_packed_ue8m0, outs=outs)
-
-    @_cpu(op)
-    def functional(
-        x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        check_transposed_cast(kind, x, use_packed_ue8m0=use_packed_ue8m0)
-        return cast(x, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
-
-    @_cpu(f"{op}.out")
-    def out_form(
-        x: Tensor,
-        *,
-        use_ue8m0: bool = False,
-        use_packed_ue8m0: bool = False,
-        out: Tensor,
-        out_sf: Tensor,
-        out_t: Tensor,
-        out_t_sf: Tensor,
-    ) -> None:
-        outs = (out, out_sf, out_t, out_t_sf)
-        check_transposed_cast(kind, x, use_packed_ue8m0=use_packed_ue8m0, outs=outs)
-        _copy(cast(x, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0), outs)
-
-
-def _register_k_grouped(op: str, k_major: bool, cast: Callable[..., tuple[Tensor, ...]]) -> None:
-    @_fake(op)
-    def fake(x: Tensor, ks: Tensor, *, layout: str = "sizes", use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-        check_k_grouped_cast(op, x, ks, layout=layout, k_major=k_major)
-        values, scales = k_grouped_layouts(x.shape[0], x.shape[1], ks.shape[0], k_major)
-        return x.new_empty(values[0], dtype=torch.float8_e4m3fn), _empty(x, scales, torch.float32)
-
-    @_fake(f"{op}.out")
-    def out_fake(
-        x: Tensor, ks: Tensor, *, layout: str = "sizes", use_ue8m0: bool = False, out: Tensor, out_sf: Tensor
-    ) -> None:
-        check_k_grouped_cast(op, x, ks, layout=layout, k_major=k_major, out=out, out_sf=out_sf)
-
-    @_cpu(op)
-    def functional(x: Tensor, ks: Tensor, *, layout: str = "sizes", use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-        check_k_grouped_cast(op, x, ks, layout=layout, k_major=k_major)
-        return cast(x, ks, layout=layout, use_ue8m0=use_ue8m0)
-
-    @_cpu(f"{op}.out")
-    def out_form(
-        x: Tensor, ks: Tensor, *, layout: str = "sizes", use_ue8m0: bool = False, out: Tensor, out_sf: Tensor
-    ) -> None:
-        check_k_grouped_cast(op, x, ks, layout=layout, k_major=k_major, out=out, out_sf=out_sf)
-        _copy(cast(x, ks, layout=layout, use_ue8m0=use_ue8m0), (out, out_sf))
-
-
+_register("per_token_cast_to_fp4", check_fp4_cast, _empty_fp4, reference_per_token_cast_to_fp4)
+_register("swiglu_cast_to_fp8", check_swiglu_cast, _empty_swiglu, reference_swiglu_cast_to_fp8)
 for _kind in TRANSPOSED_KINDS:
-    _register_transposed(_kind, globals()[f"reference_{_kind}_cast_to_fp8_with_transpose"])
-_register_k_grouped("k_grouped_per_channel_cast_to_fp8", False, reference_k_grouped_per_channel_cast_to_fp8)
-_register_k_grouped(
-    "k_grouped_per_channel_cast_to_fp8_k_major", True, reference_k_grouped_per_channel_cast_to_fp8_k_major
-)
+    _register(
+        f"{_kind}_cast_to_fp8_with_transpose",
+        partial(check_transposed_cast, _kind),
+        partial(_empty_transposed, _kind),
+        globals()[f"reference_{_kind}_cast_to_fp8_with_transpose"],
+        _TRANSPOSED_OUTS,
+    )
+for _op, _k_major, _cast in (
+    ("k_grouped_per_channel_cast_to_fp8", False, reference_k_grouped_per_channel_cast_to_fp8),
+    ("k_grouped_per_channel_cast_to_fp8_k_major", True, reference_k_grouped_per_channel_cast_to_fp8_k_major),
+):
+    _register(_op, partial(check_k_grouped_cast, _op, k_major=_k_major), partial(_empty_k_grouped, _k_major), _cast)

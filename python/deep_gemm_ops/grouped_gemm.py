@@ -16,7 +16,7 @@ from ._checks import Dim, check_dtype, check_rank, concrete, fail, one_of, shape
 from ._cpu import _cpu
 from ._fakes import _fake
 from .fp8_fp4_gemm import expand_fp4
-from .layout import align, ceil_div
+from .layout import ceil_div, group_ranges
 from .ops import call_product
 
 __all__ = [
@@ -489,17 +489,6 @@ def check_k_grouped(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference
-
-
-def group_ranges(ends: Sequence[int], total: int, layout: str, alignment: int) -> list[tuple[int, int]]:
-    """[begin, end) of each group among ``total`` rows, from ``sizes``, ``psum`` or ``offsets``. What points outside is
-    clamped, so that the ranges ascend and never overlap."""
-    ranges, end = [], 0
-    for value in ends:
-        begin = min(align(end, alignment), total) if layout == "psum" else end
-        end = min(max(begin + value if layout == "sizes" else value, begin), total)
-        ranges.append((begin, end))
-    return ranges
 
 
 def _values(x: Tensor, sf: Tensor | None, grans: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -8,9 +8,11 @@ produce them so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["TMA_ALIGNMENT_BYTES", "align", "ceil_div", "get_tma_aligned_size", "to_tma_aligned"]
+__all__ = ["TMA_ALIGNMENT_BYTES", "align", "ceil_div", "get_tma_aligned_size", "group_ranges", "to_tma_aligned"]
 
 #: What base addresses and strides of tensors read through TMA have to be multiples of, in bytes.
 TMA_ALIGNMENT_BYTES = 16
@@ -68,3 +70,14 @@ def to_tma_aligned(x: torch.Tensor) -> torch.Tensor:
         return x
     padded = get_tma_aligned_size(cols, x.element_size())
     return x.new_empty((*x.shape[:-1], padded))[..., :cols].copy_(x)
+
+
+def group_ranges(ends: Sequence[int], total: int, layout: str, alignment: int) -> list[tuple[int, int]]:
+    """[begin, end) of each group among ``total`` rows, from ``sizes``, ``psum`` or ``offsets``. What points outside is
+    clamped, so that the ranges ascend and never overlap."""
+    ranges, end = [], 0
+    for value in ends:
+        begin = min(align(end, alignment), total) if layout == "psum" else end
+        end = min(max(begin + value if layout == "sizes" else value, begin), total)
+        ranges.append((begin, end))
+    return ranges

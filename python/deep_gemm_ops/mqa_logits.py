@@ -6,6 +6,7 @@ Importing this module registers the CPU and fake forms of its operators.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -276,7 +277,7 @@ def check_mqa_logits(
     start: Tensor,
     end: Tensor,
     *,
-    max_seqlen_k: int,
+    max_seqlen_k: int = 0,
     logits_dtype: torch.dtype | None,
     out: Tensor | None,
     real: bool,
@@ -358,7 +359,7 @@ def check_paged_mqa_logits(
     max_context_len: int,
     *,
     logits_dtype: torch.dtype | None,
-    indices: Tensor | None,
+    indices: Tensor | None = None,
     out: Tensor | None,
     real: bool,
 ) -> None:
@@ -551,44 +552,65 @@ def reference_paged_mqa_logits(
 # Fake implementations
 
 
-def _columns(kv: Tensor, max_seqlen_k: int) -> int:
+def _register_logits(
+    op: str,
+    check: Callable[..., None],
+    columns: Callable[..., int],
+    reference: Callable[..., tuple[Tensor, Tensor]],
+    clean_by_default: bool,
+) -> None:
+    """Registers the fakes and the CPU implementations of ``op`` and ``op.out``.
+
+    ``columns`` and ``reference`` take the inputs, and the options that are not about the result's form.
+    """
+
+    @_fake(op)
+    def fake(
+        *inputs: Any, clean_logits: bool = clean_by_default, logits_dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Tensor:
+        check(*inputs, **options, logits_dtype=logits_dtype, out=None, real=False)
+        q = inputs[0]
+        return q.new_empty((math.prod(q.shape[:-2]), columns(*inputs, **options)), dtype=logits_dtype)
+
+    @_fake(f"{op}.out")
+    def fake_out(*inputs: Any, clean_logits: bool = clean_by_default, out: Tensor, **options: Any) -> None:
+        check(*inputs, **options, logits_dtype=None, out=out, real=False)
+
+    @_cpu(op)
+    def functional(
+        *inputs: Any, clean_logits: bool = clean_by_default, logits_dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Tensor:
+        check(*inputs, **options, logits_dtype=logits_dtype, out=None, real=True)
+        return reference(*inputs, clean_logits=clean_logits, **options)[0].to(logits_dtype)
+
+    @_cpu(f"{op}.out")
+    def out_form(*inputs: Any, clean_logits: bool = clean_by_default, out: Tensor, **options: Any) -> None:
+        check(*inputs, **options, logits_dtype=None, out=out, real=True)
+        logits, inside = reference(*inputs, clean_logits=clean_logits, **options)
+        # What is outside of the ranges becomes -inf or is left alone.
+        out.copy_(logits if clean_logits else logits.where(inside, out.to(logits.dtype)))
+
+
+def _dense(*inputs: Tensor, clean_logits: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    return reference_mqa_logits(*inputs, **options)
+
+
+def _dense_columns(q: Tensor, kv: Tensor, *_: Tensor, max_seqlen_k: int = 0) -> int:
     # Asking a symbolic value whether it is 0 would be a guard.
     return kv.shape[0] if isinstance(max_seqlen_k, int) and max_seqlen_k == 0 else max_seqlen_k
 
 
-@_fake("fp8_mqa_logits")
-def _fake_dense(
-    q: Tensor,
-    kv: Tensor,
-    kv_sf: Tensor,
-    weights: Tensor,
-    cu_seq_len_k_start: Tensor,
-    cu_seq_len_k_end: Tensor,
-    *,
-    clean_logits: bool = True,
-    max_seqlen_k: int = 0,
-    logits_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
-    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=logits_dtype, out=None, real=False)
-    return q.new_empty((q.shape[0], _columns(kv, max_seqlen_k)), dtype=logits_dtype)
+def _paged(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    *others, _schedule, max_context_len = inputs
+    return reference_paged_mqa_logits(*others, max_context_len, **options)
 
 
-@_fake("fp8_mqa_logits.out")
-def _fake_dense_out(
-    q: Tensor,
-    kv: Tensor,
-    kv_sf: Tensor,
-    weights: Tensor,
-    cu_seq_len_k_start: Tensor,
-    cu_seq_len_k_end: Tensor,
-    *,
-    clean_logits: bool = True,
-    max_seqlen_k: int = 0,
-    out: Tensor,
-) -> None:
-    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
-    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=None, out=out, real=False)
+def _paged_columns(*inputs: Any, indices: Tensor | None = None) -> int:
+    return inputs[-1]
+
+
+_register_logits("fp8_mqa_logits", check_mqa_logits, _dense_columns, _dense, True)
+_register_logits("fp8_paged_mqa_logits", check_paged_mqa_logits, _paged_columns, _paged, False)
 
 
 @_fake("get_paged_mqa_logits_metadata")
@@ -604,88 +626,6 @@ def _fake_metadata_out(
     check_metadata(context_lens, block_kv, num_sms, indices, out)
 
 
-@_fake("fp8_paged_mqa_logits")
-def _fake_paged(
-    q: Tensor,
-    kv_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    schedule_metadata: Tensor,
-    max_context_len: int,
-    *,
-    clean_logits: bool = False,
-    logits_dtype: torch.dtype = torch.float32,
-    indices: Tensor | None = None,
-) -> Tensor:
-    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
-    check_paged_mqa_logits(*inputs, logits_dtype=logits_dtype, indices=indices, out=None, real=False)
-    return q.new_empty((q.shape[0] * q.shape[1], max_context_len), dtype=logits_dtype)
-
-
-@_fake("fp8_paged_mqa_logits.out")
-def _fake_paged_out(
-    q: Tensor,
-    kv_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    schedule_metadata: Tensor,
-    max_context_len: int,
-    *,
-    clean_logits: bool = False,
-    indices: Tensor | None = None,
-    out: Tensor,
-) -> None:
-    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
-    check_paged_mqa_logits(*inputs, logits_dtype=None, indices=indices, out=out, real=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CPU implementations
-
-
-def _write(out: Tensor, logits: Tensor, inside: Tensor, clean: bool) -> None:
-    """What is outside of the ranges becomes -inf or is left alone."""
-    out.copy_(logits if clean else logits.where(inside, out.to(logits.dtype)))
-
-
-@_cpu("fp8_mqa_logits")
-def _dense(
-    q: Tensor,
-    kv: Tensor,
-    kv_sf: Tensor,
-    weights: Tensor,
-    cu_seq_len_k_start: Tensor,
-    cu_seq_len_k_end: Tensor,
-    *,
-    clean_logits: bool = True,
-    max_seqlen_k: int = 0,
-    logits_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
-    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=logits_dtype, out=None, real=True)
-    return reference_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k)[0].to(logits_dtype)
-
-
-@_cpu("fp8_mqa_logits.out")
-def _dense_out(
-    q: Tensor,
-    kv: Tensor,
-    kv_sf: Tensor,
-    weights: Tensor,
-    cu_seq_len_k_start: Tensor,
-    cu_seq_len_k_end: Tensor,
-    *,
-    clean_logits: bool = True,
-    max_seqlen_k: int = 0,
-    out: Tensor,
-) -> None:
-    inputs = (q, kv, kv_sf, weights, cu_seq_len_k_start, cu_seq_len_k_end)
-    check_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k, logits_dtype=None, out=out, real=True)
-    _write(out, *reference_mqa_logits(*inputs, max_seqlen_k=max_seqlen_k), clean_logits)
-
-
 @_cpu("get_paged_mqa_logits_metadata")
 def _metadata(context_lens: Tensor, block_kv: int, num_sms: int, *, indices: Tensor | None = None) -> Tensor:
     check_metadata(context_lens, block_kv, num_sms, indices, None)
@@ -698,43 +638,3 @@ def _metadata_out(
 ) -> None:
     check_metadata(context_lens, block_kv, num_sms, indices, out)
     out.copy_(reference_metadata(context_lens, num_sms, indices))
-
-
-@_cpu("fp8_paged_mqa_logits")
-def _paged(
-    q: Tensor,
-    kv_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    schedule_metadata: Tensor,
-    max_context_len: int,
-    *,
-    clean_logits: bool = False,
-    logits_dtype: torch.dtype = torch.float32,
-    indices: Tensor | None = None,
-) -> Tensor:
-    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
-    check_paged_mqa_logits(*inputs, logits_dtype=logits_dtype, indices=indices, out=None, real=True)
-    inputs = (q, kv_cache, weights, context_lens, block_table, max_context_len)
-    return reference_paged_mqa_logits(*inputs, clean_logits=clean_logits, indices=indices)[0].to(logits_dtype)
-
-
-@_cpu("fp8_paged_mqa_logits.out")
-def _paged_out(
-    q: Tensor,
-    kv_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    schedule_metadata: Tensor,
-    max_context_len: int,
-    *,
-    clean_logits: bool = False,
-    indices: Tensor | None = None,
-    out: Tensor,
-) -> None:
-    inputs = (q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len)
-    check_paged_mqa_logits(*inputs, logits_dtype=None, indices=indices, out=out, real=True)
-    inputs = (q, kv_cache, weights, context_lens, block_table, max_context_len)
-    _write(out, *reference_paged_mqa_logits(*inputs, clean_logits=clean_logits, indices=indices), clean_logits)

@@ -118,7 +118,7 @@ struct Range {
     int64_t begin, end;
 };
 
-// As deep_gemm_ops.grouped_gemm.group_ranges.
+// As deep_gemm_ops.layout.group_ranges.
 std::vector<Range> group_ranges(const int32_t* ends, int64_t num_groups, int64_t total, GroupLayout layout,
                                 int64_t alignment) {
     std::vector<Range> ranges;

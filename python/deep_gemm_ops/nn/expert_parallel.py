@@ -41,9 +41,11 @@ def _all_to_all(x: Tensor, send: Splits, receive: Splits, group: str, ranks: int
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), receive, send, group))
 
 
-@torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True)
 def _read(sizes: Tensor) -> list[list[int]]:
     """The one place where the host waits for the device. In a graph the sizes stay symbols."""
+    if torch.compiler.is_dynamo_compiling():
+        with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+            return sizes.tolist()
     return sizes.tolist()
 
 
@@ -115,7 +117,8 @@ class ExpertParallel(GroupedExperts):
     the mesh, which ``torch.distributed.checkpoint`` saves and loads with any number of ranks and FSDP2 shards further
     over another dimension of the same mesh. Each rank calls the layer with its own tokens, and all have to call it.
     Results and gradients are those that one process would compute for the tokens of all ranks, row by row; the
-    gradients of weights are for the sum of the ranks' losses.
+    gradients of weights are for the sum of the ranks' losses. Ranks have to agree on what requires a gradient, since
+    the backward pass exchanges, too.
 
     Args:
         dim, hidden_dim: as for :class:`GroupedExperts`.
@@ -133,7 +136,7 @@ class ExpertParallel(GroupedExperts):
         device, dtype: as for :class:`GroupedExperts`; the device is the mesh's, or "meta".
 
     Attributes:
-        num_dropped: int64 scalar on the device: assignments of the last call that did not fit. Always 0 without a
+        num_dropped: int64 scalar on the device: assignments of this rank's last call that did not fit. None without a
             ``capacity``.
     """
 
@@ -207,12 +210,9 @@ class ExpertParallel(GroupedExperts):
         Returns:
             ``[..., dim]`` of the dtype of ``x``, or autocast's.
         """
-        copies, ids = expert_ids.shape[-1], expert_ids.reshape(-1)
-        num_local, bins_per_rank, partial = (
-            self.num_local_experts,
-            self.num_local_experts + 1,
-            self.capacity is not None,
-        )
+        copies, ids, partial = expert_ids.shape[-1], expert_ids.reshape(-1), self.capacity is not None
+        num_local = self.num_local_experts
+        bins_per_rank = num_local + 1  # the last one of what belongs to no expert
         nobody = (ids < 0) | (ids >= self.num_experts)
         bins = torch.where(nobody, self.rank * bins_per_rank + num_local, ids + ids // num_local)
         index, slots, ends = sort_into_bins(bins, self.ranks * bins_per_rank)
