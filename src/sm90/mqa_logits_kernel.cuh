@@ -192,6 +192,8 @@ private:
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
+            // The election also sees to it that all lanes have read the group before the keys come that let consumers give
+            // it back.
             if (ptx::elect_one()) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
@@ -204,9 +206,6 @@ private:
             if constexpr (kRow.paged) {
                 load_paged(params, shared, group, entries, kv_state);
             } else {
-                // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
-                // shuffles see to that.)
-                __syncwarp();
 #pragma unroll 1
                 for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
                     const int s = kv_state.stage_idx;
