@@ -41,6 +41,8 @@ KINDS = {
     "tcgen05 wait": r"tcgen05\.wait[\w.:]*",
     "tcgen05 fence": r"tcgen05\.fence[\w.:]*",
     "tcgen05 dealloc": r"tcgen05\.dealloc[\w.:]*",
+    "release": r"(?:st|red|atom)\.(?:release|acq_rel)[\w.:]*",
+    "acquire": r"(?:ld|atom)\.acquire[\w.:]*",
 }
 _STATEMENT = re.compile(r"(?<=[;{}\n])([ \t]*)(@!?[%\w]+[ \t]+)?(" + "|".join(KINDS.values()) + r")([ \t][^;]*)?;")
 
@@ -135,6 +137,9 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
                 new = f"{indent}{guard}{op} {address}, 0;"
             else:
                 new = f"{indent}{guard}{op} {address}, {int(count) + 16};"
+        elif kind in ("release", "acquire"):
+            relaxed = re.sub(r"\.(?:release|acquire|acq_rel)\b", ".relaxed", op)
+            new = f"{indent}{guard}{relaxed} {operands};"
         else:
             new = indent + ";"
         yield mutant(kind, new)
