@@ -248,7 +248,9 @@ def test_mutants_of_a_handover():
 
     launch(text)
     found = {
-        str(m): outcome for m, outcome in mutate.survey(mutate.mutants(text), launch) if m.line > head.count("\n") + 1
+        str(m): outcome
+        for m, outcome in mutate.survey(mutate.mutants(text, kinds=list(mutate.KINDS)), launch)
+        if m.line > head.count("\n") + 1
     }
     assert {name.split(",")[0] for name in found} >= {"release", "acquire", "proxy fence", "barrier", "mbarrier wait"}
     assert all(outcome not in ("unnoticed", "not reached") for outcome in found.values()), found
