@@ -144,7 +144,7 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
             relaxed = re.sub(r"\.(?:release|acquire|acq_rel)\b", ".relaxed", op)
             new = f"{indent}{guard}{relaxed} {operands};"
         else:
-            new = indent + ";"
+            new = indent
         yield mutant(kind, new)
 
 
