@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ptx_emulator
+from ptx_emulator import mutate
 from ptx_emulator.testing import expect, module
 
 SEEDS = range(3)
@@ -22,13 +23,15 @@ ld.param.u32 %cta, [id]; mov.u32 %r0, %ctaid.x; add.u32 %cta, %cta, %r0;
 add.u64 %all, %base, 256; mul.wide.u32 %d, %t, 4; add.u64 %data, %all, %d; xor.b32 %r0, %t, 31; mul.wide.u32 %d, %r0, 4;
 add.u64 %other, %all, %d; mov.u64 %flag, %base; add.u64 %back, %base, 64;
 setp.eq.u32 %first, %t, 0; setp.eq.u32 %zero, %cta, 0; mov.u32 %s, buf; mov.u32 %b, bar; mov.u32 %r3, 1;
-@%first mbarrier.init.shared.b64 [%b], 1; @%first fence.mbarrier_init.release.cluster; bar.sync 0;
+@%first mbarrier.init.shared.b64 [%b], 1; @%first fence.mbarrier_init.release.cluster; bar.sync 0; // initialised
 """
-WAIT_COPY = "W9: mbarrier.try_wait.parity.shared.b64 %q, [%b], 0; @!%q bra W9;"
+INITIALISED = "// initialised"
+PARAMETERS = ".param .u64 memory, .param .u32 id"
+WAIT_COPY = "W9:\nmbarrier.try_wait.parity.shared.b64 %q, [%b], 0; @!%q bra W9;"
 
 
 def poll(load: str, at: str = "%flag", label: str = "P", value: int = 1) -> str:
-    return f"{label}: {load} %r1, [{at}]; setp.ne.u32 %q, %r1, {value}; @%q bra {label};"
+    return f"{label}:\n{load} %r1, [{at}]; setp.ne.u32 %q, %r1, {value}; @%q bra {label};"
 
 
 def program(writes: str, reads: str) -> str:
@@ -38,7 +41,7 @@ def program(writes: str, reads: str) -> str:
 
 def run(text: str, *, launches: int = 1, threads: int = 32, grid: int = 2, **options):
     memory = np.zeros(256, np.uint32)
-    mod = module(text, ".param .u64 memory, .param .u32 id")
+    mod = module(text, PARAMETERS)
     if launches == 1:
         mod.launch("k", grid, threads, [memory, 0], **options)
     else:
@@ -231,6 +234,26 @@ def test_grid_barrier(seed):
     expect("race", run, GRID_BARRIER.replace("BEFORE", "").replace("AFTER", ""), grid=4, threads=64, seed=seed)
     relaxed = text.replace("atom.acq_rel", "atom.relaxed")
     expect("race", run, relaxed, grid=4, threads=64, seed=seed)
+
+
+def test_mutants_of_a_handover():
+    """Each release, acquire, fence and barrier of a working handover, taken away, is reported."""
+    one_polls = f"setp.eq.u32 %p, %t, 31; @!%p bra N; {poll(ACQUIRE)} N: bar.sync 0;"
+    text = module(program(STORE + SIGNAL, one_polls + FENCE + COPY), PARAMETERS).text.decode()
+    head, body = text.split(INITIALISED)
+
+    def launch(ptx):
+        memory = np.zeros(256, np.uint32)
+        ptx_emulator.Module(ptx).launch("k", 2, 32, [memory, 0], budget=100_000)
+
+    launch(text)
+    found = {
+        str(m): outcome
+        for m, outcome in mutate.survey(mutate.mutants(text, kinds=list(mutate.KINDS)), launch)
+        if m.line > head.count("\n") + 1
+    }
+    assert {name.split(",")[0] for name in found} >= {"release", "acquire", "proxy fence", "barrier", "mbarrier wait"}
+    assert all(outcome not in ("unnoticed", "not reached") for outcome in found.values()), found
 
 
 def test_report_names_both_sides():

@@ -90,6 +90,9 @@ __device__ __forceinline__ KBlock find_k_block(const KGroups& groups, int64_t bl
         const int last = static_cast<int>(min(int64_t{32}, groups.num_groups - base)) - 1;
         end_before = __shfl_sync(0xffffffff, end, last);
     }
+    // With kPsum the last group's own block fills the rows up to the alignment.
+    if (groups.layout == GroupLayout::kPsum)
+        end_before = min(ceil_div<int64_t>(end_before, groups.alignment) * groups.alignment, groups.rows);
     KBlock result;
     result.gap_0 = end_before + (block - blocks_before) * kGroupBlock;
     result.gap_rows = max(int64_t{0}, min(int64_t{kGroupBlock}, groups.rows - result.gap_0));

@@ -41,7 +41,11 @@ KINDS = {
     "tcgen05 wait": r"tcgen05\.wait[\w.:]*",
     "tcgen05 fence": r"tcgen05\.fence[\w.:]*",
     "tcgen05 dealloc": r"tcgen05\.dealloc[\w.:]*",
+    "release": r"(?:st|red|atom)\.(?:release|acq_rel)[\w.:]*",
+    "acquire": r"(?:ld|atom)\.acquire[\w.:]*",
 }
+# Not mutated unless asked for: whether a weaker access would do depends on what else the flag carries.
+MEMORY_ORDER = ("release", "acquire")
 _STATEMENT = re.compile(r"(?<=[;{}\n])([ \t]*)(@!?[%\w]+[ \t]+)?(" + "|".join(KINDS.values()) + r")([ \t][^;]*)?;")
 
 
@@ -97,7 +101,8 @@ def extract(ptx: str, entry: str) -> str:
 
 
 def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = None) -> Iterator[Mutant]:
-    """Mutants of each synchronising statement of the entry (of all entries without one), optionally of some KINDS.
+    """Mutants of each synchronising statement of the entry (of all entries without one), of all kinds but MEMORY_ORDER,
+    or of those KINDS that are named.
 
     A wait for an mbarrier has two: one that succeeds at once, and one for the other phase.
     """
@@ -107,7 +112,7 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
     for m in _STATEMENT.finditer(ptx, start, end):
         indent, guard, op, operands = (g or "" for g in m.groups())
         kind = next(k for k, pattern in KINDS.items() if re.fullmatch(pattern, op))
-        if kinds is not None and kind not in kinds:
+        if kind in MEMORY_ORDER if kinds is None else kind not in kinds:
             continue
         operands = operands.strip()
         line, text = ptx.count("\n", 0, m.start(3)) + 1, " ".join(m.group().split())
@@ -135,8 +140,11 @@ def mutants(ptx: str, entry: str | None = None, kinds: Sequence[str] | None = No
                 new = f"{indent}{guard}{op} {address}, 0;"
             else:
                 new = f"{indent}{guard}{op} {address}, {int(count) + 16};"
+        elif kind in ("release", "acquire"):
+            relaxed = re.sub(r"\.(?:release|acquire|acq_rel)\b", ".relaxed", op)
+            new = f"{indent}{guard}{relaxed} {operands};"
         else:
-            new = indent + ";"
+            new = indent
         yield mutant(kind, new)
 
 

@@ -75,8 +75,10 @@ std::string describe(const Whereabouts& at, Access a) {
     std::string who = strf("warp %zu of CTA (%u,%u,%u) of launch %u", a.warp() % perCta, id[0], id[1], id[2], at.launch);
     if (a.lane() < kWarp) who += strf(" lane %u", a.lane());
     const char* sep = " (PTX line";
+    std::vector<u32> shown;
     for (auto& [time, pc] : at.sites[a.warp()])
-        if (time == a.time() && at.kernel->code[pc].line) {
+        if (time == a.time() && at.kernel->code[pc].line && std::find(shown.begin(), shown.end(), pc) == shown.end()) {
+            shown.push_back(pc);
             who += strf("%s %u `%s`", sep, at.kernel->code[pc].line, at.kernel->text[pc].c_str());
             sep = ",";
         }
