@@ -185,10 +185,11 @@ private:
 };
 
 // Tiles on their way from the warp that finds them to the roles that work on them.
-struct WorkQueue {
+template <class Tile>
+struct QueueOf {
     static constexpr int kSlots = 4;
 
-    WorkTile tiles[kSlots];
+    Tile tiles[kSlots];
     ptx::Barrier full[kSlots];   // 1 arrival
     ptx::Barrier empty[kSlots];  // one for each role's warp that reads
 
@@ -199,15 +200,17 @@ struct WorkQueue {
         }
     }
 };
+using WorkQueue = QueueOf<WorkTile>;
 
-// A role's position in a WorkQueue. `one_thread`: the role is one thread of its warp, not all of them.
-class QueueReader {
+// A role's position in a queue. `one_thread`: the role is one thread of its warp, not all of them.
+template <class Tile>
+class QueueReaderOf {
 public:
-    __device__ __forceinline__ QueueReader(WorkQueue& queue, bool one_thread)
+    __device__ __forceinline__ QueueReaderOf(QueueOf<Tile>& queue, bool one_thread)
         : queue_(queue), one_thread_(one_thread) {}
 
     // Gives back the slot of the tile before.
-    __device__ __forceinline__ bool next(WorkTile& work) {
+    __device__ __forceinline__ bool next(Tile& work) {
         if (count_ > 0) {
             if (!one_thread_) __syncwarp();
             if (one_thread_ || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
@@ -219,15 +222,16 @@ public:
     }
 
     // The same tile once more, for a role that has no registers to keep it in meanwhile.
-    __device__ __forceinline__ void read(WorkTile& work) const { work = queue_.tiles[(count_ - 1) % kSlots]; }
+    __device__ __forceinline__ void read(Tile& work) const { work = queue_.tiles[(count_ - 1) % kSlots]; }
 
 private:
-    static constexpr uint32_t kSlots = WorkQueue::kSlots;
+    static constexpr uint32_t kSlots = QueueOf<Tile>::kSlots;
 
-    WorkQueue& queue_;
+    QueueOf<Tile>& queue_;
     bool one_thread_;
     uint32_t count_ = 0;  // of tiles so far: the slot and its phase in one register
 };
+using QueueReader = QueueReaderOf<WorkTile>;
 
 // Persistent walk over groups of rows that share N and K, whose sizes only the device knows. One warp finds this CTA's
 // tiles, 32 at a time, and queues them; all other roles read the queue.
