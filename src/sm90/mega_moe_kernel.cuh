@@ -176,6 +176,9 @@ class MegaMoeKernel {
     // Both parts' tiles need not fit into the registers beside the totals.
     static constexpr bool kPartsTogether = kTokens <= 64;
     static constexpr bool kSetRegisters = kTokens > 64;
+    static constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
+    static_assert(128 * 3 * kLaunchRegisters <= 65536 &&
+                  128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 128 * 3 * kLaunchRegisters);
     static_assert(kStages >= 3);
     using Queue = QueueOf<MegaTile>;
     using Reader = QueueReaderOf<MegaTile>;
@@ -227,7 +230,7 @@ public:
         const MegaTileList tiles = make_list(params, shared);
 
         if (warp < 4) {
-            if constexpr (kSetRegisters) shrink_registers<56>();
+            if constexpr (kSetRegisters) shrink_registers<kProducerRegisters>();
             if (warp == 0) {
                 if (ptx::elect_one()) load_weights(params, shared);
             } else if (warp == 1) {
@@ -239,11 +242,15 @@ public:
             }
         } else {
             dispatch(params, shared, tiles.num_blocks, warp - 3, true);
-            if constexpr (kSetRegisters) grow_registers<224>();
+            if constexpr (kSetRegisters) grow_registers<kConsumerRegisters>();
             consume(params, shared);
         }
         __syncwarp();
+        // What follows is code for all warps alike, which needs as many registers as at the start. The producers may take
+        // theirs once the consumers have no use for them any more.
+        if (kSetRegisters && warp >= 4) shrink_registers<kLaunchRegisters>();
         __syncthreads();
+        if (kSetRegisters && warp < 4) grow_registers<kLaunchRegisters>();
 
         if (!leave(params, header, call)) return;
         combine(params);
