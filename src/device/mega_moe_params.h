@@ -23,8 +23,9 @@ struct MegaMoeHeader {
     uint32_t routed_epoch;   // the call in which all had last
     uint32_t computed;       // CTAs without tasks left; back at 0 when all have
     uint32_t finished;       // CTAs that are done with this buffer; back at 0 when all are
+    uint32_t next_tile;      // tiles taken off the list, but for the first of each CTA; back at 0 at the end of a call
     uint32_t failure;        // 0, or the step and the rank of a time-out
-    uint32_t unused[250];
+    uint32_t unused[249];
     // Written by the ranks, each in its own place: the call in the upper half, how many tokens it has in the lower one.
     uint64_t arrived[kMegaMoeMaxRanks];
     // The call whose results the rank has written to my combine buffer.
@@ -82,6 +83,7 @@ struct MegaMoeOffsets {
     int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows]
     int64_t bytes;         // of all
 
+    MegaMoeOffsets() = default;
     constexpr explicit MegaMoeOffsets(const MegaMoeShape& shape) : MegaMoeOffsets() {
         const int64_t tokens = shape.max_tokens, pool = shape.pool_rows(), experts = shape.local_experts();
         const int64_t scale = shape.is_bf16 ? 0 : 4;
@@ -104,7 +106,6 @@ struct MegaMoeOffsets {
     }
 
 private:
-    constexpr MegaMoeOffsets() = default;
     static constexpr int64_t align(int64_t bytes) { return (bytes + 1023) / 1024 * 1024; }
     constexpr int64_t take(int64_t size) {
         const int64_t offset = bytes;

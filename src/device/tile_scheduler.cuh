@@ -192,10 +192,11 @@ private:
 };
 
 // Tiles on their way from the warp that finds them to the roles that work on them.
-struct WorkQueue {
+template <class Tile>
+struct QueueOf {
     static constexpr int kSlots = 4;
 
-    WorkTile tiles[kSlots];
+    Tile tiles[kSlots];
     ptx::Barrier full[kSlots];   // 1 arrival
     ptx::Barrier empty[kSlots];  // one for each role's warp that reads
 
@@ -206,15 +207,17 @@ struct WorkQueue {
         }
     }
 };
+using WorkQueue = QueueOf<WorkTile>;
 
-// A role's position in a WorkQueue.
-class QueueReader {
+// A role's position in a queue.
+template <class Tile>
+class QueueReaderOf {
 public:
-    __device__ __forceinline__ explicit QueueReader(WorkQueue& queue) : queue_(queue) {}
+    __device__ __forceinline__ explicit QueueReaderOf(QueueOf<Tile>& queue) : queue_(queue) {}
 
     // Gives back the slot of the tile before.
     template <bool kWholeWarp = true>
-    __device__ __forceinline__ bool next(WorkTile& work) {
+    __device__ __forceinline__ bool next(Tile& work) {
         if (count_ > 0) {
             if constexpr (kWholeWarp) __syncwarp();
             if (!kWholeWarp || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
@@ -227,14 +230,15 @@ public:
     }
 
     // The same tile once more, for a role that has no registers to keep it in meanwhile.
-    __device__ __forceinline__ void read(WorkTile& work) const { work = queue_.tiles[(count_ - 1) % kSlots]; }
+    __device__ __forceinline__ void read(Tile& work) const { work = queue_.tiles[(count_ - 1) % kSlots]; }
 
 private:
-    static constexpr uint32_t kSlots = WorkQueue::kSlots;
+    static constexpr uint32_t kSlots = QueueOf<Tile>::kSlots;
 
-    WorkQueue& queue_;
+    QueueOf<Tile>& queue_;
     uint32_t count_ = 0;  // of tiles so far: the slot and its phase in one register
 };
+using QueueReader = QueueReaderOf<WorkTile>;
 
 // Persistent walk over groups of rows that share N and K, whose sizes only the device knows. One warp finds this CTA's
 // tiles, 32 at a time, and queues them; all other roles read the queue.

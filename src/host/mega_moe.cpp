@@ -85,7 +85,8 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     const CUtensorMapDataType type = shape.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
     const int bytes = shape.element_bytes(), block_k = kMegaBlockBytes / bytes;
 
-    MegaMoeParams params = {.offsets = offsets};
+    MegaMoeParams params = {};
+    params.offsets = offsets;
     const auto operand_map = [&](const void* data, int64_t rows, int64_t k, int box_rows) {
         return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, block_k);
     };

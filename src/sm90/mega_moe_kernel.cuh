@@ -13,11 +13,12 @@
 //   enter     CTA 0 tells all ranks that this one's inputs are there; every CTA waits for all ranks to say so
 //   route     all threads go through all ranks' choices and give those of this rank's experts a place in their lists
 //   dispatch  warps copy tokens into the pool, expert by expert, padded to blocks of kTokens; a counter for each block
-//   compute   CTA i takes tasks i, i + grid, ...: tiles of the first linear, and of the second one some blocks later
+//   compute   CTAs take tiles off a list: those of the first linear, and of the second one some blocks later
 //   leave     the last CTA tells all ranks that their results are written; every CTA waits for all to say so
 //   combine   all threads sum this rank's tokens up; counters are put back to zero
 //
-// Warpgroup 0: thread 0 loads weights, one of warp 1 tokens and their scales, warp 2 loads block scales, warp 3 dispatches.
+// Warpgroup 0: thread 0 loads weights, one of warp 1 tokens and their scales, warp 2 takes tiles and loads block scales,
+// warp 3 dispatches. Tiles go from warp 2 to the other roles in a queue.
 // Warpgroups 1 and 2 dispatch, too, before they begin to consume: w has rows (2 p + w) 64 .. of the tile in its part p.
 //
 // barrier        arrivals                                    guards
@@ -25,6 +26,8 @@
 // empty[s]       consumer warps                              stage s may be overwritten
 // scales_full    1 (warp 2)                                  a chunk of block scales is there
 // scales_empty   consumer warps                              the chunk may be overwritten
+// tile full[s]   1 (a lane of warp 2)                        a tile is in slot s of the queue
+// tile empty[s]  consumer warps, weights', tokens' thread    all roles are done with it
 // named 1        256                                         results of the first linear in shared memory
 // named 2 + w    128                                         results of the second one, of warpgroup w
 #pragma once
@@ -36,6 +39,7 @@
 #include "../device/pipeline.cuh"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "mega_moe_traits.h"
 #include "wgmma.cuh"
 
@@ -116,31 +120,46 @@ __device__ __forceinline__ int thread_index() {
     return index;
 }
 
-// ---- tasks ----
+// ---- tiles ----
 
-struct MegaTask {
-    bool is_second;  // of the linears
-    int block;       // of tokens
-    int tile;        // of weights
+// A tile of weights for a block of tokens, on its way from the warp that takes it to the roles that work on it.
+struct alignas(16) MegaTile {
+    int is_second;     // of the linears
+    int num_k_blocks;  // -1: there are no more tiles
+    int weights;       // which tile of the expert's matrix
+    int weight_row;    // where it begins, in the matrices of all experts
+    int expert;
+    int block;         // of tokens
+    int first;         // of the block's tokens, in the expert's list
+    int count;
 };
 
-// All tasks in the order in which they are taken. The second linear of a block comes `lag` blocks behind its first one:
+// All tiles in the order in which they are taken. The second linear of a block comes `lag` blocks behind its first one:
 //   first(0) .. first(lag - 1), first(lag) second(0), first(lag + 1) second(1), ..., second(blocks - 1).
-struct MegaTaskList {
+struct MegaTileList {
     int num_blocks, first_tiles, second_tiles, lag;
 
     __device__ __forceinline__ int size() const { return num_blocks * (first_tiles + second_tiles); }
-    __device__ __forceinline__ MegaTask at(int index) const {
+
+    __device__ __forceinline__ void locate(int index, MegaTile& tile) const {
         const int head = lag * first_tiles, pair = first_tiles + second_tiles, both = num_blocks - lag;
-        if (index < head) return {false, index / first_tiles, index % first_tiles};
-        index -= head;
-        if (index < both * pair) {
-            const int step = index / pair, tile = index % pair;
-            if (tile < first_tiles) return {false, lag + step, tile};
-            return {true, step, tile - first_tiles};
+        if (index < head) {
+            set(tile, false, index / first_tiles, index % first_tiles);
+        } else if (index < head + both * pair) {
+            const int step = (index - head) / pair, of_pair = (index - head) % pair;
+            const bool is_second = of_pair >= first_tiles;
+            set(tile, is_second, is_second ? step : lag + step, is_second ? of_pair - first_tiles : of_pair);
+        } else {
+            index -= head + both * pair;
+            set(tile, true, both + index / second_tiles, index % second_tiles);
         }
-        index -= both * pair;
-        return {true, both + index / second_tiles, index % second_tiles};
+    }
+
+private:
+    __device__ __forceinline__ static void set(MegaTile& tile, bool is_second, int block, int weights) {
+        tile.is_second = is_second;
+        tile.block = block;
+        tile.weights = weights;
     }
 };
 
@@ -157,7 +176,12 @@ class MegaMoeKernel {
     // Both parts' tiles need not fit into the registers beside the totals.
     static constexpr bool kPartsTogether = kTokens <= 64;
     static constexpr bool kSetRegisters = kTokens > 64;
+    static constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
+    static_assert(128 * 3 * kLaunchRegisters <= 65536 &&
+                  128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 128 * 3 * kLaunchRegisters);
     static_assert(kStages >= 3);
+    using Queue = QueueOf<MegaTile>;
+    using Reader = QueueReaderOf<MegaTile>;
 
 public:
     struct alignas(1024) Storage {
@@ -173,6 +197,7 @@ public:
         ptx::Barrier empty[kStages];
         ptx::Barrier scales_full[kMegaScaleChunks];
         ptx::Barrier scales_empty[kMegaScaleChunks];
+        Queue queue;
     };
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
@@ -191,6 +216,7 @@ public:
                 ptx::mbarrier_init(shared.scales_full[chunk], 1);
                 ptx::mbarrier_init(shared.scales_empty[chunk], kConsumerWarps);
             }
+            shared.queue.init(kConsumerWarps + 2);
             ptx::fence_mbarrier_init();
         }
         ptx::grid_dependency_wait();
@@ -201,33 +227,40 @@ public:
         route(params, shared);
         if (!wait_for_grid(params, header, call)) return;
         find_blocks(params, shared, warp);
-        const MegaTaskList tasks = make_tasks(params, shared);
+        const MegaTileList tiles = make_list(params, shared);
 
         if (warp < 4) {
-            if constexpr (kSetRegisters) shrink_registers<56>();
+            if constexpr (kSetRegisters) shrink_registers<kProducerRegisters>();
             if (warp == 0) {
-                if (ptx::elect_one()) load_weights(params, shared, tasks);
+                if (ptx::elect_one()) load_weights(params, shared);
             } else if (warp == 1) {
-                if (ptx::elect_one()) load_tokens(params, shared, tasks);
+                if (ptx::elect_one()) load_tokens(params, shared, tiles.first_tiles);
             } else if (warp == 2) {
-                if constexpr (!kBF16) load_block_scales(params, shared, tasks);
+                take_tiles(params, shared, header, tiles);
             } else {
-                dispatch(params, shared, tasks, 0, false);
+                dispatch(params, shared, tiles.num_blocks, 0, false);
             }
         } else {
-            dispatch(params, shared, tasks, warp - 3, true);
-            if constexpr (kSetRegisters) grow_registers<224>();
-            consume(params, shared, tasks);
+            dispatch(params, shared, tiles.num_blocks, warp - 3, true);
+            if constexpr (kSetRegisters) grow_registers<kConsumerRegisters>();
+            consume(params, shared);
         }
         __syncwarp();
+        // What follows is code for all warps alike, which needs as many registers as at the start. The producers may take
+        // theirs once the consumers have no use for them any more.
+        if (kSetRegisters && warp >= 4) shrink_registers<kLaunchRegisters>();
         __syncthreads();
+        if (kSetRegisters && warp < 4) grow_registers<kLaunchRegisters>();
 
         if (!leave(params, header, call)) return;
         combine(params);
         // Nobody of this rank uses the counters any more.
-        clear(params, shared, tasks.num_blocks);
+        clear(params, tiles.num_blocks);
         __syncthreads();
-        if (thread_index() == 0 && is_last_cta(&header.finished)) header.epoch = call;
+        if (thread_index() == 0 && is_last_cta(&header.finished)) {
+            header.next_tile = 0;
+            header.epoch = call;
+        }
     }
 
 private:
@@ -346,32 +379,29 @@ private:
         __syncthreads();
     }
 
-    __device__ __forceinline__ static MegaTaskList make_tasks(const MegaMoeParams& params, const Storage& shared) {
-        MegaTaskList tasks;
-        tasks.num_blocks = shared.first_block[params.shape.local_experts()];
-        tasks.first_tiles = params.shape.intermediate / 128;
-        tasks.second_tiles = (params.shape.hidden + kMegaTileRows - 1) / kMegaTileRows;
-        tasks.lag = min(params.lag, tasks.num_blocks);
-        return tasks;
+    __device__ __forceinline__ static MegaTileList make_list(const MegaMoeParams& params, const Storage& shared) {
+        MegaTileList tiles;
+        tiles.num_blocks = shared.first_block[params.shape.local_experts()];
+        tiles.first_tiles = params.shape.intermediate / 128;
+        tiles.second_tiles = (params.shape.hidden + kMegaTileRows - 1) / kMegaTileRows;
+        tiles.lag = min(params.lag, tiles.num_blocks);
+        return tiles;
     }
 
-    struct Block {
-        int expert;
-        int first;  // of its tokens, in the expert's list
-        int count;
-    };
-    __device__ __forceinline__ static Block find_block(const MegaMoeParams& params, const Storage& shared, int block) {
+    // Fills in what belongs to the tile's block.
+    __device__ __forceinline__ static void find_block(const MegaMoeParams& params, const Storage& shared, MegaTile& tile) {
         int low = 0, high = params.shape.local_experts();  // first_block[low] <= block < first_block[high]
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            if (shared.first_block[middle] <= block) {
+            if (shared.first_block[middle] <= tile.block) {
                 low = middle;
             } else {
                 high = middle;
             }
         }
-        const int first = (block - shared.first_block[low]) * kTokens;
-        return {low, first, min(kTokens, shared.counts[low] - first)};
+        tile.expert = low;
+        tile.first = (tile.block - shared.first_block[low]) * kTokens;
+        tile.count = min(kTokens, shared.counts[low] - tile.first);
     }
 
     // ---- dispatch ----
@@ -379,8 +409,8 @@ private:
     // Copies rows of the pool: `warp` of the CTA's kDispatchWarps takes one if it `helps`, else also what comes behind the
     // first row of every warp of the grid.
     __device__ __forceinline__ static void dispatch(const MegaMoeParams& params, const Storage& shared,
-                                                    const MegaTaskList& tasks, int warp, bool helps) {
-        const int rows = tasks.num_blocks * kTokens, grid = gridDim.x;
+                                                    int num_blocks, int warp, bool helps) {
+        const int rows = num_blocks * kTokens, grid = gridDim.x;
         int row = warp * grid + blockIdx.x;
         if (row < rows) dispatch_row(params, shared, row);
         if (helps) return;
@@ -390,7 +420,9 @@ private:
 
     __device__ __forceinline__ static void dispatch_row(const MegaMoeParams& params, const Storage& shared, int row) {
         const int lane = thread_index() % 32, in_block = row % kTokens;
-        const Block block = find_block(params, shared, row / kTokens);
+        MegaTile block;
+        block.block = row / kTokens;
+        find_block(params, shared, block);
         if (in_block >= block.count) return;
         const MegaMoeSource source = source_of(params, block, in_block);
         const int token = source.choice / params.shape.topk;
@@ -430,7 +462,7 @@ private:
         for (; i < count; i += 32) to[i] = __ldcg(from + i);
     }
 
-    __device__ __forceinline__ static MegaMoeSource source_of(const MegaMoeParams& params, const Block& block, int i) {
+    __device__ __forceinline__ static MegaMoeSource source_of(const MegaMoeParams& params, const MegaTile& block, int i) {
         const int64_t index = block.expert * params.shape.expert_rows() + block.first + i;
         const int2 words = __ldcg(local<const int2>(params, params.offsets.sources) + index);
         return {words.x, words.y};
@@ -438,51 +470,40 @@ private:
 
     // ---- producers ----
 
-    __device__ __forceinline__ static int num_k_blocks(const MegaMoeParams& params, const MegaTask& task) {
-        return (task.is_second ? params.shape.intermediate : params.shape.hidden) / kBlockK;
-    }
-
-    __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared,
-                                                        const MegaTaskList& tasks) {
+    __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared) {
+        Reader reader(shared.queue);
         State state;
+        MegaTile tile;
+        while (reader.template next<false>(tile)) {
+            const CUtensorMap& map = tile.is_second ? params.l2_map : params.l1_map;
 #pragma unroll 1
-        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
-            const MegaTask task = tasks.at(index);
-            const Block block = find_block(params, shared, task.block);
-            const CUtensorMap& map = task.is_second ? params.l2_map : params.l1_map;
-            const int rows_of_expert = task.is_second ? params.shape.hidden : 2 * params.shape.intermediate;
-            const int row = block.expert * rows_of_expert + task.tile * kMegaTileRows;
-            const int count = num_k_blocks(params, task);
-#pragma unroll 1
-            for (int k = 0; k < count; ++k, state.advance()) {
+            for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes());
-                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kBlockK, row,
+                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kBlockK, tile.weight_row,
                                  ptx::CacheHint::kEvictNormal);
             }
         }
     }
 
-    __device__ __forceinline__ static void load_tokens(const MegaMoeParams& params, Storage& shared,
-                                                       const MegaTaskList& tasks) {
+    __device__ __forceinline__ static void load_tokens(const MegaMoeParams& params, Storage& shared, int first_tiles) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        Reader reader(shared.queue);
         State state;
-#pragma unroll 1
-        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
-            const MegaTask task = tasks.at(index);
-            const Block block = find_block(params, shared, task.block);
-            const CUtensorMap& map = task.is_second ? params.h_map : params.x_map;
-            const CUtensorMap& scales_map = task.is_second ? params.h_sf_map : params.x_sf_map;
+        MegaTile tile;
+        while (reader.template next<false>(tile)) {
+            const CUtensorMap& map = tile.is_second ? params.h_map : params.x_map;
+            const CUtensorMap& scales_map = tile.is_second ? params.h_sf_map : params.x_sf_map;
             const uint32_t* ready =
-                local<uint32_t>(params, task.is_second ? params.offsets.activated : params.offsets.dispatched) + task.block;
-            const uint32_t all = task.is_second ? tasks.first_tiles : block.count;
+                local<uint32_t>(params, tile.is_second ? params.offsets.activated : params.offsets.dispatched) + tile.block;
+            const uint32_t all = tile.is_second ? first_tiles : tile.count;
             // All CTAs of this rank are running, and get there: no time-out.
             while (load_acquire_gpu(ready) != all) __nanosleep(20);
             fence_async_global();
-            const int row = task.block * kTokens, count = num_k_blocks(params, task);
+            const int row = tile.block * kTokens;
 #pragma unroll 1
-            for (int k = 0; k < count; ++k, state.advance()) {
+            for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + (kBF16 ? 0 : kTokens * 4));
@@ -494,59 +515,90 @@ private:
         }
     }
 
+    // Takes tiles off the list, the first one by the CTA's number, and queues them, each when the tile two before it is
+    // done: early enough for the loads, late enough not to leave other CTAs without work at the end.
+    __device__ __forceinline__ static void take_tiles(const MegaMoeParams& params, Storage& shared, MegaMoeHeader& header,
+                                                      const MegaTileList& tiles) {
+        constexpr int kSlots = Queue::kSlots, kAhead = 2;
+        const int lane = thread_index() % 32;
+        int index = blockIdx.x;
+        PipelineState<kMegaScaleChunks> scale_state;
+#pragma unroll 1
+        for (int taken = 0;; ++taken) {
+            const int slot = taken % kSlots, before = taken - kAhead;
+            const bool is_end = index >= tiles.size();
+            MegaTile tile = {};
+            tile.num_k_blocks = -1;
+            if (!is_end) {
+                tiles.locate(index, tile);
+                find_block(params, shared, tile);
+                const int rows_of_expert = tile.is_second ? params.shape.hidden : 2 * params.shape.intermediate;
+                tile.weight_row = tile.expert * rows_of_expert + tile.weights * kMegaTileRows;
+                tile.num_k_blocks = (tile.is_second ? params.shape.intermediate : params.shape.hidden) / kBlockK;
+            }
+            if (before >= 0) ptx::mbarrier_wait(shared.queue.empty[before % kSlots], before / kSlots % 2);
+            if (lane == 0) {
+                shared.queue.tiles[slot] = tile;
+                ptx::mbarrier_arrive(shared.queue.full[slot]);
+                if (!is_end) index = gridDim.x + atomicAdd(&header.next_tile, 1u);
+            }
+            if (is_end) return;
+            index = __shfl_sync(0xffffffff, index, 0);
+            if constexpr (!kBF16) load_block_scales(params, shared, tile, tiles.first_tiles, scale_state);
+        }
+    }
+
     // Two of each K block: of a tile's gates and ups, or of its upper and lower 128 rows.
     __device__ __forceinline__ static void load_block_scales(const MegaMoeParams& params, Storage& shared,
-                                                             const MegaTaskList& tasks) {
+                                                             const MegaTile& tile, int first_tiles,
+                                                             PipelineState<kMegaScaleChunks>& state) {
         const int lane = thread_index() % 32;
-        PipelineState<kMegaScaleChunks> state;
+        const MegaMoeBlockScales& source = tile.is_second ? params.l2_sf : params.l1_sf;
+        // The second half of the last tile may have no rows.
+        const int last_row = params.shape.hidden / 128 - 1;
+        const int upper = tile.is_second ? 2 * tile.weights : tile.weights;
+        const int lower = tile.is_second ? min(upper + 1, last_row) : tile.weights + first_tiles;
+        const float* expert = source.data + tile.expert * source.stride_expert;
 #pragma unroll 1
-        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
-            const MegaTask task = tasks.at(index);
-            const Block block = find_block(params, shared, task.block);
-            const MegaMoeBlockScales& source = task.is_second ? params.l2_sf : params.l1_sf;
-            // The second half of the last tile may have no rows.
-            const int last_row = params.shape.hidden / 128 - 1;
-            const int upper = task.is_second ? 2 * task.tile : task.tile;
-            const int lower = task.is_second ? min(upper + 1, last_row) : task.tile + tasks.first_tiles;
-            const float* expert = source.data + block.expert * source.stride_expert;
-            const int count = num_k_blocks(params, task);
-#pragma unroll 1
-            for (int k = 0; k < count; k += kMegaScaleChunk, state.advance()) {
-                float(&chunk)[2][kMegaScaleChunk] = shared.block_scales[state.stage_idx];
-                const int64_t at = min(k + lane, count - 1) * source.stride_k;
-                const float values[2] = {expert[upper * source.stride_row + at], expert[lower * source.stride_row + at]};
-                ptx::mbarrier_wait(shared.scales_empty[state.stage_idx], state.phase ^ 1);
-                chunk[0][lane] = values[0];
-                chunk[1][lane] = values[1];
-                __syncwarp();
-                if (lane == 0) ptx::mbarrier_arrive(shared.scales_full[state.stage_idx]);
-            }
+        for (int k = 0; k < tile.num_k_blocks; k += kMegaScaleChunk, state.advance()) {
+            float(&chunk)[2][kMegaScaleChunk] = shared.block_scales[state.stage_idx];
+            const int64_t at = min(k + lane, tile.num_k_blocks - 1) * source.stride_k;
+            const float values[2] = {expert[upper * source.stride_row + at], expert[lower * source.stride_row + at]};
+            ptx::mbarrier_wait(shared.scales_empty[state.stage_idx], state.phase ^ 1);
+            chunk[0][lane] = values[0];
+            chunk[1][lane] = values[1];
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(shared.scales_full[state.stage_idx]);
         }
     }
 
     // ---- consumers ----
 
-    __device__ __forceinline__ static void consume(const MegaMoeParams& params, Storage& shared,
-                                                   const MegaTaskList& tasks) {
+    __device__ __forceinline__ static void consume(const MegaMoeParams& params, Storage& shared) {
         const int warpgroup = __shfl_sync(0xffffffff, thread_index() / 128 - 1, 0);
-        const int thread = thread_index() % 128;
+        const int lane = thread_index() % 32;
         State state;
         PipelineState<kMegaScaleChunks> scale_state;
 #pragma unroll 1
-        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
-            const MegaTask task = tasks.at(index);
+        for (uint32_t taken = 0;; ++taken) {
+            const uint32_t slot = taken % Queue::kSlots;
+            ptx::mbarrier_wait(shared.queue.full[slot], taken / Queue::kSlots % 2);
+            const int num_k_blocks = shared.queue.tiles[slot].num_k_blocks;
+            if (num_k_blocks < 0) break;
+            const bool is_second = shared.queue.tiles[slot].is_second;
             float total[kParts][kTotals] = {};
             if constexpr (kBF16) {
-                accumulate_unscaled(shared, state, num_k_blocks(params, task), warpgroup, thread % 32, total);
+                accumulate_unscaled(shared, state, num_k_blocks, warpgroup, lane, total);
             } else {
-                accumulate(shared, state, scale_state, task, num_k_blocks(params, task), warpgroup, thread % 32, total);
+                accumulate(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
             }
-            const Block block = find_block(params, shared, task.block);
-            if (task.is_second) {
-                store_results(params, shared, task, block, warpgroup, thread, total);
+            const MegaTile tile = shared.queue.tiles[slot];
+            if (is_second) {
+                store_results(params, shared, tile, warpgroup, total);
             } else {
-                store_activated(params, shared, task, block, warpgroup, thread, total);
+                store_activated(params, shared, tile, warpgroup, total);
             }
+            release(shared.queue.empty[slot], lane);
         }
     }
 
@@ -561,7 +613,7 @@ private:
 
     // Sums all K blocks of a tile into `total`.
     __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
-                                                      PipelineState<kMegaScaleChunks>& scale_state, const MegaTask& task,
+                                                      PipelineState<kMegaScaleChunks>& scale_state, bool is_second,
                                                       int num_k_blocks, int warpgroup, int lane,
                                                       float (&total)[kParts][kTotals]) {
 #pragma unroll 1
@@ -572,7 +624,7 @@ private:
 #pragma unroll 1
             for (int i = 0; i < count; ++i, state.advance()) {
                 const float blocks[2] = {shared.block_scales[chunk][0][i], shared.block_scales[chunk][1][i]};
-                add_k_block(shared, state.stage_idx, state.phase, task.is_second, blocks, warpgroup, lane, total);
+                add_k_block(shared, state.stage_idx, state.phase, is_second, blocks, warpgroup, lane, total);
             }
             release(shared.scales_empty[chunk], lane);
         }
@@ -690,13 +742,14 @@ private:
 
     // SwiGLU, quantisation, and 128 columns of pool_h.
     __device__ __forceinline__ static void store_activated(const MegaMoeParams& params, Storage& shared,
-                                                           const MegaTask& task, const Block& block, int warpgroup,
-                                                           int thread, float (&total)[kParts][kTotals]) {
+                                                           const MegaTile& tile, int warpgroup,
+                                                           float (&total)[kParts][kTotals]) {
         constexpr int kPairs = kChunk / 8;  // of neighbouring tokens, of a thread
         constexpr int kPitch = kLayout.activated_pitch();
         constexpr int kBytes = kBF16 ? 2 : 1;
+        const int thread = thread_index() % 128;
         const int lane = thread % 32, warp = thread / 32;
-        const int row = task.block * kTokens;
+        const int row = tile.block * kTokens;
         const int64_t pool_rows = params.shape.pool_rows();
         const float* weights = local<const float>(params, params.offsets.pool_weights) + row;
         uint8_t* pool = local<uint8_t>(params, params.offsets.pool_h);
@@ -706,7 +759,7 @@ private:
         ptx::named_barrier_sync(1, 256);
 #pragma unroll
         for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
-            if (chunk >= block.count) break;
+            if (chunk >= tile.count) break;
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 const int at = chunk / 2 + 4 * j;
@@ -773,7 +826,7 @@ private:
                     to[kPitch + 64] = static_cast<uint8_t>(bytes >> 24);
                     // One warp for each pair of tokens writes their scales.
                     if (j % kConsumerWarps == warpgroup * 4 + warp && lane < 4) {
-                        float* scales = local<float>(params, params.offsets.pool_h_sf) + task.tile * pool_rows + row +
+                        float* scales = local<float>(params, params.offsets.pool_h_sf) + tile.weights * pool_rows + row +
                                         chunk + token;
                         *reinterpret_cast<float2*>(scales) = make_float2(first.sf, second.sf);
                     }
@@ -781,13 +834,13 @@ private:
             }
             ptx::named_barrier_sync(1, 256);
             constexpr int kPerRow = 128 * kBytes / 16;
-            const int count = min(kChunk, block.count - chunk) * kPerRow;
+            const int count = min(kChunk, tile.count - chunk) * kPerRow;
             const int64_t row_bytes = int64_t{params.shape.intermediate} * kBytes;
 #pragma unroll 1
             for (int i = warpgroup * 128 + thread; i < count; i += 256) {
                 const int token = i / kPerRow, piece = i % kPerRow * 16;
                 const uint4 values = *reinterpret_cast<const uint4*>(shared.staging + token * kPitch + piece);
-                *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + task.tile * 128 * kBytes + piece) =
+                *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + tile.weights * 128 * kBytes + piece) =
                     values;
             }
             if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, 256);  // else the maxima's is in between
@@ -795,7 +848,7 @@ private:
         fence_async_global();
         ptx::named_barrier_sync(1, 256);
         if (warpgroup == 0 && thread == 0) {
-            add_release_gpu(local<uint32_t>(params, params.offsets.activated) + task.block, 1);
+            add_release_gpu(local<uint32_t>(params, params.offsets.activated) + tile.block, 1);
         }
     }
 
@@ -803,8 +856,9 @@ private:
 
     // Up to 256 columns of each token's row in the combine buffer of its rank.
     __device__ __forceinline__ static void store_results(const MegaMoeParams& params, Storage& shared,
-                                                         const MegaTask& task, const Block& block, int warpgroup,
-                                                         int thread, const float (&total)[kParts][kTotals]) {
+                                                         const MegaTile& tile, int warpgroup,
+                                                         const float (&total)[kParts][kTotals]) {
+        const int thread = thread_index() % 128;
         const int lane = thread % 32, warp = thread / 32;
         uint8_t* staging = shared.staging + warpgroup * (kChunk * 128);  // [token][64 columns], 16-byte pieces swizzled
         // Where this lane's row of a matrix of stmatrix goes: of token `lane % 8`, or eight further on in the upper half.
@@ -813,11 +867,11 @@ private:
         const int piece = thread % 8;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-            const int column = task.tile * kMegaTileRows + (part * 2 + warpgroup) * 64;
+            const int column = tile.weights * kMegaTileRows + (part * 2 + warpgroup) * 64;
             if (column >= params.shape.hidden) break;
 #pragma unroll
             for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
-                if (chunk >= block.count) break;
+                if (chunk >= tile.count) break;
 #pragma unroll
                 for (int j = 0; j < kChunk / 8; j += 2) {
                     const float* values = &total[part][chunk / 2 + 4 * j];
@@ -825,10 +879,10 @@ private:
                                                 pack(values[4], values[5]), pack(values[6], values[7]));
                 }
                 ptx::named_barrier_sync(2 + warpgroup, 128);
-                const int count = min(kChunk, block.count - chunk);
-#pragma unroll 4
+                const int count = min(kChunk, tile.count - chunk);
+#pragma unroll(kSetRegisters ? 1 : 4)
                 for (int token = thread / 8; token < count; token += 16) {
-                    const MegaMoeSource source = source_of(params, block, chunk + token);
+                    const MegaMoeSource source = source_of(params, tile, chunk + token);
                     const uint4 values =
                         *reinterpret_cast<const uint4*>(staging + token * 128 + (piece ^ token % 8) * 16);
                     __nv_bfloat16* row = remote<__nv_bfloat16>(params, source.rank, params.offsets.combine) +
@@ -895,7 +949,7 @@ private:
         }
     }
 
-    __device__ __forceinline__ static void clear(const MegaMoeParams& params, const Storage& shared, int num_blocks) {
+    __device__ __forceinline__ static void clear(const MegaMoeParams& params, int num_blocks) {
         uint32_t* counts = local<uint32_t>(params, params.offsets.counts);
         uint32_t* dispatched = local<uint32_t>(params, params.offsets.dispatched);
         uint32_t* activated = local<uint32_t>(params, params.offsets.activated);

@@ -34,7 +34,7 @@ struct MegaMoeLayout {
     }
     constexpr int stage_bytes() const { return weight_tile_bytes() + token_tile_bytes() + token_scales() * 4; }
     constexpr int fixed_bytes() const {
-        constexpr int kBarriers = 1024, kTables = 4 * (2 * kMegaMoeMaxLocalExperts + kMegaMoeMaxRanks + 4);
+        constexpr int kBarriers = 2048, kTables = 4 * (2 * kMegaMoeMaxLocalExperts + kMegaMoeMaxRanks + 4);
         return staging_bytes() + kMegaScaleChunks * 2 * kMegaScaleChunk * 4 + kTables + kBarriers;
     }
     constexpr int num_stages() const {
