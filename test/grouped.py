@@ -21,7 +21,17 @@ import torch
 
 import deep_gemm_ops
 
-from common import FP8, assert_close, assert_equal, ceil_div, encode_scales, error_bar, forced_row, generator
+from common import (
+    FP8,
+    assert_close,
+    assert_equal,
+    ceil_div,
+    encode_scales,
+    error_bar,
+    forced_row,
+    generator,
+    on_sm100,
+)
 from gemm_emulation import E2M1, pack_fp4
 
 BF16 = torch.bfloat16
@@ -683,6 +693,13 @@ def small_cases(device: str) -> list[Case]:
                 cases.append(BF16Case(48, 40, 72, layout, c="bias" if out else "", **common))
         else:
             cases.append(HeadsCase(6, 2, (16, 8, 24), 272, **common))
+    if on_sm100(device):
+        return cases
+    for out, fp4 in itertools.product((False, True), ("b", "a")):
+        options: dict[str, Any] = {"device": device, "type": "fp8_fp4", "out": out, "fp4": fp4, "recipe": (1, 1, 32)}
+        for order in ("nt", "nn") if fp4 == "a" else ("nt",):
+            cases.append(MGroupedCase((36, 0, 5), 40, 256, order=order, **options))
+        cases.append(MaskedCase((36, 36, 36), 36, 24, 256, **options))
     return cases
 
 

@@ -54,8 +54,7 @@ def samples(device: str) -> list[Sample]:
         arguments, keywords, _, _ = GemmCase(130, 140, 300, "nt", recipe, True, scales, device=device).build()
         calls.append((ops.fp8_gemm_nt.default, tuple(arguments), keywords))
     for layout, out in itertools.product(LAYOUTS, (False, True)):
-        # FP4 needs SM100.
-        b = "fp4" if layout[1] == "t" and device == "cpu" else "fp8"
+        b = "fp4" if layout[1] == "t" else "fp8"
         fp4_case = Fp4Case(36, 150, 256, layout, (1, 1, 32), True, out=out, b=b, device=device)
         arguments, keywords, _, _ = fp4_case.build()
         packet = getattr(ops, fp4_case.op)
@@ -225,6 +224,12 @@ deep_gemm::m_grouped_bf16_gemm_nt_contiguous(Tensor a, Tensor b, Tensor grouped_
 deep_gemm::m_grouped_bf16_gemm_nt_contiguous.out(Tensor a, Tensor b, Tensor grouped_layout, *, str layout="indices", SymInt? expected_m=None, Tensor(d!) out) -> ()
 deep_gemm::m_grouped_bf16_gemm_nt_masked(Tensor a, Tensor b, Tensor masked_m, SymInt expected_m, *, ScalarType out_dtype=15) -> Tensor
 deep_gemm::m_grouped_bf16_gemm_nt_masked.out(Tensor a, Tensor b, Tensor masked_m, SymInt expected_m, *, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_fp4_gemm_nn_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_fp8_fp4_gemm_nn_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", int[]? recipe=None, SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_fp4_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor
+deep_gemm::m_grouped_fp8_fp4_gemm_nt_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", int[]? recipe=None, SymInt? expected_m=None, Tensor(d!) out) -> ()
+deep_gemm::m_grouped_fp8_fp4_gemm_nt_masked(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
+deep_gemm::m_grouped_fp8_fp4_gemm_nt_masked.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::m_grouped_fp8_gemm_nn_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor
 deep_gemm::m_grouped_fp8_gemm_nn_contiguous.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", int[]? recipe=None, SymInt? expected_m=None, Tensor(d!) out) -> ()
 deep_gemm::m_grouped_fp8_gemm_nt_contiguous(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor grouped_layout, *, str layout="indices", ScalarType out_dtype=15, int[]? recipe=None, SymInt? expected_m=None) -> Tensor

@@ -132,6 +132,12 @@ INVALID = [
     "{256, 256, 1, 1, 1, false, kNoScaling, 0, kBF16}",
     "{64, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, Grouping::kDense, true}",
     "{64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, Grouping::kDense, true}",
+    "{64, 16, 1, 1, 1, true, kUE8M0Scaling, 32}",
+    "{64, 16, 1, 1, 1, false, kUE8M0Scaling, 32, kFP8FP4}",
+    "{256, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4}",
+    "{64, 16, 2, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4}",
+    "{64, 16, 1, 1, 1, true, kScaling1D1D, 128, kFP8FP4}",
+    "{192, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4}",
 ]
 
 
@@ -141,7 +147,7 @@ def test_reasons_against_rows(tmp_path: Path) -> None:
 #include <cstdio>
 #include "sm90/gemm_traits.h"
 using namespace deep_gemm;
-constexpr OperandType kBF16 = OperandType::kBF16;
+constexpr OperandType kBF16 = OperandType::kBF16, kFP8FP4 = OperandType::kFP8FP4;
 static void print(GemmRow row) {{
     const char* reason = sm90::invalid_reason(row);
     std::puts(reason == nullptr ? "valid" : reason);
@@ -162,7 +168,7 @@ int main() {{
 {256, 192, 1, 1, 1, false, kScaling1D2D, 128}: too few registers
 {64, 20, 1, 1, 1, false, kScaling1D2D, 128}: block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16
 {64, 64, 1, 1, 1, false, kScaling1D2D, 64}: gran_k must be 128 or 32
-{64, 64, 1, 1, 1, false, kScaling1D2D, 32}: gran_k 32 needs 1D1D scaling
+{64, 64, 1, 1, 1, false, kScaling1D2D, 32}: gran_k 32 needs 1D1D or UE8M0 scaling
 {64, 64, 2, 2, 1, false, kScaling1D2D, 128}: a cluster shares one operand, not both
 {64, 64, 2, 1, 8, false, kScaling1D2D, 128}: a cluster has 8 CTAs at most
 {64, 24, 2, 1, 1, true, kScaling1D2D, 128}: a shared column panel is loaded in parts of 8 columns or more
@@ -173,5 +179,11 @@ int main() {{
 {128, 128, 1, 1, 1, false, kScaling1D1D, 128, OperandType::kFP8, Grouping::kDense, true}: FP8 operands are K-major
 {256, 256, 1, 1, 1, false, kNoScaling, 0, kBF16}: too few registers
 {64, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, Grouping::kDense, true}: MN-major rows come 64 at a time
-{64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, Grouping::kDense, true}: MN-major columns come 64 at a time""",
+{64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, Grouping::kDense, true}: MN-major columns come 64 at a time
+{64, 16, 1, 1, 1, true, kUE8M0Scaling, 32}: UE8M0 scaling is for FP4 rows
+{64, 16, 1, 1, 1, false, kUE8M0Scaling, 32, kFP8FP4}: FP4 operands are swapped, with one part of 64 rows per warpgroup
+{256, 16, 1, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4}: FP4 operands are swapped, with one part of 64 rows per warpgroup
+{64, 16, 2, 1, 1, true, kUE8M0Scaling, 32, kFP8FP4}: FP4 rows share no panels
+{64, 16, 1, 1, 1, true, kScaling1D1D, 128, kFP8FP4}: FP32 scales of FP4 rows are per 32 of K
+{192, 128, 1, 1, 1, true, kUE8M0Scaling, 128, kFP8FP4}: too few registers""",
     )

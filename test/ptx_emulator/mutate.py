@@ -194,6 +194,9 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
         RowCase(info["name"], m, n, blocks * step - ragged, d, data="integer", num_sms=info["cluster_size"])
         for m, n, blocks, d in shapes
     ]
+    if info["scaling"] == "ue8m0":  # scales that threads take care of themselves
+        k, options = blocks * step, {"data": "far", "num_sms": info["cluster_size"]}
+        cases.append(RowCase(info["name"], m, n, k, "float32", **options))
 
     if info["grouping"] == "m_grouped":
         # More groups than the scheduler holds, and more tiles than it finds at a time.
