@@ -278,6 +278,12 @@ def launch(
 # Cases
 
 
+@functools.cache
+def row_named(name: str) -> dict[str, Any]:
+    """A row of any architecture's table."""
+    return next(row for row in _capi.instances(None) if row["name"] == name)
+
+
 def cluster_tile(row: dict[str, Any]) -> tuple[int, int]:
     """Rows and columns of D that a cluster computes at once."""
     along_rows, along_cols = row["row_ctas"], row["col_ctas"]
@@ -318,7 +324,7 @@ class RowCase:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances() if row["name"] == self.row)
+        return row_named(self.row)
 
     @property
     def gran(self) -> tuple[int, int, int] | None:

@@ -19,11 +19,34 @@ from deep_gemm_ops import _capi
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
+from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch, row_named
 
 FP8_OPERANDS, BF16_OPERANDS = 0, 1  # OperandType
 # The value of each E2M1 code.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def random_fp4(shape: tuple[int, ...], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in float64, and as they are packed along the last dimension."""
+    codes = torch.randint(0, 16, shape, generator=random)
+    return E2M1[codes], (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def pack_scales(codes: torch.Tensor) -> torch.Tensor:
+    """UE8M0 codes ``[.., groups, MN]`` as words ``[.., ceil(groups / 4), MN]``.
+
+    Bytes of groups that K does not reach must not matter: NaN.
+    """
+    *outer, groups, mn = codes.shape
+    padded = torch.full((*outer, ceil_div(groups, 4) * 4, mn), 255)
+    padded[..., :groups, :] = codes
+    padded = padded.view(*outer, -1, 4, mn)
+    words = sum(padded[..., byte, :] << 8 * byte for byte in range(4))
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def scale_values(codes: torch.Tensor) -> torch.Tensor:
+    return torch.where(codes == 255, math.nan, torch.exp2(codes.double() - 127))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +93,7 @@ class Sm100Case:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances("sm_100a") if row["name"] == self.row)
+        return row_named(self.row)
 
     @property
     def is_bf16(self) -> bool:
@@ -80,9 +103,7 @@ class Sm100Case:
         if self.is_bf16:
             kind = "bf16"
         if kind == "fp4":
-            codes = torch.randint(0, 16, (mn, self.k), generator=random)
-            values = E2M1[codes]
-            stored = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+            values, stored = random_fp4((mn, self.k), random)
             # TMA takes rows of FP4 at multiples of 32 bytes.
             stored = strided(stored, ceil_div(self.k // 2, 32) * 32 + 32, "cpu", 0x77)
         else:
@@ -106,13 +127,9 @@ class Sm100Case:
         codes = torch.randint(125, 130, (mn, groups), generator=random)
         if self.data == "special":
             codes.view(-1)[torch.randint(mn * groups, (3,), generator=random)] = 255
-        # Bytes of groups that K does not reach must not matter: NaN.
-        padded = torch.full((mn, ceil_div(groups, 4) * 4), 255)
-        padded[:, :groups] = codes
-        words = padded.to(torch.uint8).view(torch.int32)
-        words = strided(words.t(), ceil_div(mn, 4) * 4 + 4, "cpu", -1).t()
-        scales = torch.where(codes == 255, math.nan, torch.exp2(codes.double() - 127))
-        return Operand(values, scales.repeat_interleave(self.gran_k, 1)[:, : self.k], stored, words)
+        words = strided(pack_scales(codes.t()), ceil_div(mn, 4) * 4 + 4, "cpu", -1).t()
+        scales = scale_values(codes).repeat_interleave(self.gran_k, 1)[:, : self.k]
+        return Operand(values, scales, stored, words)
 
     def build(self) -> tuple[Operand, Operand, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """A, B, the buffer that holds D, D, C, and what D has to be in float64."""
@@ -188,7 +205,8 @@ class Sm100Case:
 
 @functools.cache
 def rows() -> list[dict[str, Any]]:
-    return _capi.instances("sm_100a")
+    """Those of dense products."""
+    return [row for row in _capi.instances("sm_100a") if row["grouping"] == "dense"]
 
 
 def main() -> None:

@@ -7,12 +7,12 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
-#include <utility>
 
 #include "../sm90/mqa_logits_dispatch.h"
 #include "../sm90/mqa_logits_instances.h"
 #include "../sm90/mqa_logits_traits.h"
 #include "knobs.h"
+#include "shards.h"
 
 namespace deep_gemm {
 
@@ -23,13 +23,11 @@ static_assert(sm90::first_invalid_mqa_row(sm90::kMqaRows, sm90::kNumMqaRows) == 
               "mqa_logits_traits.h");
 
 #if DG_WITH_SM90
-template <int... kShard>
-const void* find_kernel(int row, std::integer_sequence<int, kShard...>) {
-    static constexpr const void* (*kFind[])(int) = {&sm90::mqa_kernel_in_shard<kShard>...};
-    return kFind[row % DG_NUM_SHARDS](row);
-}
-
-const void* find_kernel(int row) { return find_kernel(row, std::make_integer_sequence<int, DG_NUM_SHARDS>()); }
+template <int kShard>
+struct Shard {
+    static const void* find(int row) { return sm90::mqa_kernel_in_shard<kShard>(row); }
+};
+const void* find_kernel(int row) { return find_in_shards<Shard>(row); }
 const void* metadata_kernel() { return sm90::mqa_metadata_kernel(); }
 #else
 const void* find_kernel(int) { return nullptr; }

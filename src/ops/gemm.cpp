@@ -132,9 +132,8 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         }
         return std::move(result.allocated);
     }
-    const bool sm100 = compute_capability(device) == 100 && !heads.any(), has_fp4 = is_fp4(a) || is_fp4(b);
+    const bool has_fp4 = is_fp4(a) || is_fp4(b), sm100 = !has_fp4 ? check_architecture(op, device) : compute_capability(device) == 100;
     if (!sm100 && has_fp4) fail(op, "a", "architecture", "sm_" + text(compute_capability(device)), "sm_100", "FP4");
-    if (!sm100) check_architecture(op, device);
     check_fp4_unpackable(op, "a", a, k);
     check_fp4_unpackable(op, "b", b, k);
 

@@ -144,7 +144,7 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
     const bool repeat = per_row && gran_mn == 128;
     const bool strides_fit = (columns == 1 || (stride_k % 4 == 0 && stride_k >= mn)) &&
                              (groups == 1 || (stride_group % 4 == 0 && stride_group >= mn));
-    const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= k_groups &&
+    const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= columns &&
                               reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
     if (type == wanted && !repeat && (!per_row || tma_readable)) {
         return {static_cast<const float*>(sf.data_ptr()), stride_mn, stride_k, static_cast<int>(gran_mn),
@@ -297,10 +297,12 @@ void set_result(GemmProblem& problem, const Result& result, Axes axes, const Ten
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-void check_architecture(const char* op, int device) {
-    if (compute_capability(device) != 90) {
-        fail(op, "a", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
+bool check_architecture(const char* op, int device) {
+    const int capability = compute_capability(device);
+    if (capability != 90 && capability != 100) {
+        fail(op, "a", "architecture", "sm_" + std::to_string(capability), "sm_90 or sm_100");
     }
+    return capability == 100;
 }
 
 void check_enqueued(cudaError_t error, const char* op, const char* what) {

@@ -103,7 +103,7 @@ inline constexpr Axes kKMajorGroups = {0, 1, 2}, kMNMajorGroups = {0, 2, 1};
 
 // Scales of an operand with `mn` rows as the kernels take them (see ScaleTensor): float32, and MN-major where there is
 // one per row; or, `packed`, UE8M0 words. What is not so is brought into that form in `scratch` by one small kernel.
-// There, K may have more `k_rows` than there are scales, which are then undefined.
+// There, K may have more `k_rows`, of scales or words, than there are in `sf`, which are then undefined.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0,
                            bool packed = false);
@@ -163,8 +163,8 @@ void set_result(GemmProblem& problem, const Result& result, Axes axes, const Ten
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-// Throws where the device is none that the kernels are for.
-void check_architecture(const char* op, int device);
+// Throws where the device is none that the kernels are for. True for SM100, false for SM90.
+bool check_architecture(const char* op, int device);
 
 // Throws, naming `what` failed, unless it succeeded.
 void check_enqueued(cudaError_t error, const char* op, const char* what);

@@ -163,4 +163,18 @@ __device__ __forceinline__ void tma_load_2d_pair(const CUtensorMap& map, ptx::Ba
         : "memory");
 }
 
+// As above, from a tensor of three dimensions.
+__device__ __forceinline__ void tma_load_3d_pair(const CUtensorMap& map, ptx::Barrier& barrier, void* destination, int x,
+                                                 int y, int z) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 leader;\n"
+        "mapa.shared::cluster.u32 leader, %2, 0;\n"
+        "cp.async.bulk.tensor.3d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}],"
+        " [leader];\n"
+        "}\n" ::"r"(ptx::smem_address(destination)),
+        "l"(&map), "r"(ptx::smem_address(&barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
 }  // namespace deep_gemm::sm100
