@@ -255,11 +255,13 @@ def cases_with_groups(row: Row) -> list[GroupedCase | KGroupedCase]:
     sizes = (0, m - 3, 1, m + 5, 2 * m)
     case = GroupedCase(row["name"], "offsets", sizes, n + 24, k, data="integer", num_sms=row["cluster_size"])
     psum = dataclasses.replace(case, layout="psum", k=150, zero_padding=True, tail=m, d="direct")
-    indices = dataclasses.replace(psum, layout="indices", alignment=max(128, m), d="float32")
+    # Many tiles of padding: whoever gives back their slots of the queue has nothing else to wait for.
+    indices = dataclasses.replace(psum, layout="indices", alignment=max(128, m), tail=12 * m, d="float32")
     floats = dataclasses.replace(case, d="float32", k=150)
     # More tiles than slots of the queue, of more groups than a warp holds at once.
     many = GroupedCase(row["name"], "masked", tuple(i % 3 for i in range(70)), 40, 100, num_sms=row["cluster_size"])
-    return [case, psum, indices, floats, many, dataclasses.replace(many, d="float32_direct")]
+    words = dataclasses.replace(case, gran_k=32)
+    return [case, words, psum, indices, floats, many, dataclasses.replace(many, d="float32_direct")]
 
 
 def cases(row: Row) -> list[Sm100Case | GroupedCase | KGroupedCase]:
@@ -298,8 +300,12 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st)\b.*\.shared", line) for line in before[met:]):
             return "the warp has met in tcgen05.wait::ld, a shuffle or a vote, and has not touched shared memory since"
-        if "st.shared" in before[-1] and any(re.match(r"\s*@%p\d+ bra", line) for line in after[:4]):
+        if "st.shared" in before[-1] and any(re.match(r"\s*@%p\d+ bra", line) for line in after[:6]):
             return "what the loop over groups leaves in shared memory is read behind the shuffles and votes that follow"
+        following = [line for line in after if re.search(r"tcgen05|fence\.proxy", line)]
+        if any("mbarrier.arrive" in line for line in after[:12]):
+            if "fence::after" in following[0] and "tcgen05.ld" in following[1]:
+                return "since it read the slot that it gives back, the warp has met to give back an accumulator"
     if mutant.kind == "tcgen05 fence":
         # The first two are around the allocation, the last one is in front of the end.
         fences = [i for i, line in enumerate(lines, 1) if "tcgen05.fence" in line]

@@ -130,18 +130,21 @@ public:
         fence_after_sync();
         const uint32_t tensor_memory = shared.tensor_memory;
         ptx::grid_dependency_launch();
-        Scheduler scheduler = make_scheduler(params.gemm, shared, cluster_rank, warp <= kMultiplyWarp);
         if constexpr (!kKGrouped) ptx::grid_dependency_wait();
+        // Each role has one of its own. `one_thread`: the role is one thread of its warp.
+        const auto scheduler = [&](bool one_thread) {
+            return make_scheduler(params.gemm, shared, cluster_rank, one_thread);
+        };
 
         if (warp == kLoadWarp) {
-            if (ptx::elect_one()) load(params, shared, scheduler, rank);
+            if (ptx::elect_one()) load(params, shared, scheduler(true), rank);
         } else if (warp == kMultiplyWarp) {
-            if (rank == 0 && ptx::elect_one()) multiply(params, shared, scheduler, tensor_memory);
+            if (rank == 0 && ptx::elect_one()) multiply(params, shared, scheduler(true), tensor_memory);
         } else if (warp == kScaleWarp) {
-            if constexpr (kScaled) turn_scales(params, shared, scheduler, rank);
-            if constexpr (kRaggedK) clear_ends(params, shared, scheduler);
+            if constexpr (kScaled) turn_scales(params, shared, scheduler(false), rank);
+            if constexpr (kRaggedK) clear_ends(params, shared, scheduler(false));
         } else if (warp >= kFirstEpilogueWarp) {
-            store(params.gemm, shared, scheduler, warp - kFirstEpilogueWarp, cluster_rank, tensor_memory);
+            store(params.gemm, shared, scheduler(false), warp - kFirstEpilogueWarp, cluster_rank, tensor_memory);
         } else {
             if constexpr (kMGrouped) Traits::MGroups::run(params.gemm.groups, shared.groups);
         }
@@ -153,7 +156,6 @@ public:
     }
 
 private:
-    // Each role has a copy. `one_thread`: the role is one thread of its warp.
     __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared,
                                                                uint32_t cluster_rank, bool one_thread) {
         if constexpr (kMGrouped) {
