@@ -228,7 +228,11 @@ def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: in
 def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     """Why a kernel works without this statement, empty where it would not."""
     lines = ptx.splitlines()
-    before = lines[: mutant.line - 1]
+    before, after = lines[: mutant.line - 1], lines[mutant.line :]
+    if mutant.kind == "mbarrier wait":
+        following = next(line for line in after if re.search(r"try_wait|tcgen05|\.shared|\.global|\.async", line))
+        if "try_wait" in following:
+            return "the wait that follows is for warps that have waited for the same stage"
     if mutant.kind == "warp barrier":
         meets = r"wgmma\.wait_group|bar\.warp\.sync"
         met = max((i for i, line in enumerate(before) if re.search(meets, line)), default=0)

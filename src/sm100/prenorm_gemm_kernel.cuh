@@ -17,7 +17,7 @@
 // full[s]           1 (the TMA thread), and the bytes stage s is filled
 // parts[s]          warps 4 to 7                      B has been split; behind a tile's end: D has been read, too
 // empty[s]          warps 0 to 3, 1 (commit)          stage s may be overwritten
-// accumulator_full  1 (commit)                        a tile's products are complete
+// accumulator_full  1 (commit)                        a tile's products are complete; not where it has none
 // named 1           128 (warps 4 to 7)                B has been read, its parts may be written
 #pragma once
 
@@ -98,8 +98,10 @@ public:
             if (params.n > 0) {
                 for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
                     split_b(params, shared, work, state, threadIdx.x - 128);
-                    ptx::mbarrier_wait(shared.accumulator_full, phase);
-                    phase ^= 1;
+                    if (work.num_k_blocks > 0) {
+                        ptx::mbarrier_wait(shared.accumulator_full, phase);
+                        phase ^= 1;
+                    }
                     store(params, work, tensor_memory, warp - 4);
                 });
             }
@@ -200,8 +202,7 @@ private:
                     const uint32_t address = tensor_memory + (warp * 32 << 16) + part * kAccumulatorCols + group * 32;
                     load_columns(address, upper);
                     load_columns(address + kCols, rest);
-                    load_wait(upper);
-                    load_wait(rest);
+                    load_wait(upper, rest);
                 }
                 if (row >= rows_left) continue;
 #pragma unroll
@@ -230,7 +231,7 @@ private:
         for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
             const int s = state.stage_idx;
             ptx::mbarrier_wait(shared.full[s], state.phase);
-            if (params.n == 0) {
+            if (kColGroups == 1 && params.n == 0) {
                 ptx::mbarrier_arrive(shared.empty[s]);
                 continue;
             }
@@ -247,7 +248,8 @@ private:
             }
             commit<1>(shared.empty[s]);
         }
-        if (params.n > 0) commit<1>(shared.accumulator_full);
+        // The next tile's B is not split before D has been read, so this waits for nothing.
+        if (params.n > 0 && work.num_k_blocks > 0) commit<1>(shared.accumulator_full);
     }
 };
 

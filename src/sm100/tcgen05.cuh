@@ -67,11 +67,14 @@ __device__ __forceinline__ void load_columns(uint32_t address, uint32_t (&r)[16]
 }
 
 // The registers are operands, so that the compiler does not read them earlier.
-template <int kCount>
-__device__ __forceinline__ void load_wait(uint32_t (&r)[kCount]) {
+template <int... kCounts>
+__device__ __forceinline__ void load_wait(uint32_t (&... registers)[kCounts]) {
     asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory");
+    const auto pin = []<int kCount>(uint32_t(&r)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
+        for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
+    };
+    (pin(registers), ...);
 }
 
 // ---- operations of the tensor core's queue, issued by one thread and executed in the order of issue ----
