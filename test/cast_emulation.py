@@ -26,6 +26,7 @@ SOURCES = sorted((ROOT / "src" / "cast").glob("*.cu"))
 HEADERS = [
     *sorted((ROOT / "src" / "cast").glob("*.cuh")),
     *(ROOT / "src" / "host" / name for name in ("cast.h", "gemm_problem.h", "gemm_row.h")),
+    ROOT / "src" / "device" / "fp4.cuh",
 ]
 
 RUNTIME = r"""
@@ -66,9 +67,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
     return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
 }
 void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
-unsigned long sizes[8] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+unsigned long sizes[9] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
                           sizeof(GroupedPackProblem), sizeof(SwigluProblem), sizeof(TransposedCastProblem),
-                          sizeof(KGroups), sizeof(KGroupedTransposeProblem)};
+                          sizeof(KGroups), sizeof(KGroupedTransposeProblem), sizeof(ExpandFp4Problem)};
 int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
 int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
 int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
@@ -93,6 +94,7 @@ int k_grouped_transpose(const GroupedTransposeProblem& p, int pdl) {
 }
 int transpose_fp8(const TransposeProblem& p, int pdl) { return launch_transpose_fp8(p, nullptr, pdl); }
 int scale_layout(const ScaleLayoutProblem& p, int pdl) { return launch_scale_layout(p, nullptr, pdl); }
+int expand_fp4(const ExpandFp4Problem& p, int pdl) { return launch_expand_fp4(p, nullptr, pdl); }
 int k_grouped_pack(const GroupedPackProblem& p, int pdl) { return launch_k_grouped_pack_ue8m0(p, nullptr, pdl); }
 }
 """
@@ -113,7 +115,7 @@ class TransposeProblem(ctypes.Structure):
 class ScaleLayoutProblem(ctypes.Structure):
     _fields_ = [("src", _P), ("src_type", _I), ("src_batch_stride", _L), ("src_mn_stride", _L)] + [
         ("src_k_stride", _L), ("dst", _P), ("dst_type", _I), ("dst_batch_stride", _L), ("dst_k_stride", _L)] + [
-        ("batch", _L), ("mn", _L), ("k_sf", _L), ("mn_repeat", _I)]  # fmt: skip
+        ("batch", _L), ("mn", _L), ("k_sf", _L), ("mn_repeat", _I), ("k_repeat", _I)]  # fmt: skip
 
 
 class GroupedPackProblem(ctypes.Structure):
@@ -148,8 +150,13 @@ class GroupedTransposeProblem(ctypes.Structure):
     _fields_ = [("problem", KGroupedTransposeProblem), ("groups", KGroups)]
 
 
+class ExpandFp4Problem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_stride", _L), ("x_batch_stride", _L), ("out", _P), ("out_stride", _L)] + [
+        ("out_batch_stride", _L), ("rows", _L), ("cols", _L), ("batch", _L)]  # fmt: skip
+
+
 PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem, SwigluProblem]
-PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem]
+PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem, ExpandFp4Problem]
 _CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
 
 

@@ -78,6 +78,14 @@ def fp8_bytes(x: torch.Tensor) -> torch.Tensor:
     return torch.where((codes & 0x7F) == NAN_BYTE, torch.full_like(codes, NAN_BYTE), codes)
 
 
+def ragged(n: int, extra: int, stored_by_tma: bool) -> int:
+    """Columns of D: ``extra`` more than ``n``, or so many that they fill units of 16 bytes where TMA is to store them.
+
+    TMA writes whole units also at the end of a row, so that the library stores other rows in another way.
+    """
+    return n + (ceil_div(extra, 8) * 8 if stored_by_tma else extra)
+
+
 def strided(x: torch.Tensor, row_stride: int, device: str, fill: float = math.nan) -> torch.Tensor:
     """A copy of a matrix whose rows lie ``row_stride`` apart in a buffer that is otherwise NaN."""
     rows, cols = x.shape

@@ -32,10 +32,31 @@ from ptx_emulator import mutate
 
 BFLOAT16, FLOAT32 = 0, 1
 FP8_OPERANDS, BF16_OPERANDS = 0, 1
+# The value of each E2M1 code.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 # What the names of an architecture's kernels have in common.
 KERNELS = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
 BUDGET = 500_000_000
+
+
+def k_multiple(row: dict[str, Any]) -> int:
+    """K that a row takes: whole pairs of FP4, whole words of their scales."""
+    if row["family"] != "fp8_fp4_gemm" or row["arch"] == "sm_100a":
+        return 1
+    return 128 if row["scaling"] == "ue8m0" else 2
+
+
+def pack_fp4(codes: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes, two a byte along the last dimension."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def pack_ue8m0(scales: torch.Tensor) -> torch.Tensor:
+    """Powers of two or NaN as UE8M0, four a word along the last dimension, which holds a multiple of them."""
+    codes = torch.where(scales.isnan(), 255, scales.nan_to_num(1).log2() + 127)
+    return codes.to(torch.uint8).contiguous().view(torch.int32)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The library's PTX
@@ -141,6 +162,7 @@ class _Problem(ctypes.Structure):
         ("head_right", ctypes.c_int),
         ("a_is_fp4", ctypes.c_bool),
         ("b_is_fp4", ctypes.c_bool),
+        ("sfb_is_packed", ctypes.c_bool),
     ]
 
 
@@ -178,9 +200,9 @@ def run_row(
 ) -> ptx_emulator.Stats:
     """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, none with BF16 operands.
 
-    A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major. Operands are read-only to
-    the kernel, and memory between tensors does not exist. ``module`` holds another version of it; ``options`` are
-    those of ``Module.launch``.
+    A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major; FP4 ones have bytes of two.
+    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
+    it; ``options`` are those of ``Module.launch``.
     """
     info = _capi.instances()[row]
     a_mn_major, b_mn_major = info["a_mn_major"], info["b_mn_major"]
@@ -191,7 +213,9 @@ def run_row(
         a=a.data_ptr(),
         b=b.data_ptr(),
         a_stride=a.stride(0),
-        b_stride=b.stride(0),
+        b_stride=b.stride(0) * (2 if info["family"] == "fp8_fp4_gemm" else 1),
+        b_is_fp4=info["family"] == "fp8_fp4_gemm",
+        sfb_is_packed=info["scaling"] == "ue8m0",
         d=d.data_ptr(),
         d_stride=d.stride(0),
         d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
@@ -299,7 +323,7 @@ class RowCase:
     ``d`` is ``tma`` (BF16 that TMA can store), ``direct`` (BF16 that it cannot: the first element and the rows lie
     anywhere) or ``float32``; ``c`` is empty, ``full``, ``bias`` or ``alias`` (it is D). ``data`` is ``normal``,
     ``integer`` (results are exact) or ``special`` (integers, with NaN among the values and NaN and Inf among FP8's
-    scales).
+    scales), or of FP4 rows ``far`` (normal, with UE8M0 scales far apart). ``k`` grows to what the row takes.
     """
 
     row: str
@@ -311,6 +335,10 @@ class RowCase:
     data: str = "normal"
     num_sms: int = 8
     seed: int = 0  # of the schedule; the data depends on the rest
+
+    def __post_init__(self) -> None:
+        step = k_multiple(self.info)
+        object.__setattr__(self, "k", ceil_div(self.k, step) * step)
 
     def __str__(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
@@ -334,25 +362,29 @@ class RowCase:
         return (1, 128 if self.info["scaling"] == "1d2d" else 1, self.info["gran_k"])
 
     def _values(self, mn: int, random: torch.Generator) -> torch.Tensor:
-        if self.data == "normal":
+        if self.data in ("normal", "far"):
             return (torch.randn(mn, self.k, generator=random) * 60).clamp(-448, 448)
         values = torch.randint(-3, 4, (mn, self.k), generator=random).float()
         if self.data == "special":
             values.view(-1)[torch.randint(mn * self.k, (3,), generator=random)] = math.nan
         return values
 
-    def _operand(self, mn: int, gran_mn: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 values and float32 scales, both dense."""
-        groups = ceil_div(self.k, self.gran[2])
+    def _scales(
+        self, mn: int, gran_mn: int, gran_k: int, random: torch.Generator, powers: bool = False
+    ) -> torch.Tensor:
+        groups = ceil_div(self.k, gran_k)
         scales = 2.0 ** torch.randint(-2, 3, (ceil_div(mn, gran_mn), groups), generator=random)
-        values = self._values(mn, random)
-        if self.data == "normal":
+        if self.data in ("normal", "far") and not powers:
             scales = scales * (1 + torch.rand(scales.shape, generator=random))
         if self.data == "special":
             at = torch.randint(scales.numel(), (3,), generator=random)
             if gran_mn == 1:  # a scale per block would leave little that is finite
-                scales.view(-1)[at] = torch.tensor([math.nan, math.inf, -math.inf])
-        return values.to(FP8), scales.float()
+                scales.view(-1)[at] = math.nan if powers else torch.tensor([math.nan, math.inf, -math.inf])
+        if self.data == "far" and powers:
+            # Of each row's four scales the largest is one, and the others are hardly in reach of it, or far away.
+            scales = 2.0 ** -torch.randint(9, 30, scales.shape, generator=random)
+            scales[:, ::4] = 1
+        return scales.float()
 
     def _bf16_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
         """[a, None, b, None] as the row takes them, and their product."""
@@ -365,20 +397,38 @@ class RowCase:
     def _fp8_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
         """[a, sfa, b, sfb], and their product."""
         gran_m, gran_n, gran_k = self.gran
-        a, sfa = self._operand(self.m, gran_m, random)
-        b, sfb = self._operand(self.n, gran_n, random)
+        is_fp4, is_packed = self.info["family"] == "fp8_fp4_gemm", self.info["scaling"] == "ue8m0"
+        gran_k_b = 32 if is_fp4 else gran_k
+        a, sfa = self._values(self.m, random).to(FP8), self._scales(self.m, gran_m, gran_k, random)
+        if gran_k_b != gran_k:  # sums over several of B's scales: infinite parts of one have no sign
+            sfa[sfa.isinf()] = math.nan
+        if is_fp4:
+            codes = torch.randint(16, (self.n, self.k), generator=random)
+            if self.data == "far":  # of some rows, only values with small scales are left
+                codes.view(self.n, -1, 4, 32)[::2, :, 0] = 0
+            b = E2M1[codes]
+        else:
+            b = self._values(self.n, random).to(FP8)
+        sfb = self._scales(self.n, gran_n, gran_k_b, random, is_packed)
 
         expected = torch.zeros(self.m, self.n, dtype=torch.float64)
         rows = torch.arange(self.n) // gran_n
-        for group in range(sfa.shape[1]):
-            block = slice(group * gran_k, (group + 1) * gran_k)
+        for group in range(sfb.shape[1]):
+            block = slice(group * gran_k_b, (group + 1) * gran_k_b)
             product = a[:, block].double() @ b[:, block].double().t()
-            expected += product * (sfa[:, group, None].double() * sfb[rows, group].double())
+            scales_of_a = sfa[:, group * gran_k_b // gran_k, None]
+            expected += product * (scales_of_a.double() * sfb[rows, group].double())
 
-        a, b = (strided(x, ceil_div(self.k, 16) * 16 + 16, "cpu") for x in (a, b))
+        if is_packed:
+            sfb = pack_ue8m0(sfb)
+        a = strided(a, ceil_div(self.k, 16) * 16 + 16, "cpu")
+        if is_fp4:
+            b = strided(pack_fp4(codes), ceil_div(self.k, 32) * 16 + 16, "cpu", 0x77)
+        else:
+            b = strided(b, a.stride(0), "cpu")
         # Scales per row lie as TMA reads them, those per block anywhere.
         sfa, sfb = (
-            strided(sf.t(), ceil_div(len(sf), 4) * 4 + 4, "cpu").t()
+            strided(sf.t(), ceil_div(len(sf), 4) * 4 + 4, "cpu", -1 if sf.dtype == torch.int32 else math.nan).t()
             if granularity == 1
             else arrange_scales(sf, "scattered", "cpu")
             for sf, granularity in ((sfa, gran_m), (sfb, gran_n))
@@ -429,7 +479,7 @@ class RowCase:
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         assert same_bits(buffer[outside], before), f"wrote outside of D\nreproduce with: {self.repro}"
-        if self.data == "normal":
+        if self.data in ("normal", "far"):
             # The emulator's tensor core is exact, so FP32 sums are all that rounds: of 128 products in FP8, 16 in BF16.
             float_tol = 2e-6 if self.gran else error_bar(d.dtype, "bf16")
             assert_close(d, expected, tol=float_tol if self.d == "float32" else error_bar(d.dtype), repro=self.repro)

@@ -19,17 +19,15 @@ from deep_gemm_ops import _capi
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch, row_named
+from gemm_emulation import BFLOAT16, BUDGET, E2M1, FLOAT32, _Problem, _Scales, launch, pack_fp4, row_named
 
 FP8_OPERANDS, BF16_OPERANDS = 0, 1  # OperandType
-# The value of each E2M1 code.
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 def random_fp4(shape: tuple[int, ...], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Values in float64, and as they are packed along the last dimension."""
     codes = torch.randint(0, 16, shape, generator=random)
-    return E2M1[codes], (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    return E2M1[codes], pack_fp4(codes)
 
 
 def pack_scales(codes: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 import deep_gemm_ops
 
 from common import FP8, assert_close, assert_equal, ceil_div, encode_scales, error_bar, forced_row, generator, on_sm100
+from gemm_emulation import E2M1, pack_fp4
 
 BF16 = torch.bfloat16
 
@@ -30,7 +31,8 @@ def embed(x: torch.Tensor, pad: int, device: str, align: int = 1) -> torch.Tenso
     """A copy whose rows lie apart, in a buffer that is NaN otherwise: row strides are multiples of ``align`` plus
     ``pad`` elements."""
     cols = x.shape[-1]
-    buffer = torch.full((*x.shape[:-1], ceil_div(cols, align) * align + pad), math.nan).to(x.dtype)
+    fill = math.nan if x.dtype.is_floating_point else 0x77  # FP4 has no NaN
+    buffer = torch.full((*x.shape[:-1], ceil_div(cols, align) * align + pad), fill).to(x.dtype)
     buffer[..., :cols] = x
     return buffer.to(device)[..., :cols]
 
@@ -103,6 +105,16 @@ class Case:
             return values.to(BF16).float()
         return (values * 60).clamp(-448, 448).to(FP8).float()
 
+    def stored_values(
+        self, which: str, shape: tuple[int, ...], random: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Operand "a" or "b" of FP8, BF16 or packed FP4, and as float64."""
+        if self.type == "fp8_fp4" and which in self.fp4:
+            codes = torch.randint(16, shape, generator=random)
+            return pack_fp4(codes), E2M1[codes]
+        values = self.values(shape, random)
+        return values.to(self.dtype), values.double()
+
     @property
     def dtype(self) -> torch.dtype:
         return BF16 if self.type == "bf16" else FP8
@@ -152,7 +164,8 @@ class Case:
         if self.data == "integer":
             assert_equal(actual, expected.to(dtype), repro=self.repro)
         else:
-            assert_close(actual, expected, tol=error_bar(dtype, self.type), repro=self.repro)
+            tol = error_bar(dtype, "bf16" if self.type == "bf16" else "fp8")
+            assert_close(actual, expected, tol=tol, repro=self.repro)
         return result
 
 
@@ -163,8 +176,10 @@ def blocks(sf64: torch.Tensor, gran_mn: int, gran_k: int, mn: int, k: int) -> to
 
 
 def poison(x: torch.Tensor, rows: torch.Tensor) -> None:
-    """NaN into rows, in place, of a matrix of any type but packed scales."""
-    if x.element_size() == 1:
+    """NaN into rows, in place, of a matrix of any type but packed scales and FP4."""
+    if x.dtype == torch.uint8:
+        x[rows] = 0x77
+    elif x.element_size() == 1:
         x.view(torch.uint8)[rows] = 0x7F if x.dtype == FP8 else 0xFF
     elif x.dtype != torch.int32:
         x[rows] = math.nan
@@ -172,7 +187,8 @@ def poison(x: torch.Tensor, rows: torch.Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MGroupedCase(Case):
-    """``m_grouped_<type>_gemm_<order>_contiguous``; ``sizes`` are the rows of each group."""
+    """``m_grouped_<type>_gemm_<order>_contiguous``; ``sizes`` are the rows of each group. With the type "fp8_fp4" the
+    operands in ``fp4`` are FP4."""
 
     sizes: tuple[int, ...]
     n: int
@@ -182,7 +198,7 @@ class MGroupedCase(Case):
     layout: str = "indices"
     alignment: int = 128
     tail: int = 0  # rows of padding behind the last group
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"  # random (float32), e8m0, packed
     sf_strides: str = "columns"
@@ -194,6 +210,7 @@ class MGroupedCase(Case):
     device: str = "cpu"
     seed: int = 0
     row: int | None = None
+    fp4: str = "b"
 
     @property
     def op(self) -> str:
@@ -216,23 +233,21 @@ class MGroupedCase(Case):
         for group, (start, end) in enumerate(zip(starts, ends)):
             owner[start:end] = group
         padding = owner < 0
-        groups, (gran_m, gran_n, gran_k) = len(self.sizes), self.recipe
-        a, b = self.values((m, self.k), random), self.values((groups, self.n, self.k), random)
-        a64, b64 = a.double(), b.double()
+        groups, (gran_m, gran_n, gran_k), gran_k_b = len(self.sizes), self.recipe[:3], self.recipe[-1]
+        a, a64 = self.stored_values("a", (m, self.k), random)
+        b, b64 = self.stored_values("b", (groups, self.n, self.k), random)
         sf: list[torch.Tensor] = []
-        if self.type == "fp8":
+        if self.type != "bf16":
             k_groups = ceil_div(self.k, gran_k)
             sfa, sfa64 = self.scales_of((ceil_div(m, gran_m), k_groups), random)
-            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), k_groups), random)
+            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), ceil_div(self.k, gran_k_b)), random)
             a64 = a64 * blocks(sfa64, gran_m, gran_k, m, self.k)
-            b64 = b64 * blocks(sfb64, gran_n, gran_k, self.n, self.k)
+            b64 = b64 * blocks(sfb64, gran_n, gran_k_b, self.n, self.k)
             if gran_m == 1:
                 poison(sfa, padding)
             sfb = sfb.transpose(1, 2) if self.order == "nn" else sfb
             sf = [arrange(sfa, self.sf_strides, self.device), arrange(sfb, self.sf_strides, self.device)]
-        a = a.to(self.dtype)
         poison(a, padding)
-        b = b.to(self.dtype)
         b = b.transpose(1, 2) if self.order == "nn" else b
         align = 16 // a.element_size()
         needs_alignment = self.order == "nt" or self.type == "bf16"
@@ -262,14 +277,14 @@ class MGroupedCase(Case):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedCase(Case):
-    """``m_grouped_<type>_gemm_nt_masked``; ``counts`` are the rows of each group that count."""
+    """``m_grouped_<type>_gemm_nt_masked``; ``counts`` are the rows of each group that count, ``fp4`` as above."""
 
     counts: tuple[int, ...]
     m_max: int
     n: int
     k: int
     type: str = "fp8"
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"
     sf_strides: str = "columns"
@@ -281,6 +296,7 @@ class MaskedCase(Case):
     device: str = "cpu"
     seed: int = 0
     row: int | None = None
+    fp4: str = "b"
 
     @property
     def op(self) -> str:
@@ -288,26 +304,24 @@ class MaskedCase(Case):
 
     def build(self) -> Built:
         random = generator(self.seed)
-        groups, (gran_m, gran_n, gran_k) = len(self.counts), self.recipe
-        a = self.values((groups, self.m_max, self.k), random)
-        b = self.values((groups, self.n, self.k), random)
-        a64, b64 = a.double(), b.double()
+        groups, (gran_m, gran_n, gran_k), gran_k_b = len(self.counts), self.recipe[:3], self.recipe[-1]
+        a, a64 = self.stored_values("a", (groups, self.m_max, self.k), random)
+        b, b64 = self.stored_values("b", (groups, self.n, self.k), random)
         counts = torch.tensor(self.counts, dtype=torch.int32)
         live = torch.arange(self.m_max) < counts[:, None]
-        a = a.to(self.dtype)
         poison(a, ~live)
         sf: list[torch.Tensor] = []
-        if self.type == "fp8":
+        if self.type != "bf16":
             k_groups = ceil_div(self.k, gran_k)
             sfa, sfa64 = self.scales_of((groups, ceil_div(self.m_max, gran_m), k_groups), random)
-            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), k_groups), random)
+            sfb, sfb64 = self.scales_of((groups, ceil_div(self.n, gran_n), ceil_div(self.k, gran_k_b)), random)
             a64 = a64 * blocks(sfa64, gran_m, gran_k, self.m_max, self.k)
-            b64 = b64 * blocks(sfb64, gran_n, gran_k, self.n, self.k)
+            b64 = b64 * blocks(sfb64, gran_n, gran_k_b, self.n, self.k)
             if gran_m == 1:
                 poison(sfa, ~live)
             sf = [arrange(sfa, self.sf_strides, self.device), arrange(sfb, self.sf_strides, self.device)]
         align = 16 // a.element_size()
-        a, b = (embed(x, self.pad, self.device, align) for x in (a, b.to(self.dtype)))
+        a, b = (embed(x, self.pad, self.device, align) for x in (a, b))
         expected = a64 @ b64.transpose(1, 2)
 
         dtype = getattr(torch, self.out_dtype)
@@ -431,7 +445,7 @@ class EinsumCase(Case):
     expr: str
     sizes: tuple[int, int, int, int] | tuple[int, int, int]
     type: str = "bf16"
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     pass_recipe: bool = False
     scales: str = "random"
     sf_strides: str = "rows"
@@ -550,7 +564,7 @@ class HeadsCase(Case):
     heads: int
     splits: tuple[int, int, int]
     k: int
-    recipe: tuple[int, int, int] = (1, 128, 128)
+    recipe: tuple[int, ...] = (1, 128, 128)
     scales: str = "random"
     out_dtype: str = "bfloat16"
     out: bool = False

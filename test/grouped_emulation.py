@@ -17,13 +17,23 @@ from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits
-from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch, row_named
+from gemm_emulation import (
+    BF16_OPERANDS,
+    BFLOAT16,
+    BUDGET,
+    FLOAT32,
+    _Problem,
+    _Scales,
+    k_multiple,
+    launch,
+    row_named,
+)
 from gemm_sm100_emulation import pack_scales, random_fp4
 
 
 def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
     """A copy of ``[groups, rows, cols]`` whose rows lie ``inner`` apart, with a row between groups, or the groups' rows
-    in turns. Memory in between is NaN.
+    in turns. Memory in between is NaN, of integers 0x77.
     """
     groups, rows, cols = x.shape
     if interleaved:
@@ -46,9 +56,9 @@ class GroupedCase:
     ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
     ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``
     replaces what the layout holds: then only memory is checked. ``heads`` are the left, middle and right columns of a
-    dense product's heads. ``d``, ``c`` and ``data`` are those of RowCase, but on SM100 TMA stores FP32 results, too:
-    ``float32`` are those that it can address, ``float32_direct`` others. There ``a`` and ``b`` may be fp4, B K-major or
-    not, and the granularity of scales is the case's, too.
+    dense product's heads. ``k`` grows to what the row takes. ``d``, ``c`` and ``data`` are those of RowCase. On SM100
+    TMA stores FP32 results, too: ``float32`` are those that it can address, ``float32_direct`` others. There ``a`` and
+    ``b`` may be fp4, B K-major or not, and the granularity of scales is the case's, too.
     """
 
     row: str
@@ -71,6 +81,9 @@ class GroupedCase:
     b: str = "fp8"
     b_mn_major: bool = False
     gran_k: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", align(self.k, k_multiple(self.info)))
 
     def __str__(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
@@ -108,7 +121,7 @@ class GroupedCase:
         return owner
 
     def _random(
-        self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator, kind: str = "fp8"
+        self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator, kind: str, powers: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Values as the row takes them and in float64, and scales of shape ``groups``, which are 1 for BF16."""
         if self.info["scaling"] == "none":
@@ -118,7 +131,7 @@ class GroupedCase:
             stored = values.bfloat16()
             return stored, stored.double(), torch.ones(groups)
         scales = 2.0 ** torch.randint(-2, 3, groups, generator=random)
-        if self.data == "normal" and self.info["scaling"] != "ue8m0":
+        if self.data == "normal" and not powers:
             scales = scales * (1 + torch.rand(groups, generator=random))
         if kind == "fp4":
             values, stored = random_fp4(shape, random)
@@ -141,8 +154,14 @@ class GroupedCase:
         gran_k = k if is_bf16 else self.gran_k if is_sm100 else info["gran_k"]
         k_groups = ceil_div(k, gran_k)
         random = generator(hash((self.sizes, n, k)) % 2**32)
-        a, a_values, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random, self.a)
-        b, b_values, sfb = self._random((groups, n, k), (groups, ceil_div(n, gran_n), k_groups), random, self.b)
+        # SM90's rows for FP4 have it in B, whose scales are per 32 of K, and packed where A's are per 128.
+        sm90_fp4 = info["family"] == "fp8_fp4_gemm" and not is_sm100
+        gran_k_b = 32 if sm90_fp4 else gran_k
+        is_packed = [info["scaling"] == "ue8m0" and is_sm100, info["scaling"] == "ue8m0"]
+        groups_of_b = (groups, ceil_div(n, gran_n), ceil_div(k, gran_k_b))
+        kind_of_b = "fp4" if sm90_fp4 else self.b
+        a, a_values, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random, self.a, is_packed[0])
+        b, b_values, sfb = self._random((groups, n, k), groups_of_b, random, kind_of_b, is_packed[1])
 
         d_type = torch.float32 if self.d.startswith("float32") else torch.bfloat16
         # Rows that belong to no group are NaN in A and in D, where they stay so unless they are to be set to zero.
@@ -153,20 +172,21 @@ class GroupedCase:
             at = (group if own_rows else 0, slice(start, end))
             owned[at] = True
             expected[at] = 0
-            for i in range(k_groups):
-                block = slice(i * gran_k, (i + 1) * gran_k)
+            for i in range(sfb.shape[2]):
+                block = slice(i * gran_k_b, (i + 1) * gran_k_b)
                 product = a_values[at][:, block] @ b_values[group, :, block].t()
-                expected[at] += product * (sfa[at[0], i, start:end, None].double() * sfb[group, columns, i].double())
+                scales_of_a = sfa[at[0], i * gran_k_b // gran_k, start:end, None].double()
+                expected[at] += product * (scales_of_a * sfb[group, columns, i].double())
         if is_bf16:
             a[~owned] = math.nan
         else:
             a.view(torch.uint8)[~owned] = 0x7F
         sfa.transpose(1, 2)[~owned] = math.nan
-        if info["scaling"] == "ue8m0":
-            sfa, sfb = (
-                pack_scales(torch.where(sf.isnan(), 255, sf.log2() + 127).long()) for sf in (sfa, sfb.transpose(1, 2))
-            )
-            sfb = sfb.transpose(1, 2)
+        sfa, sfb = (
+            pack_scales(torch.where(sf.isnan(), 255, sf.log2() + 127).long()) if packed else sf
+            for sf, packed in zip((sfa, sfb.transpose(1, 2)), is_packed)
+        )
+        sfb = sfb.transpose(1, 2)
 
         # The product's columns that each column of D holds.
         source = torch.arange(n)
@@ -211,6 +231,7 @@ class GroupedCase:
             b=b.data_ptr(),
             a_stride=a.stride(1) * item[0],
             b_stride=b.stride(1) * item[1],
+            sfb_is_packed=is_packed[1] and not is_sm100,
             d=d.data_ptr(),
             d_stride=d.stride(1),
             d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,

@@ -16,7 +16,7 @@ import torch
 from expecttest import assert_expected_inline
 
 from deep_gemm_ops import prenorm_gemm, reference
-from deep_gemm_ops.bench import cli, layers, mqa_logits, plot, products, report, suites
+from deep_gemm_ops.bench import cli, fp4, layers, mega_moe, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
 from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES, GemmCase, make_gemm_operands
@@ -427,6 +427,21 @@ def test_mqa_records(on_cpu):
     assert report.failures(run) == ["S 8, S_kv 24, H 16, split, deep_gemm_ops: wrong result: off"]
 
 
+def test_mega_records(on_cpu):
+    """In one operator and in many, with the same result; a wrong one is reported."""
+    for name, value in (("LOCAL_EXPERTS", 4), ("EXPERTS", 16), ("TOPK", 3)):
+        on_cpu.setattr(mega_moe, name, value)
+    on_cpu.setattr(mega_moe, "LAYERS", [mega_moe.Layer(1, 128, 256), mega_moe.Layer(9, 128, 256)])
+    records = list(mega_moe.mega_records(LIMITS, repeats=3))
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm_ops", "deep_gemm_ops operators"]] * 2
+    assert records[0]["flops"] == 2 * 3 * 256 * 128 and not any(record["failed"] for record in records)
+    run = {"mega_moe": records, "device": {"copy_gbps": 4000.0}}
+    assert "9 tokens, 4 of 16 x 128 x 256" in report.text(run) and report.failures(run) == []
+    on_cpu.setattr(mega_moe._Problem, "expected", lambda self: self.by_operators(0) + 1)
+    (record, *_) = mega_moe.mega_records(LIMITS, repeats=3, references=False)
+    assert record["failed"]["deep_gemm_ops"].startswith("wrong result")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports
 
@@ -590,6 +605,23 @@ offsets 50.00 5.00x
   m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops psum       5.000x of 1
   m_grouped_fp8_gemm_nt_contiguous   deep_gemm_ops offsets    5.000x of 1""",
     )
+
+
+def test_fp4_products(on_cpu):
+    on_cpu.setattr(fp4, "BENCH_M", (3,))
+    on_cpu.setattr(fp4, "BENCH_SHAPES", ((136, 256),))
+    on_cpu.setattr(fp4, "MASKED", ((3, 20),))
+    on_cpu.setattr(fp4, "MASKED_MAX", 32)
+    on_cpu.setattr(fp4, "MASKED_SHAPES", ((130, 384),))
+    records = [products.product_record(problem, limits=LIMITS, repeats=3) for problem in fp4.problems()]
+    assert [record["op"] for record in records] == ["fp8_fp4_gemm_nt, M 3", "m_grouped_fp8_fp4_gemm_nt_masked"]
+    # The weights in FP4, FP8 and BF16 are the same numbers, so all contenders have passed the check.
+    assert [sorted(record["times"]) for record in records] == [
+        ["deep_gemm_ops", "fp8_gemm_nt", "torch.matmul"],
+        ["deep_gemm_ops", "m_grouped_fp8_gemm_nt_masked"],
+    ]
+    assert not any(record["failed"] for record in records)
+    assert records[0]["bytes"] < 3 * 256 + 136 * (128 + 8) + 3 * 136 * 2 + 4096
 
 
 def test_wrong_products_are_not_timed(on_cpu):

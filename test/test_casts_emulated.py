@@ -7,6 +7,7 @@ import torch
 
 from deep_gemm_ops import reference
 from deep_gemm_ops._checks import cast_scale_shape
+from deep_gemm_ops.fp8_fp4_gemm import expand_fp4
 
 import cast_emulation as emulation
 from cast_emulation import (
@@ -229,7 +230,9 @@ def arrangements(x: torch.Tensor) -> list[torch.Tensor]:
     return [matrix((groups, mn, columns), s, x.dtype).copy_(x) for s in strides]
 
 
-def scale_layout(src: torch.Tensor, k_sf: int, dst_type: str, repeat: int = 1, mn: int = 0, **options: object):
+def scale_layout(
+    src: torch.Tensor, k_sf: int, dst_type: str, repeat: int = 1, mn: int = 0, k_repeat: int = 1, **options: object
+):
     types = {torch.float32: 0, torch.uint8: 1, torch.int32: 2}
     groups, rows, _ = src.shape
     mn = mn or rows
@@ -249,6 +252,7 @@ def scale_layout(src: torch.Tensor, k_sf: int, dst_type: str, repeat: int = 1, m
         mn=mn,
         k_sf=k_sf,
         mn_repeat=repeat,
+        k_repeat=k_repeat,
     )
     result = emulation.run("scale_layout", problem, [src], [dst], **options)
     if dst.numel():
@@ -302,6 +306,46 @@ def test_block_scales_repeated_for_every_row(mn: int) -> None:
     expected = reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(rows)
     for src in arrangements(x):
         assert_same(scale_layout(src, 9, "packed", repeat=128, mn=mn)[0], expected)
+
+
+@pytest.mark.parametrize("k_sf", [1, 4, 7, 30, 131])
+def test_scales_repeated_along_k(k_sf: int) -> None:
+    """Each of a quarter of them four times, from every type to every type, also for 128 rows at once."""
+    x = powers_of_two((2, 3, ceil_div(k_sf, 4)), 4)
+    codes = reference.pack_ue8m0((x.double().log2() + 127).to(torch.int32))
+    e8m0 = (x.double().log2() + 127).to(torch.uint8)
+    for mn in (3, 300):
+        rows = x.repeat_interleave(128, 1)[:, :mn] if mn > 3 else x
+        expected = rows.repeat_interleave(4, 2)[:, :, :k_sf].contiguous()
+        packed = reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(expected)
+        options = {"repeat": 128 if mn > 3 else 1, "mn": mn, "k_repeat": 4}
+        for contents in (x, e8m0, codes):
+            for seed, src in enumerate(arrangements(contents)):
+                assert_same(scale_layout(src, k_sf, "float32", seed=seed, **options)[0], expected)
+                assert_same(scale_layout(src, k_sf, "packed", seed=seed, **options)[0], packed)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 5, 64), (3, 7, 130), (2, 300, 62)])
+def test_fp4_becomes_fp8(shape: tuple[int, int, int]) -> None:
+    batch, rows, cols = shape
+    stride, out_stride = align(cols // 2, 16) + 16, align(cols, 32) + 32
+    x = matrix((batch, rows, cols // 2), (rows * stride + 16, stride, 1), torch.uint8)
+    x.copy_(torch.randint(256, x.shape, generator=torch.Generator().manual_seed(cols), dtype=torch.uint8))
+    out = matrix((batch, rows, align(cols, 32)), (rows * out_stride, out_stride, 1), torch.float8_e4m3fn)
+    problem = emulation.ExpandFp4Problem(
+        x=x.data_ptr(),
+        x_stride=x.stride(1),
+        x_batch_stride=x.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(1),
+        out_batch_stride=out.stride(0),
+        rows=rows,
+        cols=cols,
+        batch=batch,
+    )
+    emulation.run("expand_fp4", problem, [x], [out])
+    assert_padding_untouched(out)
+    assert_same(out[:, :, :cols].contiguous(), expand_fp4(x))
 
 
 MANY_GROUPS = [0] * 40 + [700] + [33] * 40

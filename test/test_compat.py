@@ -19,7 +19,7 @@ import deep_gemm_ops
 from deep_gemm_ops import compat, reference
 from deep_gemm_ops.compat import _names
 
-from common import ROOT, assert_close, error_bar, generator, same_bits
+from common import ROOT, assert_close, error_bar, generator, on_sm100, same_bits
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -220,6 +220,33 @@ def test_grouped_masked(deep_gemm: ModuleType, device: str) -> None:
             assert bool(d[group, count:].isnan().all())
     with pytest.raises(RuntimeError, match="enable_overlap has value True, expected False"):
         deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, 16, enable_overlap=True)
+
+
+def test_fp4_weights(deep_gemm: ModuleType, device: str) -> None:
+    """Activations with a scale per 128 of K, FP4 weights with one per 32, packed; dense and of experts."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randint(256, (3, 64, 128), generator=random, dtype=torch.uint8).view(torch.int8).to(device)
+    words = torch.randint(0x78, 0x7C, (3, 64, 2 * 4), generator=random).to(torch.uint8).view(torch.int32).to(device)
+    a, layout = tokens(384, 256, device), indices(device)
+    recipes = {"recipe_a": (1, 128), "recipe_b": (1, 32)}
+    d, expected = empty(384, 64, device=device), empty(384, 64, device=device)
+    deep_gemm.fp8_fp4_gemm_nt(a, (weights[0], words[0]), d, **recipes)
+    ops.fp8_fp4_gemm_nt.out(*a, weights[0], words[0], recipe=[1, 1, 128, 32], out=expected)
+    assert same_bits(d, expected)
+    with pytest.raises(RuntimeError, match="recipe_a, recipe_b have gran_k 128 and 32, expected the same"):
+        deep_gemm.fp8_fp4_gemm_nt(a, a, empty(384, 384, device=device), **recipes)
+    if on_sm100(device):
+        return
+    rows = layout >= 0
+    expected = ops.m_grouped_fp8_fp4_gemm_nt_contiguous(*a, weights, words, layout, recipe=[1, 1, 128, 32])
+    deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(a, (weights, words), d, layout, **recipes)
+    assert same_bits(d[rows], expected[rows])
+    masked_m = torch.tensor([5, 128, 0], dtype=torch.int32, device=device)
+    a = (a[0].view(3, 128, 256), a[1].reshape(3, 128, 2))
+    d = empty(3, 128, 64, device=device)
+    deep_gemm.m_grouped_fp8_fp4_gemm_nt_masked(a, (weights, words), d, masked_m, 64, **recipes)
+    expected = ops.m_grouped_fp8_fp4_gemm_nt_masked(*a, weights, words, masked_m, 64, recipe=[1, 1, 128, 32])
+    assert all(same_bits(d[g, :count], expected[g, :count]) for g, count in enumerate([5, 128, 0]))
 
 
 def test_grouped_bf16(deep_gemm: ModuleType, device: str) -> None:
@@ -482,7 +509,7 @@ def test_names_on_gpus(deep_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(_names._capi, "instances", lambda: [{"arch": "sm_90a"}])
+    monkeypatch.setattr(_names._capi, "instances", lambda arch: [{"arch": "sm_90a"}])
     assert hasattr(deep_gemm, "fp8_gemm_nt")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for capability, there in (((9, 0), True), ((10, 0), False)):

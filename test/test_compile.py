@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import deep_gemm_ops
 
+import mega_cases
 import mqa_cases
 from common import FP8, LAYOUTS, GemmCase, encode_scales, generator, same_bits
 from fp4 import Fp4Case
@@ -130,7 +131,7 @@ def samples(device: str) -> list[Sample]:
         outs = {"out": torch.zeros(*lead, m, n, device=device), "out_sqr_sum": torch.zeros(*lead, m, device=device)}
         calls.append((ops.tf32_hc_prenorm_gemm.default, (a, b), {"num_splits": splits}))
         calls.append((ops.tf32_hc_prenorm_gemm.out, (a, b), {"num_splits": splits, **outs}))
-    return calls + mqa_cases.samples(device)
+    return calls + mqa_cases.samples(device) + mega_cases.samples(device)
 
 
 def describe(sample: Sample) -> str:
@@ -169,6 +170,8 @@ deep_gemm::bf16_gemm_tn(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dt
 deep_gemm::bf16_gemm_tn.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
 deep_gemm::bf16_gemm_tt(Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
 deep_gemm::bf16_gemm_tt.out(Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
+deep_gemm::bf16_mega_moe(Tensor l1, Tensor l2, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000) -> Tensor
+deep_gemm::bf16_mega_moe.out(Tensor l1, Tensor l2, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000, Tensor(d!) out) -> ()
 deep_gemm::einsum(str expr, Tensor a, Tensor b, *, Tensor? c=None, ScalarType out_dtype=15) -> Tensor
 deep_gemm::einsum.out(str expr, Tensor a, Tensor b, *, Tensor? c=None, Tensor(d!) out) -> ()
 deep_gemm::expand_ue8m0(Tensor sf, *, SymInt k_sf) -> Tensor
@@ -193,6 +196,8 @@ deep_gemm::fp8_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=
 deep_gemm::fp8_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000) -> Tensor
+deep_gemm::fp8_mega_moe.out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000, Tensor(d!) out) -> ()
 deep_gemm::fp8_mqa_logits(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, ScalarType logits_dtype=6) -> Tensor
 deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, Tensor(d!) out) -> ()
 deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor

@@ -12,7 +12,9 @@ import torch
 import deep_gemm_ops
 from deep_gemm_ops import _capi
 
-from common import LAYOUTS, assert_close, cuda_condition, error_bar, generator, same_bits
+from common import LAYOUTS, assert_close, ceil_div, cuda_condition, error_bar, generator, same_bits
+from fp4 import Fp4Case
+from gemm_emulation import k_multiple
 from grouped import BF16Case, Case, EinsumCase, HeadsCase, KGroupedCase, MaskedCase, MGroupedCase, mk_alignment
 
 
@@ -34,17 +36,24 @@ def runnable(row: dict[str, Any]) -> bool:
 def cases_of(row: dict[str, Any]) -> Iterator[Case]:
     """Problems for a row, ragged in every direction."""
     block_m, block_n = row["block_m"], row["block_n"]
-    type_ = "bf16" if row["scaling"] == "none" else "fp8"
+    type_ = row["family"].removesuffix("_gemm")
     common: dict[str, Any] = {"device": "cuda", "row": row["index"], "type": type_}
-    if type_ == "fp8" and row["grouping"] != "k_grouped":
+    if type_ != "bf16" and row["grouping"] != "k_grouped":
         common |= {"recipe": (1, 128 if row["scaling"] == "1d2d" else 1, row["gran_k"]), "pass_recipe": True}
+    if row["scaling"] == "ue8m0":
+        common |= {"scales": "packed", "recipe": (1, 1, row["gran_k"], 32)}
     for n, k, data, out_dtype in [
         (block_n, 512, "normal", "bfloat16"),
         (2 * block_n + 40, 1040, "integer", "float32"),
         (block_n + 8, 720, "integer", "bfloat16"),
     ]:
         options = {**common, "data": data, "out_dtype": out_dtype}
-        if row["grouping"] == "dense":
+        k = ceil_div(k, k_multiple(row)) * k_multiple(row)
+        if row["grouping"] == "dense" and type_ == "fp8_fp4":
+            del options["type"]
+            for m in (1, block_m, 3 * block_m - 5):
+                yield Fp4Case(m, n, k, c="bias", out=True, **options)
+        elif row["grouping"] == "dense":
             layout = ("t" if row["a_mn_major"] else "n") + ("n" if row["b_mn_major"] else "t")
             for m in (1, block_m, 3 * block_m - 5):
                 yield BF16Case(m, n, k, layout, c="bias", out=True, **options)

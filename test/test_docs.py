@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from deep_gemm_ops import mega_moe
 
 from common import ROOT
 
@@ -39,11 +43,27 @@ def test_scaled_mm_page(monkeypatch: pytest.MonkeyPatch) -> None:
     run_blocks("scaled_mm.md", monkeypatch)
 
 
-def test_operators_page_is_current() -> None:
-    """The page is what its script makes: schemas, docstrings, and the results and messages of calls that are run."""
+def tool(name: str) -> ModuleType:
+    """A script in tools/."""
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        import make_operator_docs
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
+
+
+def test_mega_moe_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its example runs, what it says of a buffer's size is so, and its picture is what the script draws."""
+    scope = run_blocks("mega_moe.md", monkeypatch)
+    assert scope["y"].shape == (40, 256) and scope["y"].isfinite().all() and scope["y"].any()
+    layout = mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, False).buffer_layout()
+    combine = (layout.counts - layout.combine) / 1e9
+    sizes = f"{layout.bytes / 1e9:.2f} GB, of which the combine\nbuffer is {combine:.2f} GB"
+    assert sizes in (ROOT / "docs" / "mega_moe.md").read_text()
+    assert (ROOT / "docs" / "mega_moe.svg").read_text() == tool("draw_mega_moe").draw(), "run tools/draw_mega_moe.py"
+
+
+def test_operators_page_is_current() -> None:
+    """The page is what its script makes: schemas, docstrings, and the results and messages of calls that are run."""
+    make_operator_docs = tool("make_operator_docs")
     assert (ROOT / "docs" / "operators.md").read_text() == make_operator_docs.page(), "run tools/make_operator_docs.py"

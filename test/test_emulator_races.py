@@ -226,7 +226,7 @@ CASES = {
     # Not races.
     "words of one granule": (
         "st.shared.u32 [%mine], %t; ld.shared.u32 %r1, [%mine]; SYNC st.shared.u32 [%mine], 1;",
-        ";",
+        "mov.u32 %r7, 0;",
         None,
         1,
     ),
@@ -239,14 +239,14 @@ CASES = {
     ),
     "every lane writes the same word": (
         "@%w0 st.shared.u32 [%base], 7; SYNC @%w0 ld.shared.u32 %r1, [%base];",
-        ";",
+        "mov.u32 %r7, 0;",
         None,
         1,
     ),
     "atomics": (
         """@%w0 st.shared.u32 [%base], 0; bar.sync 0; atom.shared.add.u32 %r1, [%base], 1;
         red.shared.add.u32 [%base], 1; SYNC bar.sync 0; ld.shared.u32 %r1, [%base];""",
-        ";",
+        "mov.u32 %r7, 0;",
         None,
         1,
     ),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import ptx_emulator
-from ptx_emulator.testing import expect, kernels
+from ptx_emulator.testing import expect, kernels, module
 
 torch = pytest.importorskip("torch")
 SEEDS = range(3)
@@ -86,3 +86,42 @@ def test_block_scaled(seed):
     scaled = [t.double() * torch.exp2(e.double() - 127).repeat_interleave(32, 1) for t, e in ((a, ea), (b, eb))]
     ref = scaled[0] @ scaled[1].T
     assert ((out.double() - ref).abs() <= 1e-5 * ref.abs().max()).all()
+
+
+# Warp 0 allocates and frees, warp 1 stores, warp 5, which reaches the same lanes, loads.
+SHARED_COLUMNS = """
+.shared .align 16 .b8 at[16]; .reg .b32 %t, %wp, %s, %a, %v, %r<3>; .reg .b64 %out, %d; .reg .pred %w0, %w1, %w5;
+mov.u32 %t, %tid.x; shr.u32 %wp, %t, 5; mov.u32 %s, at; ld.param.u64 %out, [out];
+setp.eq.u32 %w0, %wp, 0; setp.eq.u32 %w1, %wp, 1; setp.eq.u32 %w5, %wp, 5;
+@!%w0 bra A; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%s], 32; A: bar.sync 0; ld.shared.u32 %a, [%s];
+@!%w1 bra B; tcgen05.st.sync.aligned.32x32b.x1.b32 [%a], {%t}; tcgen05.wait::st.sync.aligned; BEFORE B:
+BARRIER
+@!%w5 bra C; AFTER tcgen05.ld.sync.aligned.32x32b.x1.b32 {%v}, [%a]; tcgen05.wait::ld.sync.aligned;
+mul.wide.u32 %d, %t, 4; add.u64 %d, %d, %out; st.global.u32 [%d], %v; C:
+LAST
+@!%w0 bra D; tcgen05.dealloc.cta_group::1.sync.aligned.b32 %a, 32;
+tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned; D:
+"""
+PARTS = {
+    "BEFORE": "tcgen05.fence::before_thread_sync;",
+    "BARRIER": "bar.sync 0;",
+    "AFTER": "tcgen05.fence::after_thread_sync;",
+    "LAST": "bar.sync 0;",
+}
+
+
+@pytest.mark.parametrize("missing", [None, *PARTS])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_order_between_the_warps_that_use_a_column(missing, seed):
+    """What one warp has stored another loads, and a third frees, with any schedule."""
+    text = SHARED_COLUMNS
+    for name, part in PARTS.items():
+        text = text.replace(name, "" if name == missing else part)
+    out = np.zeros(192, np.uint32)
+    launch = lambda: module(text, target="sm_100a").launch("k", 1, 192, [out], seed=seed)  # noqa: E731
+    if missing:
+        kinds = ("race", "tmem_alloc", "uninit_tmem") if missing == "LAST" else ("tcgen05_fence", "uninit_tmem")
+        expect(kinds, launch)
+    else:
+        launch()
+        assert (out[160:] == np.arange(32, 64)).all()

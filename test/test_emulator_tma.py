@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import ptx_emulator
+from ptx_emulator import layouts
 from ptx_emulator.testing import expect, kernels
 
 SEEDS = range(4)
@@ -49,7 +50,7 @@ def test_store_out_of_bounds():
 
 
 @pytest.mark.parametrize("sin,sout", [(0, 0), (32, 128), (64, 32), (128, 64)])
-@pytest.mark.parametrize("x,y", [(0, 0), (-4, 5), (40, 60)])
+@pytest.mark.parametrize("x,y", [(0, 0), (4, -5), (40, 60)])
 @pytest.mark.parametrize("seed", range(2))
 def test_box_copy(sin, sout, x, y, seed):
     """A 2-D box through shared memory; out-of-bounds elements read as zero and are not written."""
@@ -64,6 +65,77 @@ def test_box_copy(sin, sout, x, y, seed):
     assert np.array_equal(out, ref)
 
 
+def patterned(size, fill=0x5A):
+    """Bytes at a multiple of 256."""
+    raw = np.full(size + 256, fill, np.uint8)
+    return raw[-raw.ctypes.data % 256 :][:size]
+
+
+def matrix_map(memory, dtype, item, rows, cols, pitch, box, swizzle):
+    shape = [cols, rows], [pitch], box
+    return ptx_emulator.encode_tiled(dtype, 2, memory, *shape, swizzle=swizzle)
+
+
+@pytest.mark.parametrize("dtype,item", [("u8", 1), ("bf16", 2), ("f32", 4)])
+@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
+@pytest.mark.parametrize("x,y", [(0, 0), (-16, -2), (16, 3), (-48, 0)])
+def test_box_in_shared_memory(dtype, item, swizzle, x, y):
+    """Elements beyond the matrix are zero, to the element; the padding behind its rows is not read."""
+    width = swizzle or 64
+    memory, out = patterned(7 * 128), patterned(8 * width, 0)
+    memory[:] = np.random.randint(1, 99, memory.size)
+    cols = 53 // item
+    box = [width // item, 8]
+    args = [matrix_map(memory, dtype, item, 7, cols, 128, box, swizzle), out, out.size // 16, out.size, x // item, y]
+    kernels("tma").launch("load_raw", 1, 32, args, smem=out.size)
+    padded = np.zeros((7 + 20, cols * item + 400), np.uint8)
+    padded[10:17, 200 : 200 + cols * item] = memory.reshape(7, 128)[:, : cols * item]
+    want = padded[10 + y : 18 + y, 200 + x : 200 + x + width]
+    at = layouts.swizzled(np.arange(out.size), swizzle)
+    assert np.array_equal(out[at].reshape(8, width), want)
+
+
+@pytest.mark.parametrize("swizzle,inner", [(32, 16), (64, 16), (64, 32), (64, 48), (128, 16), (128, 64), (128, 96)])
+def test_boxes_narrower_than_the_swizzle(swizzle, inner):
+    """Their rows lie as far apart as the swizzle spans; what completes is counted without the padding."""
+    memory, out = patterned(8 * 256), patterned(8 * swizzle, 0)
+    memory[:] = np.random.randint(1, 99, memory.size)
+    args = [matrix_map(memory, "s32", 4, 8, 64, 256, [inner // 4, 8], swizzle), out, out.size // 16, 8 * inner, 0, 0]
+    kernels("tma").launch("load_raw", 1, 32, args, smem=out.size)
+    row, byte = np.arange(8)[:, None], np.arange(inner)[None]
+    image = out[layouts.swizzled(row * swizzle + byte, swizzle)]
+    assert np.array_equal(image, memory.reshape(8, 256)[:, :inner])
+
+
+@pytest.mark.parametrize("dtype,item", [("u8", 1), ("bf16", 2), ("f32", 4)])
+@pytest.mark.parametrize("swizzle", [0, 128])
+@pytest.mark.parametrize("cols", [1, 5, 8, 13, 16])
+def test_stores_fill_units_of_16_bytes(dtype, item, swizzle, cols):
+    """As an H200 does: where a row ends inside of 16 bytes, the rest of them is written too; rows are left out."""
+    memory, image = patterned(5 * 128), patterned(8 * 128)
+    image[:] = np.random.randint(1, 99, image.size)
+    before = memory.copy().reshape(5, 128)
+    args = [matrix_map(memory, dtype, item, 4, cols, 128, [128 // item, 8], swizzle), image, image.size // 16, 0, 0, 0]
+    kernels("tma").launch("store_raw", 1, 32, args, smem=image.size, buffers=[memory])
+    end = -(-cols * item // 16) * 16
+    want = before.copy()
+    want[:4, :end] = image[layouts.swizzled(np.arange(image.size), swizzle)].reshape(8, 128)[:4, :end]
+    assert np.array_equal(memory.reshape(5, 128), want)
+    tight = patterned(3 * 128 + cols * item)
+    args[0] = matrix_map(tight, dtype, item, 4, cols, 128, [128 // item, 8], swizzle)
+    if cols * item % 16:
+        expect("global_bounds", kernels("tma").launch, "store_raw", 1, 32, args, smem=image.size)
+    else:
+        kernels("tma").launch("store_raw", 1, 32, args, smem=image.size)
+
+
+def test_a_store_does_not_start_before_the_first_column():
+    """As an H200 does: it stops with an illegal instruction."""
+    memory, image = patterned(5 * 128), patterned(8 * 128)
+    args = [matrix_map(memory, "f32", 4, 4, 20, 128, [32, 8], 0), image, image.size // 16, 0, -4, 0]
+    expect("tma_coordinate", kernels("tma").launch, "store_raw", 1, 32, args, smem=image.size)
+
+
 def test_a_box_starts_on_a_multiple_of_16_bytes():
     """As an H200 does: from other columns on it stops with an illegal instruction."""
     a = np.zeros((70, 52), np.float32)
@@ -75,11 +147,10 @@ def test_a_box_starts_on_a_multiple_of_16_bytes():
 
 def test_wrong_swizzle_is_visible():
     a, out = np.random.randn(24, 32).astype(np.float32), np.zeros((24, 32), np.float32)
-    maps = [
-        ptx_emulator.tensor_map(t, "f32", [16, 24], swizzle=s) for t, s in ((a, 128), (out, 128))
-    ]  # the kernel stores 64-byte swizzled
-    kernels("tma").launch("box_copyILi128ELi64ELb0E", 1, 64, [*maps, 24, 64, 0, 0], smem=65536)
-    assert not np.array_equal(out[:, :16], a[:, :16])
+    # The kernel stores 64-byte swizzled.
+    maps = [ptx_emulator.tensor_map(t, "f32", [32, 24], swizzle=128) for t in (a, out)]
+    kernels("tma").launch("box_copyILi128ELi64ELb0E", 1, 64, [*maps, 24, 128, 0, 0], smem=65536)
+    assert not np.array_equal(out, a) and np.array_equal(np.sort(out, None), np.sort(a, None))
 
 
 def test_reduce_add():

@@ -32,7 +32,7 @@ def test_mn_major():
 def test_fp8(hopper):
     a, b = (torch.randn(64, 32).to(torch.float8_e4m3fn) for _ in range(2))
     out = torch.zeros(64, 64)
-    kernels("wgmma").launch("gemm_fp8_noswizzle", 1, 128, [a, b, out], hopper_fp8_accumulate=hopper)
+    kernels("wgmma").launch("gemm_fp8_noswizzle", 1, 128, [a, b, out], hopper_sums=hopper)
     ref = a.double() @ b.double().T
     err = (out.double() - ref).abs().max()
     assert err < (0.1 if hopper else 1e-5)

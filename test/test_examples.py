@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 import byte_lm  # noqa: E402
 import decoder_block  # noqa: E402
 import demo  # noqa: E402
+import serve_decode  # noqa: E402
 from fp8_linear import Fp8Linear, dequantise, quantise_linears  # noqa: E402
 from terminal import Checks, Progress, print_table  # noqa: E402
 
@@ -160,6 +162,50 @@ def test_demo_exits_with_one_when_a_check_fails(
     output = capsys.readouterr().out
     assert "CHECK FAILED: FP8 changes the held-out loss" in output
     assert output.rstrip().endswith("1 checks FAILED.")
+
+
+def test_serve_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths that cross a block of the cache, requests that end and start, experts with no token and with all."""
+    torch._dynamo.reset()
+    results = serve_decode.main(["--quick", "--device", "cpu"])
+    torch._dynamo.reset()
+    output = capsys.readouterr().out
+    assert results["failures"] == []
+    assert "CPU asked for" in output and "No CUDA graph is captured" in output
+    assert output.rstrip().endswith("4 of 4 checks passed")
+    assert results["lengths"][1] > serve_decode.BLOCK_KEYS
+    assert results["requests"] > results["config"]["sequences"]
+    assert results["loads"] == [0, 4]
+    assert results["differences"]["compiled"] < 1e-6
+    assert 0.01 < results["differences"]["plain FP32"] < serve_decode.FP8_BAR
+
+
+def test_serve_decode_notices_a_wrong_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        serve_decode,
+        "compiled_function",
+        lambda model, *_: lambda tokens, lengths, tables: model(tokens, (lengths - 1).clamp(min=0), tables),
+    )
+    (failure,) = serve_decode.main(["--quick", "--device", "cpu", "--steps", "8"])["failures"]
+    assert "compiled: logits differ by" in failure
+
+
+def test_serve_decode_does_not_depend_on_where_blocks_lie() -> None:
+    config = dataclasses.replace(serve_decode.QUICK, steps=70, layers=1)
+    model, _ = serve_decode.build(config, torch.device("cpu"), 0)
+    plan = serve_decode.Plan.make(config, 0)
+    tables = torch.arange(config.sequences * config.context // serve_decode.BLOCK_KEYS, dtype=torch.int32)
+    in_order = dataclasses.replace(plan, block_tables=tables.view(1, config.sequences, -1).expand(config.steps, -1, -1))
+    assert not torch.equal(plan.block_tables, in_order.block_tables)
+    runs = [serve_decode.serve(model, model, p) for p in (plan, in_order)]
+    assert torch.equal(runs[0].tokens, runs[1].tokens) and torch.equal(runs[0].logits, runs[1].logits)
+
+
+def test_serve_decode_from_captured_graphs(cuda: str) -> None:
+    results = serve_decode.main(["--device", cuda, "--steps", "80"])
+    assert results["failures"] == []
+    assert results["differences"]["captured"] == 0
+    assert results["step_us"]["captured"] < results["step_us"]["eager"]
 
 
 def test_fp8_linear_keeps_leading_dimensions_and_dequantises_to_its_weight() -> None:

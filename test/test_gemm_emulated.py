@@ -17,7 +17,7 @@ import torch
 
 from deep_gemm_ops import _capi
 
-from common import ceil_div, generator, same_bits
+from common import ceil_div, generator, ragged, same_bits
 from gemm_emulation import RowCase, cluster_tile, row_ptx
 from ptx_emulator import mutate
 
@@ -67,14 +67,14 @@ def test_outputs(row: Row, d: str, c: str) -> None:
     """Each way to store D with each kind of C, on more than one tile, the last ones ragged. K does not split evenly."""
     m, n = cluster_tile(row)
     k = k_blocks(row, 1) + row["block_k"]
-    check(RowCase(row["name"], m + 5, n + 9, k, d, c, "integer", 2 * row["cluster_size"]))
+    check(RowCase(row["name"], m + 5, ragged(n, 9, d == "tma"), k, d, c, "integer", 2 * row["cluster_size"]))
 
 
 def several_waves(row: Row) -> RowCase:
     """Nine tiles for two clusters, more K blocks than stages."""
     m, n = cluster_tile(row)
     k = k_blocks(row, row["num_stages"] + 2)
-    return RowCase(row["name"], 2 * m + 3, 2 * n + 17, k, num_sms=2 * row["cluster_size"])
+    return RowCase(row["name"], 2 * m + 3, 2 * n + 24, k, num_sms=2 * row["cluster_size"])
 
 
 def one_cluster(row: Row) -> RowCase:
@@ -119,7 +119,7 @@ def whole_tiles(row: Row) -> RowCase:
 
 
 def nan_and_inf(row: Row) -> RowCase:
-    """They reach the elements that they belong to, and no other."""
+    """They reach the elements that they belong to, and no other. TMA would store beyond these columns."""
     m, n = cluster_tile(row)
     return RowCase(row["name"], m + 7, n + 11, k_blocks(row, 2), data="special")
 
@@ -144,6 +144,13 @@ def test_shapes(row: Row, shape: Callable[[Row], RowCase]) -> None:
     check(shape(row))
 
 
+@pytest.mark.parametrize("row", [row for row in DENSE if row["scaling"] == "ue8m0"], ids=lambda row: row["name"])
+def test_scales_far_apart(row: Row) -> None:
+    """Also those that do not fit into the exponents of expanded values next to the largest of their K block."""
+    m, n = cluster_tile(row)
+    check(RowCase(row["name"], m + 3, n + 9, 2 * row["split_k"] * row["block_k"], "float32", data="far"))
+
+
 def random_case(row: Row, seed: int) -> RowCase:
     random = generator(seed)
 
@@ -156,12 +163,13 @@ def random_case(row: Row, seed: int) -> RowCase:
         return pick(any_size, max(1, ceil_div(any_size, step) * step + pick(-1, 0, 1)))
 
     m, n = cluster_tile(row)
+    d = pick("tma", "tma", "direct", "float32")
     return RowCase(
         row["name"],
         size(m, 3),
-        size(n, 3),
+        ragged(0, size(n, 3), d == "tma" and pick(True, True, False)),
         size(row["split_k"] * row["block_k"], pick(1, 4, row["num_stages"] + 3)),
-        d=pick("tma", "direct", "float32"),
+        d=d,
         c=pick("", "full", "bias", "alias"),
         data=pick("normal", "integer", "special"),
         num_sms=row["cluster_size"] * pick(1, 2, 3, 20),

@@ -80,7 +80,10 @@ def fp32_instructions(row: Row) -> float:
         # A multiply-add for each element, two products of scales for each block.
         return parts * (cols // 2 + 2 * block_scales(row))
     # Also a product of scales for each element, or for every second one where both rows of a thread have the same.
-    return parts * groups * cols // 2 * (2 if row["scaling"] == "1d1d" else 1.5)
+    instructions = parts * groups * cols // 2 * (1.5 if row["scaling"] == "1d2d" else 2)
+    # UE8M0: a maximum and a multiply-add, for 0 and NaN, of each group's scale of two rows; where they are folded into
+    # the values, of the K block's, and a product.
+    return instructions + (0 if row["scaling"] != "ue8m0" else 6 if groups == 1 else 4 * groups)
 
 
 def choices_of_scale(row: Row) -> int:
@@ -126,7 +129,13 @@ def test_tensor_core_instructions(row: Row) -> None:
     _, _, mnemonics = sass(row["kernel"])
     groups = mnemonics["WARPGROUP.ARRIVE"]
     assert groups > 0
-    if scale_groups(row):
+    if row["family"] == "fp8_fp4_gemm":
+        # With few columns all of a K block's four have their own accumulators, and with scales of A per 128 one for
+        # all: they are one group.
+        shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
+        assert mnemonics[shape] == groups * (4 if block_cols(row) <= 32 or row["gran_k"] == 128 else 1)
+        assert count(mnemonics, "WARPGROUP.DEPBAR") == groups
+    elif scale_groups(row):
         shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
         assert groups % row_parts(row) == 0
         assert mnemonics[shape] == groups * row["gran_k"] // 32
@@ -221,11 +230,14 @@ def test_bytes_of_bulk_copies(row: Row) -> None:
     groups = scale_groups(row)
     scales = 4 * groups * block_rows(row) * (row["scaling"] == "1d1d" or not row["swap_ab"])
     scales += 4 * groups * block_cols(row) * (row["scaling"] == "1d1d" or row["swap_ab"])
+    if row["scaling"] == "ue8m0":  # a word of four
+        scales += 4 * block_rows(row)
     if row["grouping"] == "m_grouped":  # a box of tokens' scales has up to three in front of the tile's
         scales += 16 * groups * (2 if row_parts(row) == 2 and not row["swap_ab"] else 1)
     producer, consumer = roles(row["index"])["copy producer"], roles(row["index"])["consumer"]
-    fetched = STAGE_BYTES * (block_rows(row) // row["col_ctas"] + block_cols(row) // row["row_ctas"])
-    delivered = STAGE_BYTES * (block_rows(row) + block_cols(row))
+    row_bytes = STAGE_BYTES // 2 if row["family"] == "fp8_fp4_gemm" else STAGE_BYTES
+    fetched = row_bytes * block_rows(row) // row["col_ctas"] + STAGE_BYTES * block_cols(row) // row["row_ctas"]
+    delivered = row_bytes * block_rows(row) + STAGE_BYTES * block_cols(row)
     assert producer.per_block["bulk_load_bytes"] * len(producer.warps) == fetched + scales
     assert producer.per_block["bulk_delivered_bytes"] * len(producer.warps) == delivered + scales
     # The CTAs that share a tile store a slice each. The mean over the CTAs does not depend on how many do.
@@ -263,7 +275,12 @@ def test_instructions_of_a_k_block(row: Row) -> None:
         overhead += 4  # where a tile's scales start
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
-    if row["grouping"] != "dense" and row["scaling"] == "1d1d":
+    if row["family"] == "fp8_fp4_gemm":
+        # 16 loads of two bytes, five instructions for each to expand them, and the scales of columns: those of groups,
+        # which start anywhere, one by one. Folded scales of rows need tables.
+        loads = block_cols(row) // 4 * (2 if row["grouping"] == "m_grouped" else 1)
+        overhead = 264 + loads if row["gran_k"] == 128 else 220 + 4 * loads
+    elif row["grouping"] != "dense" and row["scaling"] == "1d1d":
         overhead += 5  # addresses that the compiler keeps in registers elsewhere
     repro = f"cd test && python -m ptx_emulator.profile --row {row['index']}"
     fp32 = consumer.per_block.get("fp32", 0)

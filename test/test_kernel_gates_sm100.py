@@ -87,6 +87,22 @@ def test_bulk_copies(row: Row) -> None:
     assert count(mnemonics, "LDTM") == 2 * (max(columns // 32, 1) if row["split_k"] > 1 else 1)
 
 
+MQA_ROWS = [row for row in _capi.mqa_instances() if row["arch"] == "sm_100a"]
+
+
+@pytest.mark.parametrize("row", MQA_ROWS, ids=lambda row: row["name"])
+def test_mqa_logits(row: Row) -> None:
+    """One instruction in a loop over the head dimension; two loops over columns, of which each reads 32 ahead."""
+    resources, _, mnemonics = sass(row["kernel"])
+    assert (resources["stack"], resources["local"]) == (0, 0)
+    assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
+    assert resources["reg"] * row["num_threads"] <= 65536
+    assert count(mnemonics, "UTCQMMA") == 1
+    assert count(mnemonics, "UTCBAR") == 3  # a stage, queries, an accumulator
+    assert count(mnemonics, "LDTM") == 6
+    assert (count(mnemonics, "UTMALDG.3D") > 0) == row["paged"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Selection
 

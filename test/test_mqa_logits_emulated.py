@@ -74,6 +74,15 @@ def one_tile_each(row: Row) -> DenseCase:
     return DenseCase(row["name"], tile_tokens(row) * (2 * row["num_stages"] + 5), 40, "full", num_sms=1)
 
 
+def two_tiles_each(row: Row) -> DenseCase:
+    """As many as warpgroups: each goes on to the next group while the other still has this one."""
+    return DenseCase(row["name"], tile_tokens(row) * (row["num_stages"] + 5), 100, "full", num_sms=1)
+
+
+def three_tiles_each(row: Row) -> DenseCase:
+    return DenseCase(row["name"], tile_tokens(row) * (row["num_stages"] + 5), 170, "full", num_sms=1)
+
+
 def many_empty_groups(row: Row) -> DenseCase:
     """More groups than threads, many without a key."""
     return DenseCase(row["name"], tile_tokens(row) * row["num_threads"] + 5, 9, "random", num_sms=2)
@@ -113,6 +122,8 @@ DENSE = [
     ring_of_stages,
     odd_ranges,
     one_tile_each,
+    two_tiles_each,
+    three_tiles_each,
     many_empty_groups,
     without_cleaning,
     compressed,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deep_gemm_ops import reference
-from deep_gemm_ops.nn import GroupedExperts, fp8_grouped_linear, fp8_swiglu_grouped_linear
+from deep_gemm_ops.nn import GroupedExperts, fp8_grouped_linear, fp8_swiglu_grouped_linear, freeze
 
 from common import assert_close, error_bar, generator, same_bits
 
@@ -201,14 +201,80 @@ def test_compile_with_dynamic_tokens(device: str) -> None:
             assert relative(a, b) < 1e-6
 
 
-def test_activation_checkpointing(device: str) -> None:
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_activation_checkpointing(device: str, compile_it: bool) -> None:
     torch.manual_seed(0)
     layer = GroupedExperts(64, 48, 5, device=device)
     x = normal(33, 64, seed=0, device=device)
     ids, weights = routing((33,), 2, 5, 0, device)
+
+    def checkpointed(*arguments: Tensor) -> Tensor:
+        return checkpoint(layer, *arguments, use_reentrant=False)
+
+    call = torch.compile(checkpointed, fullgraph=True, backend="aot_eager") if compile_it else checkpointed
     expected = gradients(layer, layer, x, ids, weights)
-    actual = gradients(layer, lambda *args: checkpoint(layer, *args, use_reentrant=False), x, ids, weights)
-    for a, b in zip(actual, expected):
+    for a, b in zip(gradients(layer, call, x, ids, weights), expected):
+        assert relative(a, b) < 1e-6 if compile_it else same_bits(a, b)
+
+
+@pytest.mark.parametrize("hidden", [48, 200, 20])
+def test_frozen(device: str, hidden: int) -> None:
+    """The same bits, quantised weights that no ``to(dtype)`` changes, and no gradients."""
+    torch.manual_seed(0)
+    layer = GroupedExperts(72, hidden, 5, device=device, dtype=torch.bfloat16)
+    ids, weights = routing((33,), 2, 6, 0, device)
+    ids[3, 1] = -1
+    x = normal(33, 72, seed=0, dtype=torch.bfloat16, device=device)
+    frozen = freeze(torch.nn.Sequential(copy.deepcopy(layer))).to(torch.float16)[0]
+    assert not list(frozen.parameters())
+    assert frozen.frozen.down.dtype == torch.float8_e4m3fn and frozen.frozen.down_scale.dtype == torch.float32
+    with torch.no_grad():
+        assert same_bits(frozen(x, ids, weights), layer(x, ids, weights))
+        assert same_bits(frozen(x.float(), ids, weights), layer(x.float(), ids, weights))
+        again = freeze(frozen)
+        assert same_bits(again(x, ids, weights), layer(x, ids, weights))
+        other = freeze(GroupedExperts(72, hidden, 5, device=device))
+        other.load_state_dict(frozen.state_dict())
+        assert same_bits(other(x, ids, weights), layer(x, ids, weights))
+    with pytest.raises(RuntimeError, match="per_token_cast_to_fp8"):
+        frozen(x.requires_grad_(), ids, weights)
+
+
+def test_frozen_export_holds_library_operators_alone() -> None:
+    layer = freeze(GroupedExperts(64, 48, 5))
+    ids, weights = routing((33,), 2, 5, 0, "cpu")
+    x = normal(33, 64, seed=0)
+    tokens = torch.export.Dim("tokens", min=2)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x, ids, weights), dynamic_shapes=({0: tokens},) * 3)
+    names = {str(node.target) for node in program.graph.nodes if "deep_gemm" in str(node.target)}
+    assert names == {
+        "deep_gemm.per_token_cast_to_fp8.default",
+        "deep_gemm.swiglu_cast_to_fp8.default",
+        "deep_gemm.m_grouped_fp8_gemm_nt_contiguous.default",
+    }
+    for count in (33, 7):
+        arguments = (x[:count], ids[:count], weights[:count])
+        with torch.no_grad():
+            assert same_bits(program.module()(*arguments), layer(*arguments))
+
+
+def test_a_subclass_with_experts_of_its_own_is_not_frozen() -> None:
+    class Doubled(GroupedExperts):
+        def experts(self, *arguments: Tensor) -> Tensor:
+            return 2 * super().experts(*arguments)
+
+    assert freeze(Doubled(64, 48, 5)).gate_up is not None
+
+
+def test_masked_assignments(device: str) -> None:
+    """Negative numbers stand for no expert, as numbers beyond the last do."""
+    layer = GroupedExperts(64, 48, 5, device=device)
+    x = normal(33, 64, seed=0, device=device)
+    ids, weights = routing((33,), 2, 5, 0, device)
+    beyond, negative = ids.clone(), ids.clone()
+    beyond[::3, 0], negative[::3, 0] = 5, -1
+    for a, b in zip(gradients(layer, layer, x, negative, weights), gradients(layer, layer, x, beyond, weights)):
         assert same_bits(a, b)
 
 

@@ -38,12 +38,13 @@ names:
 
 #: Title and what the names of a family begin or end with, in the order of the page.
 FAMILIES = (
-    ("FP8 products", r"fp8_gemm_.*"),
+    ("FP8 and FP4 products", r"fp8(_fp4)?_gemm_.*"),
     ("BF16 products", r"bf16_gemm_.*"),
     ("Products of groups", r"[mk]_grouped_.*gemm.*"),
     ("Batched products", r".*einsum"),
     ("Hyper-connections", r"tf32_.*"),
     ("Indexer scoring", r".*mqa_logits.*"),
+    ("Mega MoE", r".*_mega_moe"),
     ("Casts", r".*_cast_to_.*|transpose_fp8"),
     ("Layouts of scales", r"get_.*|transform_.*|expand_.*"),
     ("Training", r"fp8_.*linear.*"),

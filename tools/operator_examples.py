@@ -17,6 +17,7 @@ a, sfa = deep_gemm_ops.per_token_cast_to_fp8(x)
 b, sfb = deep_gemm_ops.per_block_cast_to_fp8(w)
 w3 = torch.stack([w, -w])                                 # two experts
 b3, sfb3 = torch.stack([b, b]), torch.stack([sfb, sfb])
+b4, sfb4 = (torch.stack(x) for x in zip(*map(deep_gemm_ops.per_token_cast_to_fp4, w3)))
 ends = torch.tensor([40, 64], dtype=torch.int32)          # 40 tokens for the first, 24 for the second
 sizes = torch.tensor([40, 24], dtype=torch.int32)
 """
@@ -88,6 +89,24 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         ")",
         "deep_gemm_ops.m_grouped_fp8_gemm_nt_masked(a, sfa, b3, sfb3, sizes, expected_m=32)",
     ),
+    "m_grouped_fp8_fp4_gemm_nt_contiguous": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(\n"
+        '    *deep_gemm_ops.per_token_cast_to_fp8(x, gran_k=32), b4, sfb4, ends, layout="offsets"\n'
+        ")",
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous(a, sfa, b4, sfb4, ends, recipe=[1, 1, 32])",
+    ),
+    "m_grouped_fp8_fp4_gemm_nn_contiguous": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nn_contiguous(\n"
+        '    a, sfa, b3.transpose(1, 2).contiguous(), sfb3.transpose(1, 2), ends, layout="offsets"\n'
+        ")",
+        'deep_gemm_ops.m_grouped_fp8_fp4_gemm_nn_contiguous(a, sfa, b4, sfb4, ends, layout="offsets")',
+    ),
+    "m_grouped_fp8_fp4_gemm_nt_masked": (
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_masked(\n"
+        "    torch.stack([a, a]), torch.stack([sfa, sfa]), b4, sfb4, sizes, expected_m=32\n"
+        ")",
+        "deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_masked(a, sfa, b4, sfb4, sizes, expected_m=32)",
+    ),
     "m_grouped_bf16_gemm_nt_contiguous": (
         'deep_gemm_ops.m_grouped_bf16_gemm_nt_contiguous(x, w3, ends, layout="offsets")',
         'deep_gemm_ops.m_grouped_bf16_gemm_nt_contiguous(x, w3, ends.long(), layout="offsets")',
@@ -129,6 +148,31 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "tf32_hc_prenorm_gemm": (
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, torch.randn(24, 256))",
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, w)",
+    ),
+    "fp8_mega_moe": (
+        "deep_gemm_ops.fp8_mega_moe(\n"
+        "    None,\n"
+        "    (torch.zeros(2, 256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2, 2)),\n"
+        "    (torch.zeros(2, 256, 128).to(torch.float8_e4m3fn), torch.ones(2, 2, 1)),\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
+        'deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 100, device="cpu")',
+    ),
+    "bf16_mega_moe": (
+        "deep_gemm_ops.bf16_mega_moe(\n"
+        "    None,\n"
+        "    *deep_gemm_ops.transform_weights_for_mega_moe(w3.view(2, 256, 128), w3[:, :, :128].contiguous()),\n"
+        "    deep_gemm_ops.get_symm_buffer_for_mega_moe(\n"
+        '        None, 2, 64, 1, 128, 128, mma_type="bf16xbf16", device="cpu"\n'
+        "    ),\n"
+        "    num_tokens=40,\n"
+        ")",
+        "deep_gemm_ops.bf16_mega_moe(\n"
+        "    None, w3, w3,\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
     ),
     "fp8_mqa_logits": (
         "deep_gemm_ops.fp8_mqa_logits(\n"

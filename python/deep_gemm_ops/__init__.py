@@ -12,13 +12,16 @@ _library.load()
 
 from . import (  # noqa: E402, F401
     _cpu,
+    _dense,
     _fakes,
     batched,
     bf16_gemm,
     fp8_fp4_gemm,
     fused_casts,
+    grouped_fp8_fp4_gemm,
     grouped_gemm,
     knobs,
+    mega_moe,
     mqa_logits,
     ops,
     prenorm_gemm,
@@ -28,9 +31,11 @@ from .batched import *  # noqa: E402, F403
 from .bf16_gemm import *  # noqa: E402, F403
 from .fp8_fp4_gemm import *  # noqa: E402, F403
 from .fused_casts import *  # noqa: E402, F403
+from .grouped_fp8_fp4_gemm import *  # noqa: E402, F403
 from .grouped_gemm import *  # noqa: E402, F403
 from .knobs import *  # noqa: E402, F403
 from .layout import get_tma_aligned_size, to_tma_aligned  # noqa: E402
+from .mega_moe import *  # noqa: E402, F403
 from .mqa_logits import *  # noqa: E402, F403
 from .ops import *  # noqa: E402, F403
 from .prenorm_gemm import *  # noqa: E402, F403
@@ -44,8 +49,10 @@ __all__ = [
     *bf16_gemm.__all__,
     *fp8_fp4_gemm.__all__,
     *fused_casts.__all__,
+    *grouped_fp8_fp4_gemm.__all__,
     *grouped_gemm.__all__,
     *knobs.__all__,
+    *mega_moe.__all__,
     *mqa_logits.__all__,
     *ops.__all__,
     *prenorm_gemm.__all__,
@@ -55,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # Imported when first used: they cost time that a server does not want to spend.
-    if name in ("compat", "nn", "scaled_mm", "testing"):
+    if name in ("compat", "export", "nn", "scaled_mm", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

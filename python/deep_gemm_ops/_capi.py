@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL | None:
     lib.dg_instances.restype = ctypes.c_char_p
     lib.dg_select.restype = ctypes.c_char_p
     lib.dg_select.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 7 + [ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
-    lib.dg_select.argtypes += [ctypes.c_int] * 6
+    lib.dg_select.argtypes += [ctypes.c_int] * 7
     for knob in ("num_sms", "tc_util", "pdl", "mk_alignment"):
         getattr(lib, f"dg_set_{knob}").argtypes = [ctypes.c_int]
         getattr(lib, f"dg_set_{knob}").restype = None
@@ -92,28 +92,32 @@ def select(
     group_alignment: int = 128,
     expected_m: int = 0,
     fp4: str = "",
+    packed_sfb: bool = False,
     arch: str = "sm_90a",
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
 
     ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
     of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
-    these are FP4, on ``arch`` sm_100a.
+    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
     groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
     bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
-    other = ("a" in fp4, "b" in fp4, int(arch[3:].rstrip("a")))
+    other = ("a" in fp4, "b" in fp4, packed_sfb, int(arch[3:].rstrip("a")))
     numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
     return json.loads(_require().dg_select(m, n, k, *numbers))
 
 
 def mqa_instances() -> list[dict[str, Any]]:
-    """The rows of the table of kernels for MQA logits, in its order. Each is a dict with ``index``, ``name``, ``arch``,
-    ``family``, ``kernel``, ``heads``, ``head_dim``, ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``,
-    ``shared_bytes`` and ``num_threads``. Empty without the library."""
+    """The rows of the tables of kernels for MQA logits, in their order.
+
+    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel``, ``heads``, ``head_dim`` (0 on SM100, whose
+    rows take any), ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``, ``shared_bytes`` and
+    ``num_threads``. Empty without the library.
+    """
     lib = library()
     return [] if lib is None else json.loads(lib.dg_mqa_instances())
 

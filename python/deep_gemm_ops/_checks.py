@@ -21,6 +21,8 @@ from .layout import TMA_ALIGNMENT_BYTES, align, ceil_div
 LAYOUTS = ("nt", "nn", "tn", "tt")
 GRANULARITIES = (1, 128)  # of scales along M and N
 GRANULARITIES_K = (128, 32)
+_SAME_K = tuple((k, k) for k in GRANULARITIES_K)
+MIXED_K = (128, 32)  # of A and of B, where that is FP4
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.int32)
 #: Two E2M1 values a byte, the low nibble first.
@@ -39,6 +41,7 @@ class GemmShape(NamedTuple):
     gran_m: int
     gran_n: int
     gran_k: int
+    gran_k_b: int  # of B's scales; only where B is FP4 it may differ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,12 +241,15 @@ def match_scales(
     fail(op, arg, "shape", shape, f"{text(names)} = {text(sizes)}")
 
 
-def check_recipe(op: str, recipe: Sequence[int] | None) -> None:
-    """``recipe`` is [gran_m, gran_n, gran_k] or absent."""
+def check_recipe(op: str, recipe: Sequence[int] | None, or_mixed: bool = False) -> None:
+    """``recipe`` is [gran_m, gran_n, gran_k] or absent; with ``or_mixed`` also [gran_m, gran_n, gran_k_a, gran_k_b]."""
     if recipe is None:
         return
-    if len(recipe) != 3 or not all(g in a for g, a in zip(recipe, (GRANULARITIES, GRANULARITIES, GRANULARITIES_K))):
-        fail(op, "recipe", "value", list(recipe), "[1 or 128, 1 or 128, 128 or 32]")
+    ks = tuple(recipe[2:])
+    fits = (len(ks) == 1 and ks[0] in GRANULARITIES_K) or (or_mixed and ks in (*_SAME_K, MIXED_K))
+    if not fits or not all(gran in GRANULARITIES for gran in recipe[:2]):
+        expected = "[1 or 128, 1 or 128, 128 or 32]" + (" or [1 or 128, 1 or 128, 128, 32]" if or_mixed else "")
+        fail(op, "recipe", "value", list(recipe), expected)
 
 
 def match_recipe(
@@ -253,22 +259,27 @@ def match_recipe(
     sfb: torch.Tensor,
     dims_b: Sequence[Dim],
     recipe: Sequence[int] | None,
-) -> tuple[int, int, int]:
-    """The granularities [gran_m, gran_n, gran_k], given or inferred from the shapes of the scales."""
-    check_recipe(op, recipe)
+    or_mixed: bool = False,
+) -> tuple[int, int, int, int]:
+    """The granularities (gran_m, gran_n, gran_k of A, gran_k of B), given or inferred from the shapes of the scales.
+    One granularity along K serves both, or with ``or_mixed`` those of MIXED_K."""
+    check_recipe(op, recipe, or_mixed)
     grans_m = [recipe[0]] if recipe is not None else GRANULARITIES
     grans_n = [recipe[1]] if recipe is not None else GRANULARITIES
-    grans_k = [recipe[2]] if recipe is not None else GRANULARITIES_K
-    gran_m, fit_k = match_scales(op, "sfa", sfa, dims_a, grans_m, grans_k)
-    # One granularity along K serves both, so what sfa rules out is no longer on offer.
-    gran_n, fit_k = match_scales(op, "sfb", sfb, dims_b, grans_n, fit_k)
-    # Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
+    pairs = [(recipe[2], recipe[-1])] if recipe is not None else [*_SAME_K, *([MIXED_K] if or_mixed else [])]
+    gran_m, fit_a = match_scales(op, "sfa", sfa, dims_a, grans_m, list(dict.fromkeys(k for k, _ in pairs)))
+    # What sfa rules out is no longer on offer.
+    pairs = [pair for pair in pairs if pair[0] in fit_a]
+    gran_n, fit_b = match_scales(op, "sfb", sfb, dims_b, grans_n, list(dict.fromkeys(k for _, k in pairs)))
+    pairs = [pair for pair in pairs if pair[1] in fit_b]
+    # Scales of K <= 32 fit all and mean the same; packed words hold up to four scales, so beyond that it makes a
     # difference.
     k = next(dim.size for dim in dims_a if dim.kind == "k")
-    if len(fit_k) > 1 and sfa.dtype == sfb.dtype == torch.int32 and not isinstance(k, _Unknown) and k > 32:
-        expected = "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]"
-        fail(op, "recipe", "value", None, expected, "packed scales fit both here")
-    return gran_m, gran_n, fit_k[0]
+    if len(pairs) > 1 and torch.int32 in (sfa.dtype, sfb.dtype) and not isinstance(k, _Unknown) and k > 32:
+        names = [", ".join(str(k) for k in (pair if pair == MIXED_K else pair[:1])) for pair in pairs]
+        expected = one_of([f"[gran_m, gran_n, {name}]" for name in names])
+        fail(op, "recipe", "value", None, expected, f"packed scales fit {'both' if len(pairs) == 2 else 'all'} here")
+    return gran_m, gran_n, *pairs[0]
 
 
 def check_operands(op: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, int]) -> None:
@@ -384,10 +395,10 @@ def check_gemm(
     # SM90's tensor cores read 16-bit operands in both orders, 8-bit ones K-major only.
     check_operand_layout(op, "a", a, a_k_major or scales is None, real)
     check_operand_layout(op, "b", b, b_k_major or scales is None, real)
-    grans = (1, 1, 1)
+    grans = (1, 1, 1, 1)
     if scales is not None:
         dims_a, dims_b = matrix_dims("M", m, k, not a_k_major), matrix_dims("N", n, k, not b_k_major)
-        grans = match_recipe(op, scales[0], dims_a, scales[1], dims_b, recipe)
+        grans = match_recipe(op, scales[0], dims_a, scales[1], dims_b, recipe, b.dtype in FP4_DTYPES)
     if heads is None:
         check_result(op, "[M, N]", [m, n], c=c, out_dtype=out_dtype, out=out)
     else:

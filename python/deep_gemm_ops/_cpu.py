@@ -25,53 +25,6 @@ def _cpu(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _register_gemm(layout: str) -> None:
-    op = f"fp8_gemm_{layout}"
-
-    def product(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        c: Tensor | None,
-        out_dtype: torch.dtype | None,
-        out: Tensor | None,
-        recipe: list[int] | None,
-    ) -> Tensor:
-        shape = _checks.check_fp8_gemm(
-            op, layout, a, sfa, b, sfb, c=c, out_dtype=out_dtype, out=out, recipe=recipe, real=True
-        )
-        grans = (shape.gran_m, shape.gran_n, shape.gran_k)
-        dtype = out_dtype if out is None else out.dtype
-        return reference.fp8_gemm(a, sfa, b, sfb, layout=layout, c=c, out_dtype=dtype, recipe=grans)
-
-    @_cpu(op)
-    def functional(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        return product(a, sfa, b, sfb, c, out_dtype, None, recipe)
-
-    @_cpu(f"{op}.out")
-    def out_form(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        out.copy_(product(a, sfa, b, sfb, c, None, out, recipe))
-
-
 def _register_cast(kind: str) -> None:
     op = f"{kind}_cast_to_fp8"
     cast = getattr(reference, op)
@@ -99,8 +52,6 @@ def _register_cast(kind: str) -> None:
         out_sf.copy_(scales)
 
 
-for _layout in _checks.LAYOUTS:
-    _register_gemm(_layout)
 for _kind in ("per_token", "per_channel", "per_block"):
     _register_cast(_kind)
 

@@ -36,41 +36,6 @@ def _empty_mn_major(sf: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Ten
     return sf.new_empty_strided(tuple(shape), _checks.mn_major_strides(shape), dtype=dtype)
 
 
-def _register_gemm(layout: str) -> None:
-    op = f"fp8_gemm_{layout}"
-
-    @_fake(op)
-    def functional(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        _checks.check_fp8_gemm(
-            op, layout, a, sfa, b, sfb, c=c, out_dtype=out_dtype, out=None, recipe=recipe, real=False
-        )
-        m = a.shape[0 if layout[0] == "n" else 1]
-        n = b.shape[0 if layout[1] == "t" else 1]
-        return a.new_empty((m, n), dtype=out_dtype)
-
-    @_fake(f"{op}.out")
-    def out_form(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        _checks.check_fp8_gemm(op, layout, a, sfa, b, sfb, c=c, out_dtype=None, out=out, recipe=recipe, real=False)
-
-
 def _register_cast(kind: str) -> None:
     op = f"{kind}_cast_to_fp8"
 
@@ -97,8 +62,6 @@ def _register_cast(kind: str) -> None:
         _checks.check_cast(op, kind, x, gran_k=gran_k, use_packed_ue8m0=use_packed_ue8m0, out=out, out_sf=out_sf)
 
 
-for _layout in _checks.LAYOUTS:
-    _register_gemm(_layout)
 for _kind in ("per_token", "per_channel", "per_block"):
     _register_cast(_kind)
 

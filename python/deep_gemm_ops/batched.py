@@ -197,7 +197,7 @@ def check_einsum(
         scale_dims = [
             [Dim(kinds.get(letter, "mn"), letter, sizes[letter]) for letter in dims] for dims in (dims_a, dims_b)
         ]
-        grans = _checks.match_recipe(op, sfa, scale_dims[0], sfb, scale_dims[1], recipe)
+        grans = _checks.match_recipe(op, sfa, scale_dims[0], sfb, scale_dims[1], recipe)[:3]
     names = f"[{', '.join(dims_out)}]"
     shape = [sizes[letter] for letter in dims_out]
     _checks.check_result(op, names, shape, c=c, out_dtype=out_dtype, out=out)

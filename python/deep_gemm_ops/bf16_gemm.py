@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _checks
-from ._cpu import _cpu
-from ._fakes import _fake
+from . import _checks, _dense
 from .ops import call_product
 
 __all__ = ["bf16_gemm_nn", "bf16_gemm_nt", "bf16_gemm_tn", "bf16_gemm_tt"]
@@ -117,32 +115,16 @@ def reference_gemm(
 # Fake and CPU implementations
 
 
-def _check(layout: str, a: Tensor, b: Tensor, real: bool, **rest: Any) -> None:
-    _checks.check_gemm(f"bf16_gemm_{layout}", torch.bfloat16, layout, a, b, scales=None, recipe=None, real=real, **rest)
-
-
 def _register(layout: str) -> None:
     op = f"bf16_gemm_{layout}"
 
-    @_fake(op)
-    def fake(a: Tensor, b: Tensor, *, c: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        _check(layout, a, b, False, c=c, out_dtype=out_dtype, out=None)
-        m, n = a.shape[0 if layout[0] == "n" else 1], b.shape[0 if layout[1] == "t" else 1]
-        return a.new_empty((m, n), dtype=out_dtype)
+    def check(a: Tensor, b: Tensor, **rest: Any) -> _checks.GemmShape:
+        return _checks.check_gemm(op, torch.bfloat16, layout, a, b, scales=None, **rest)
 
-    @_fake(f"{op}.out")
-    def fake_out(a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor) -> None:
-        _check(layout, a, b, False, c=c, out_dtype=None, out=out)
+    def product(a: Tensor, b: Tensor, recipe: tuple[int, ...], **rest: Any) -> Tensor:
+        return reference_gemm(a, b, **rest)  # there are no scales
 
-    @_cpu(op)
-    def functional(a: Tensor, b: Tensor, *, c: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        _check(layout, a, b, True, c=c, out_dtype=out_dtype, out=None)
-        return reference_gemm(a, b, layout=layout, c=c, out_dtype=out_dtype)
-
-    @_cpu(f"{op}.out")
-    def out_form(a: Tensor, b: Tensor, *, c: Tensor | None = None, out: Tensor) -> None:
-        _check(layout, a, b, True, c=c, out_dtype=None, out=out)
-        out.copy_(reference_gemm(a, b, layout=layout, c=c, out_dtype=out.dtype))
+    _dense.register(op, layout, check, product)
 
 
 for _layout in _checks.LAYOUTS:

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _checks, reference
-from ._cpu import _cpu
-from ._fakes import _fake
+from . import _checks, _dense, reference
 from .fused_casts import FP4_VALUES
 from .ops import call_product
 
@@ -52,7 +50,7 @@ def fp8_fp4_gemm_nt(
 
     Args:
         a: float8_e4m3fn ``[M, K]``, or FP4 as float4_e2m1fn_x2, int8 or uint8 ``[M, K / 2]``. Inner stride 1, row
-            stride and base address multiples of 16 bytes; on a GPU those of FP4 multiples of 32 bytes, and K one of
+            stride and base address multiples of 16 bytes; on SM100 those of FP4 multiples of 32 bytes, and K one of
             128.
         sfa: scales of ``a`` as :func:`fp8_gemm_nt` takes them; K counts elements. MXFP4 has one per row and 32 of K:
             ``recipe`` ``[1, 1, 32]``.
@@ -61,18 +59,22 @@ def fp8_fp4_gemm_nt(
         c: added to the product, ``[M, N]`` or a row ``[N]``, inner stride 1, of the result's dtype. May be ``out``.
         out_dtype: torch.bfloat16 (default) or torch.float32.
         recipe: ``[gran_m, gran_n, gran_k]`` with gran_m, gran_n in {1, 128} and gran_k in {128, 32}, inferred where
-            absent.
+            absent. With FP4 ``b`` also ``[gran_m, gran_n, 128, 32]``: scales of ``a`` per 128 of K, of ``b`` per 32.
         out: ``[M, N]``, inner stride 1, any row stride: written and returned.
 
     Returns:
         ``[M, N]``, a fresh contiguous tensor unless ``out`` is given.
 
     Raises:
-        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad; FP4 on a GPU
-            other than SM100.
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad.
 
-    Scales that are float32 must be powers of two: SM100's tensor core reads UE8M0, and a scale that is none becomes NaN
-    there, and so does what it scales. Specification: ``deep_gemm_ops.fp8_fp4_gemm.reference_gemm``.
+    SM100 multiplies FP4. Scales that are float32 must be powers of two there: its tensor core reads UE8M0, and a scale
+    that is none becomes NaN, and so does what it scales.
+
+    SM90 multiplies FP8. FP4 ``b`` with scales per 32 of K, FP32 or UE8M0, is expanded inside the kernel, so that its
+    bytes from memory are half those of FP8; UE8M0 scales stay so where K is a multiple of 128, and are a quarter of
+    FP32's bytes. Any other FP4 operand is first expanded to FP8 in memory, by one small kernel. Either is exact.
+    Specification: ``deep_gemm_ops.fp8_fp4_gemm.reference_gemm``.
     """
     return _call("nt", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)
 
@@ -150,75 +152,10 @@ def reference_gemm(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **options: An
 def _register(layout: str) -> None:
     op = f"fp8_fp4_gemm_{layout}"
 
-    def check(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, real: bool, **rest: Any) -> _checks.GemmShape:
-        dtype = torch.float8_e4m3fn
-        return _checks.check_gemm(op, dtype, layout, a, b, scales=(sfa, sfb), real=real, or_fp4=True, **rest)
+    def check(a: Tensor, sfa: Tensor, b: Tensor, sfb: Tensor, **rest: Any) -> _checks.GemmShape:
+        return _checks.check_gemm(op, torch.float8_e4m3fn, layout, a, b, scales=(sfa, sfb), or_fp4=True, **rest)
 
-    @_fake(op)
-    def fake(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        check(a, sfa, b, sfb, False, c=c, out_dtype=out_dtype, out=None, recipe=recipe)
-        m, n = a.shape[0 if layout[0] == "n" else 1], b.shape[0 if layout[1] == "t" else 1]
-        return a.new_empty((m, n), dtype=out_dtype)
-
-    @_fake(f"{op}.out")
-    def fake_out(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        check(a, sfa, b, sfb, False, c=c, out_dtype=None, out=out, recipe=recipe)
-
-    def product(
-        operands: tuple[Tensor, Tensor, Tensor, Tensor],
-        c: Tensor | None,
-        out_dtype: torch.dtype | None,
-        recipe: list[int] | None,
-        out: Tensor | None,
-    ) -> Tensor:
-        shape = check(*operands, True, c=c, out_dtype=out_dtype, out=out, recipe=recipe)
-        grans = (shape.gran_m, shape.gran_n, shape.gran_k)
-        dtype = out_dtype if out is None else out.dtype
-        return reference_gemm(*operands, layout=layout, c=c, out_dtype=dtype, recipe=grans)
-
-    @_cpu(op)
-    def functional(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        recipe: list[int] | None = None,
-    ) -> Tensor:
-        return product((a, sfa, b, sfb), c, out_dtype, recipe, None)
-
-    @_cpu(f"{op}.out")
-    def out_form(
-        a: Tensor,
-        sfa: Tensor,
-        b: Tensor,
-        sfb: Tensor,
-        *,
-        c: Tensor | None = None,
-        recipe: list[int] | None = None,
-        out: Tensor,
-    ) -> None:
-        out.copy_(product((a, sfa, b, sfb), c, None, recipe, out))
+    _dense.register(op, layout, check, reference_gemm)
 
 
 for _layout in _checks.LAYOUTS:

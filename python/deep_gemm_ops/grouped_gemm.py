@@ -15,6 +15,7 @@ from . import _checks, knobs, reference
 from ._checks import Dim, check_dtype, check_rank, concrete, fail, one_of, shape_of
 from ._cpu import _cpu
 from ._fakes import _fake
+from .fp8_fp4_gemm import expand_fp4
 from .layout import align, ceil_div
 from .ops import call_product
 
@@ -322,11 +323,12 @@ def _check_start(
     c: Tensor | None,
     out_dtype: torch.dtype | None,
     out: Tensor | None,
+    or_fp4: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Dtypes, ranks and devices."""
+    """Dtypes, ranks and devices; ``or_fp4`` says which of ``a`` and ``b`` may be packed FP4."""
     dtype = torch.bfloat16 if sfa is None else torch.float8_e4m3fn
-    for arg, operand, accepted in (("a", a, ranks[0]), ("b", b, ranks[1])):
-        check_dtype(op, arg, operand, (dtype,))
+    for i, (arg, operand, accepted) in enumerate((("a", a, ranks[0]), ("b", b, ranks[1]))):
+        check_dtype(op, arg, operand, (dtype, *_checks.FP4_DTYPES) if or_fp4[i] else (dtype,))
         check_rank(op, arg, operand, accepted)
     if sfa is not None:
         assert sfb is not None
@@ -363,13 +365,16 @@ def check_m_grouped(
     out: Tensor | None,
     recipe: Sequence[int] | None,
     real: bool,
+    or_fp4: bool = False,
 ) -> _checks.GemmShape:
-    """Check the arguments of an m-grouped product, FP8 or (without scales) BF16; of a masked one M is M_max."""
+    """Check the arguments of an m-grouped product, FP8 or (without scales) BF16; of a masked one M is M_max. With
+    ``or_fp4`` K-major operands may be packed FP4."""
     groups_arg, m_name = ("masked_m", "M_max") if masked else ("grouped_layout", "M")
     ranks = (3 if masked else 2, 3)
     operand_ranks = ((ranks[0],), (ranks[1],))
+    types = (or_fp4, or_fp4 and b_k_major)
     _check_start(
-        op, a, sfa, b, sfb, operand_ranks, ranks, _checks.SCALE_DTYPES, groups_arg, groups, None, out_dtype, out
+        op, a, sfa, b, sfb, operand_ranks, ranks, _checks.SCALE_DTYPES, groups_arg, groups, None, out_dtype, out, types
     )
     if not masked:
         _check_layout(op, layout, M_LAYOUTS)
@@ -379,6 +384,10 @@ def check_m_grouped(
     _checks.check_sizes(op, "b", b, ("G", "N", "K") if b_k_major else ("G", "K", "N"))
     m, k = shape_of(a)[-2:]
     num_groups, n, k_of_b = shape_of(b) if b_k_major else [shape_of(b)[i] for i in (0, 2, 1)]
+    if a.dtype in _checks.FP4_DTYPES:
+        k = k + k
+    if b.dtype in _checks.FP4_DTYPES:
+        k_of_b = k_of_b + k_of_b
     if not k_of_b == k:
         fail(op, "b", "K", k_of_b, k, "the K of a")
     if masked and not num_groups == shape_of(a)[0]:
@@ -389,13 +398,13 @@ def check_m_grouped(
     if not per_row and not num_groups <= MAX_GROUPS:
         fail(op, "b", "G", num_groups, f"at most {MAX_GROUPS}")
     _check_groups(op, groups_arg, groups, "[M]" if per_row else "[G]", m if per_row else num_groups)
-    grans = (1, 1, 1)
+    grans = (1, 1, 1, 1)
     if sfa is not None:
         assert sfb is not None
         group = [Dim("group", "G", num_groups)]
         dims_a = (group if masked else []) + _checks.matrix_dims(m_name, m, k)
         dims_b = group + _checks.matrix_dims("N", n, k, not b_k_major)
-        grans = _checks.match_recipe(op, sfa, dims_a, sfb, dims_b, recipe)
+        grans = _checks.match_recipe(op, sfa, dims_a, sfb, dims_b, recipe, b.dtype in _checks.FP4_DTYPES)
     names, shape = ("[G, M_max, N]", [num_groups, m, n]) if masked else ("[M, N]", [m, n])
     _checks.check_result(op, names, shape, c=None, out_dtype=out_dtype, out=out)
     return _checks.GemmShape(m, n, k, *grans)
@@ -494,7 +503,9 @@ def group_ranges(ends: Sequence[int], total: int, layout: str, alignment: int) -
 
 
 def _values(x: Tensor, sf: Tensor | None, grans: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if sf is None else reference.dequantize(x, sf, *grans, dtype)
+    if sf is None:
+        return x.to(dtype)
+    return reference.dequantize(expand_fp4(x) if x.dtype in _checks.FP4_DTYPES else x, sf, *grans, dtype)
 
 
 def reference_m_grouped(
@@ -508,19 +519,21 @@ def reference_m_grouped(
     layout: str = "indices",
     alignment: int = 128,
     b_k_major: bool = True,
-    grans: tuple[int, int, int] = (1, 128, 128),
+    grans: Sequence[int] = (1, 128, 128),
     exact: bool = False,
 ) -> Tensor:
     """Writes ``A_g @ B_g^T`` to the rows of each group of ``out [M, N]``, which is returned, and no others.
 
     Args:
-        a: ``[M, K]``; ``b``: ``[G, N, K]``, or ``[G, K, N]``: FP8 with scales, or BF16 with None for them.
+        a: ``[M, K]``; ``b``: ``[G, N, K]``, or ``[G, K, N]``: FP8 (K-major also packed FP4) with scales, or BF16 with
+            None for them.
         grouped_layout: ``[M]`` or ``[G]``, see :func:`m_grouped_fp8_gemm_nt_contiguous`.
         alignment: rows that a group's start is a multiple of in the layout "psum".
+        grans: (gran_m, gran_n, gran_k), or with those of both operands (gran_m, gran_n, gran_k_a, gran_k_b).
         exact: dequantise and multiply in float64 instead of float32.
     """
     dtype = torch.float64 if exact else torch.float32
-    gran_m, gran_n, gran_k = grans
+    gran_m, gran_n, gran_k, gran_k_b = *grans[:3], grans[-1]
     rows = _values(a, sfa, (gran_m, gran_k), dtype)
     if layout == "indices":
         owned = [(grouped_layout == group).nonzero()[:, 0] for group in range(len(b))]
@@ -533,7 +546,7 @@ def reference_m_grouped(
         weight, scales = b[group], None if sfb is None else sfb[group]
         if not b_k_major:
             weight, scales = weight.t(), None if scales is None else scales.t()
-        out[where] = (rows[where] @ _values(weight, scales, (gran_n, gran_k), dtype).t()).to(out.dtype)
+        out[where] = (rows[where] @ _values(weight, scales, (gran_n, gran_k_b), dtype).t()).to(out.dtype)
     return out
 
 
@@ -545,7 +558,7 @@ def reference_masked(
     masked_m: Tensor,
     out: Tensor,
     *,
-    grans: tuple[int, int, int] = (1, 128, 128),
+    grans: Sequence[int] = (1, 128, 128),
     exact: bool = False,
 ) -> Tensor:
     """Writes ``A_g @ B_g^T`` to the first ``masked_m[g]`` rows of each ``out[g]`` and no others; returns ``out``.
@@ -554,12 +567,12 @@ def reference_masked(
     :func:`reference_m_grouped`.
     """
     dtype = torch.float64 if exact else torch.float32
-    gran_m, gran_n, gran_k = grans
+    gran_m, gran_n, gran_k, gran_k_b = *grans[:3], grans[-1]
     for group, count in enumerate(masked_m.tolist()):
         count = min(max(count, 0), a.shape[1])
         sfa_g, sfb_g = (None if sf is None else sf[group] for sf in (sfa, sfb))
         rows = _values(a[group], sfa_g, (gran_m, gran_k), dtype)[:count]
-        out[group, :count] = (rows @ _values(b[group], sfb_g, (gran_n, gran_k), dtype).t()).to(out.dtype)
+        out[group, :count] = (rows @ _values(b[group], sfb_g, (gran_n, gran_k_b), dtype).t()).to(out.dtype)
     return out
 
 
@@ -625,9 +638,9 @@ def _with_scales(operands: tuple[Any, ...], fp8: bool) -> tuple[Any, ...]:
     return operands if fp8 else (operands[0], None, operands[1], None, *operands[2:])
 
 
-def _register_m_grouped(op: str, fp8: bool, b_k_major: bool) -> None:
+def _register_m_grouped(op: str, fp8: bool, b_k_major: bool, or_fp4: bool = False) -> None:
     def check(operands: tuple[Any, ...], real: bool, **rest: Any) -> _checks.GemmShape:
-        return check_m_grouped(op, *operands, b_k_major=b_k_major, masked=False, real=real, **rest)
+        return check_m_grouped(op, *operands, b_k_major=b_k_major, masked=False, real=real, or_fp4=or_fp4, **rest)
 
     def write(operands: tuple[Any, ...], shape: _checks.GemmShape, layout: str, out: Tensor) -> Tensor:
         alignment = knobs.get_mk_alignment_for_contiguous_layout()
@@ -687,10 +700,11 @@ def _register_m_grouped(op: str, fp8: bool, b_k_major: bool) -> None:
         write(operands, check(operands, True, layout=layout, expected_m=expected_m, **rest), layout, out)
 
 
-def _register_masked(op: str, fp8: bool) -> None:
+def _register_masked(op: str, fp8: bool, or_fp4: bool = False) -> None:
     def check(operands: tuple[Any, ...], real: bool, **rest: Any) -> _checks.GemmShape:
         *tensors, expected_m = operands
-        return check_m_grouped(op, *tensors, b_k_major=True, masked=True, expected_m=expected_m, real=real, **rest)
+        options = {"b_k_major": True, "masked": True, "expected_m": expected_m, "or_fp4": or_fp4}
+        return check_m_grouped(op, *tensors, real=real, **options, **rest)
 
     @_fake(op)
     def fake(*given: Any, out_dtype: torch.dtype = torch.bfloat16, recipe: list[int] | None = None) -> Tensor:

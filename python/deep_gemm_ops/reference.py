@@ -152,7 +152,8 @@ def fp8_gemm(
         sfb: scales of ``b``, likewise with N.
         c: added, ``[M, N]`` or a row ``[N]``.
         out_dtype: dtype of the result; with ``exact`` float64 is allowed and leaves the product unrounded.
-        recipe: ``[gran_m, gran_n, gran_k]``; inferred from the shapes of the scales where absent.
+        recipe: ``[gran_m, gran_n, gran_k]``, or with gran_k of both operands ``[gran_m, gran_n, gran_k_a, gran_k_b]``;
+            inferred from the shapes of the scales where absent.
         exact: dequantise and multiply in float64 instead of float32.
 
     Returns:
@@ -163,9 +164,11 @@ def fp8_gemm(
     if layout[1] == "n":
         b, sfb = b.t(), sfb.t()
     (m, k), n = a.shape, b.shape[0]
-    gran_m, gran_n, gran_k = match_recipe("fp8_gemm", sfa, matrix_dims("M", m, k), sfb, matrix_dims("N", n, k), recipe)
+    dims_a, dims_b = matrix_dims("M", m, k), matrix_dims("N", n, k)
+    mixed = recipe is not None and len(recipe) == 4
+    gran_m, gran_n, gran_k_a, gran_k_b = match_recipe("fp8_gemm", sfa, dims_a, sfb, dims_b, recipe, mixed)
     dtype = torch.float64 if exact else torch.float32
-    product = dequantize(a, sfa, gran_m, gran_k, dtype) @ dequantize(b, sfb, gran_n, gran_k, dtype).t()
+    product = dequantize(a, sfa, gran_m, gran_k_a, dtype) @ dequantize(b, sfb, gran_n, gran_k_b, dtype).t()
     if c is not None:
         product += c.to(dtype)
     return product.to(out_dtype)

@@ -21,13 +21,15 @@ struct ScaleLayoutParams {
     uint32_t* dst;
     int64_t dst_batch_stride, dst_k_stride;
     int64_t mn, src_units, k_sf;
-    int mn_repeat;
+    int mn_repeat, k_repeat;
     uint32_t row_tiles, unit_tiles;
     bool k_is_dense;
 };
 
-template <ScaleType kSrc, ScaleType kDst>
+// kRepeatK: k_repeat is not 1, and each unit is one scale, of packed words a byte.
+template <ScaleType kFrom, ScaleType kDst, bool kRepeatK>
 __global__ void __launch_bounds__(kThreads) scale_layout_kernel(const __grid_constant__ ScaleLayoutParams params) {
+    constexpr ScaleType kSrc = kRepeatK && kFrom == ScaleType::kPackedUE8M0 ? ScaleType::kE8M0 : kFrom;
     __shared__ uint32_t tile[kTileUnits][kTileRows + 1];
 
     const uint32_t row_tile = blockIdx.x % params.row_tiles, rest = blockIdx.x / params.row_tiles;
@@ -51,12 +53,15 @@ __global__ void __launch_bounds__(kThreads) scale_layout_kernel(const __grid_con
         loaded[i] = 0;
         if (row < params.mn && unit < params.src_units) {
             const int64_t src_row = params.mn_repeat == 1 ? row : row / params.mn_repeat;
+            const int64_t src_k = kRepeatK ? unit / params.k_repeat : unit;
+            const int64_t src_unit = kSrc != kFrom ? src_k / 4 : src_k;
             const int64_t offset =
-                batch_idx * params.src_batch_stride + src_row * params.src_mn_stride + unit * params.src_k_stride;
-            if constexpr (kSrc == ScaleType::kE8M0)
+                batch_idx * params.src_batch_stride + src_row * params.src_mn_stride + src_unit * params.src_k_stride;
+            if constexpr (kFrom == ScaleType::kE8M0)
                 loaded[i] = load_1(static_cast<const uint8_t*>(params.src) + offset);
             else
                 loaded[i] = load_4(static_cast<const uint32_t*>(params.src) + offset);
+            if constexpr (kSrc != kFrom) loaded[i] = loaded[i] >> (src_k % 4 * 8) & 0xff;
         }
     }
 #pragma unroll
@@ -104,6 +109,19 @@ __global__ void __launch_bounds__(kThreads) scale_layout_kernel(const __grid_con
             dst[k / 4 * params.dst_k_stride] = packed;
         }
     }
+}
+
+template <bool kRepeatK>
+auto find_kernel(ScaleType src, bool to_float) -> void (*)(ScaleLayoutParams) {
+    using enum ScaleType;
+    if (to_float) {
+        return src == kFloat32 ? scale_layout_kernel<kFloat32, kFloat32, kRepeatK>
+               : src == kE8M0  ? scale_layout_kernel<kE8M0, kFloat32, kRepeatK>
+                               : scale_layout_kernel<kPackedUE8M0, kFloat32, kRepeatK>;
+    }
+    return src == kFloat32 ? scale_layout_kernel<kFloat32, kPackedUE8M0, kRepeatK>
+           : src == kE8M0  ? scale_layout_kernel<kE8M0, kPackedUE8M0, kRepeatK>
+                           : scale_layout_kernel<kPackedUE8M0, kPackedUE8M0, kRepeatK>;
 }
 
 struct GroupedPackParams {
@@ -189,28 +207,22 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t 
     params.dst_batch_stride = problem.dst_batch_stride;
     params.dst_k_stride = problem.dst_k_stride;
     params.mn = problem.mn;
-    params.src_units = problem.src_type == ScaleType::kPackedUE8M0 ? ceil_div<int64_t>(problem.k_sf, 4) : problem.k_sf;
+    const bool repeats_k = problem.k_repeat != 1;
+    const bool is_packed = problem.src_type == ScaleType::kPackedUE8M0;
+    params.src_units = is_packed && !repeats_k ? ceil_div<int64_t>(problem.k_sf, 4) : problem.k_sf;
     params.k_sf = problem.k_sf;
     params.mn_repeat = problem.mn_repeat;
+    params.k_repeat = problem.k_repeat;
     const int64_t row_tiles = ceil_div<int64_t>(problem.mn, kTileRows);
     const int64_t unit_tiles = ceil_div<int64_t>(params.src_units, kTileUnits);
     params.row_tiles = static_cast<uint32_t>(row_tiles);
     params.unit_tiles = static_cast<uint32_t>(unit_tiles);
     params.k_is_dense = problem.src_k_stride <= problem.src_mn_stride;
 
-    void (*kernel)(ScaleLayoutParams) = nullptr;
-    using enum ScaleType;
-    if (problem.dst_type == kFloat32) {
-        kernel = problem.src_type == kFloat32 ? scale_layout_kernel<kFloat32, kFloat32>
-                 : problem.src_type == kE8M0  ? scale_layout_kernel<kE8M0, kFloat32>
-                                              : scale_layout_kernel<kPackedUE8M0, kFloat32>;
-    } else if (problem.dst_type == kPackedUE8M0) {
-        kernel = problem.src_type == kFloat32 ? scale_layout_kernel<kFloat32, kPackedUE8M0>
-                 : problem.src_type == kE8M0  ? scale_layout_kernel<kE8M0, kPackedUE8M0>
-                                              : scale_layout_kernel<kPackedUE8M0, kPackedUE8M0>;
-    } else {
-        return cudaErrorInvalidValue;
-    }
+    if (problem.dst_type == ScaleType::kE8M0) return cudaErrorInvalidValue;
+    const bool to_float = problem.dst_type == ScaleType::kFloat32;
+    const auto kernel = repeats_k ? find_kernel<true>(problem.src_type, to_float)
+                                  : find_kernel<false>(problem.src_type, to_float);
     return launch(kernel, row_tiles * unit_tiles * problem.batch, kThreads, stream, pdl, params);
 }
 

@@ -53,11 +53,18 @@ __device__ __forceinline__ KeyRange join(KeyRange a, KeyRange b) {
     return b.begin < b.end ? KeyRange{min(a.begin, b.begin), max(a.end, b.end)} : a;
 }
 
-// What a CTA starts with.
-struct DenseWork {
+// A new group costs a CTA about as long as a tile: its queries, weights and ranges have to arrive.
+inline constexpr int kGroupCost = 1;
+
+struct DensePosition {
     int group;
     int tile;  // of the group
-    int num_tiles;
+};
+
+// A CTA's run of tiles.
+struct DenseWork {
+    DensePosition begin;
+    DensePosition end;
 };
 
 struct DenseWorkStorage {
@@ -65,7 +72,7 @@ struct DenseWorkStorage {
     DenseWork work;
 };
 
-// This CTA's share. Called by all threads.
+// This CTA's share: an even one of what all tiles and groups cost. Called by all threads.
 template <int kThreads, int kTokens>
 __device__ __forceinline__ void find_dense_work(const MqaLogitsParams& params, DenseWorkStorage& shared) {
     constexpr int kWarps = kThreads / 32;
@@ -73,18 +80,19 @@ __device__ __forceinline__ void find_dense_work(const MqaLogitsParams& params, D
     const int per_thread = (num_groups + kThreads - 1) / kThreads;
     const int first = min(static_cast<int>(threadIdx.x) * per_thread, num_groups);
     const int last = min(first + per_thread, num_groups);
-    const auto tiles = [&](int group) {
+    const auto cost = [&](int group) {
         KeyRange all = kNoKeys;
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const int token = group * kTokens + i;
             if (token < params.num_tokens) all = join(all, dense_range(params, token));
         }
-        return tiles_of(all);
+        const int tiles = tiles_of(all);
+        return tiles > 0 ? tiles + kGroupCost : 0;
     };
     long long sum = 0;
 #pragma unroll 1
-    for (int group = first; group < last; ++group) sum += tiles(group);
+    for (int group = first; group < last; ++group) sum += cost(group);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     long long until = sum;  // of this warp, up to and with this thread
@@ -94,7 +102,7 @@ __device__ __forceinline__ void find_dense_work(const MqaLogitsParams& params, D
         if (lane >= offset) until += other;
     }
     if (lane == 31) shared.warp_sums[warp] = until;
-    if (threadIdx.x == 0) shared.work = {0, 0, 0};
+    if (threadIdx.x == 0) shared.work = {{num_groups, 0}, {num_groups, 0}};
     __syncthreads();
     long long before = until - sum, total = 0;
     for (int i = 0; i < kWarps; ++i) {
@@ -103,15 +111,20 @@ __device__ __forceinline__ void find_dense_work(const MqaLogitsParams& params, D
     }
     const long long begin = total * blockIdx.x / gridDim.x;
     const long long end = total * (blockIdx.x + 1) / gridDim.x;
-    if (begin < end && before <= begin && begin < before + sum) {
+    const auto is_mine = [&](long long at) { return before <= at && at < before + sum; };
+    if (is_mine(begin) || is_mine(end)) {
+        const auto find = [&](long long at, int group, long long before_group, int group_cost, DensePosition& position) {
+            if (before_group <= at && at < before_group + group_cost) {
+                position = {group, static_cast<int>(max(at - before_group - kGroupCost, 0ll))};
+            }
+        };
+        long long before_group = before;
 #pragma unroll 1
         for (int group = first; group < last; ++group) {
-            const int count = tiles(group);
-            if (begin < before + count) {
-                shared.work = {group, static_cast<int>(begin - before), static_cast<int>(end - begin)};
-                break;
-            }
-            before += count;
+            const int group_cost = cost(group);
+            find(begin, group, before_group, group_cost, shared.work.begin);
+            find(end, group, before_group, group_cost, shared.work.end);
+            before_group += group_cost;
         }
     }
     __syncthreads();
@@ -122,36 +135,33 @@ template <int kTokens>
 class DenseWalk {
 public:
     __device__ __forceinline__ DenseWalk(const MqaLogitsParams& params, const DenseWork& work)
-        : params_(params), work_(work) {}
+        : params_(params), at_(work.begin), end_(work.end) {}
 
     __device__ __forceinline__ bool next(MqaGroup& group, KeyRange& range) {
         const int lane = threadIdx.x % 32;
-        while (work_.num_tiles > 0) {
-            const int first_token = work_.group * kTokens;
+        while (at_.group < end_.group || (at_.group == end_.group && at_.tile < end_.tile)) {
+            const int first_token = at_.group * kTokens;
             group.num_tokens = min(kTokens, params_.num_tokens - first_token);
-            if (group.num_tokens <= 0) return false;
             range = {0, 0};
             if (lane < group.num_tokens) range = dense_range(params_, first_token + lane);
             const KeyRange mine = join(kNoKeys, range);
             const KeyRange all = {__reduce_min_sync(kAllLanes, mine.begin), __reduce_max_sync(kAllLanes, mine.end)};
-            const int left = tiles_of(all) - work_.tile;
-            const int tile = work_.tile;
-            ++work_.group;
-            work_.tile = 0;
-            if (left <= 0) continue;
-            group.num_tiles = min(left, work_.num_tiles);
-            group.first_key = first_key_of(all) + tile * kMqaTileKeys;
+            const int tiles = tiles_of(all);
+            group.num_tiles = (at_.group == end_.group ? min(tiles, end_.tile) : tiles) - at_.tile;
+            group.first_key = first_key_of(all) + at_.tile * kMqaTileKeys;
             group.first_token = first_token;
             group.table_row = 0;
-            work_.num_tiles -= group.num_tiles;
-            return true;
+            ++at_.group;
+            at_.tile = 0;
+            if (group.num_tiles > 0) return true;
         }
         return false;
     }
 
 private:
     const MqaLogitsParams& params_;
-    DenseWork work_;
+    DensePosition at_;
+    DensePosition end_;
 };
 
 // ---- paged ----

@@ -8,6 +8,7 @@
 #include "gemm_params.h"
 #include "pipeline.cuh"
 #include "ptx_mbarrier.cuh"
+#include "warp.cuh"
 
 namespace deep_gemm {
 
@@ -40,6 +41,8 @@ __device__ __forceinline__ int column_of_result(const HeadMap& heads, int col) {
     return col + (head + is_right) * heads.mid;
 }
 
+// All schedulers: next() is called by a whole warp, or, next<false>(), by one thread that has the role to itself.
+
 // Persistent walk over a dense output: cluster i takes tiles i, i + clusters, ... Tiles are numbered in groups of
 // `row_group` row tiles; inside a group rows vary fastest, so a wave of CTAs shares few panels of either operand.
 //   kRowCtas, kColCtas   CTAs of a cluster side by side along rows and columns
@@ -54,6 +57,7 @@ public:
         step_ = static_cast<int>(gridDim.x) / kClusterSize;
     }
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         if (tile_ >= schedule_.num_tiles) return false;
         locate(tile_, work);
@@ -99,6 +103,7 @@ public:
                                                 uint32_t rank = 0)
         : Dense(schedule, rank), batch_(batch) {}
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         // A comparison of numbers that the compiler knows to be the same in all threads: otherwise descriptors leave the
         // uniform registers.
@@ -171,6 +176,7 @@ public:
         }
     }
 
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         const int group = divide(this->tile_, groups_.tiles_per_group);
         if (group >= groups_.num_groups) return false;
@@ -180,6 +186,7 @@ public:
         work.group_end = part.start + part.size;
         work.k_block = part.start;
         work.num_k_blocks = kPadded ? part.size : (part.size + kStageK - 1) / kStageK;
+        if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         this->tile_ += this->step_;
         return true;
     }
@@ -209,21 +216,22 @@ struct WorkQueue {
     }
 };
 
-// A role's position in a WorkQueue. `one_thread`: the role is one thread of its warp, not all of them.
+// A role's position in a WorkQueue.
 class QueueReader {
 public:
-    __device__ __forceinline__ QueueReader(WorkQueue& queue, bool one_thread)
-        : queue_(queue), one_thread_(one_thread) {}
+    __device__ __forceinline__ explicit QueueReader(WorkQueue& queue) : queue_(queue) {}
 
     // Gives back the slot of the tile before.
+    template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
         if (count_ > 0) {
-            if (!one_thread_) __syncwarp();
-            if (one_thread_ || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
+            if constexpr (kWholeWarp) __syncwarp();
+            if (!kWholeWarp || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
         }
         ptx::mbarrier_wait(queue_.full[count_ % kSlots], count_ / kSlots % 2);
         ++count_;
         read(work);
+        if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         return work.num_k_blocks >= 0;
     }
 
@@ -234,7 +242,6 @@ private:
     static constexpr uint32_t kSlots = WorkQueue::kSlots;
 
     WorkQueue& queue_;
-    bool one_thread_;
     uint32_t count_ = 0;  // of tiles so far: the slot and its phase in one register
 };
 

@@ -24,9 +24,11 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
                           : row.scaling == kUE8M0Scaling ? "ue8m0"
                                                          : "none";
     const bool is_bf16 = row.operands == OperandType::kBF16;
+    const bool has_fp4 = sm100 ? !is_bf16 : row.operands == OperandType::kFP8FP4;
+    const char* family = is_bf16 ? "bf16_gemm" : has_fp4 ? "fp8_fp4_gemm" : "fp8_gemm";
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"" << (sm100 ? "sm_100a" : "sm_90a") << "\""
-         << ", \"family\": \"" << (is_bf16 ? "bf16_gemm" : sm100 ? "fp8_fp4_gemm" : "fp8_gemm") << "\""
+         << ", \"family\": \""  << family << "\""
          << ", \"kernel\": \"" << (sm100 ? "sm100" : "sm90") << "_gemmILi" << row_idx << "E\""
          << ", \"block_m\": " << row.block_m() << ", \"block_n\": " << row.block_n()
          << ", \"block_k\": " << row.block_k() << ", \"a_mn_major\": " << (row.a_mn_major ? "true" : "false")
@@ -89,7 +91,7 @@ DG_EXPORT const char* dg_instances() {
 DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int gran_n, int gran_k, int d_is_float,
                                 int num_sms, int grouping, int layout, int64_t num_groups, int group_alignment,
                                 int64_t expected_m, int is_bf16, int a_mn_major, int b_mn_major, int a_is_fp4,
-                                int b_is_fp4, int arch) {
+                                int b_is_fp4, int sfb_is_packed, int arch) {
     static thread_local std::string json;
     GemmProblem problem;
     problem.m = m;
@@ -109,6 +111,7 @@ DG_EXPORT const char* dg_select(int64_t m, int64_t n, int64_t k, int gran_m, int
     problem.expected_m = expected_m;
     problem.a_is_fp4 = a_is_fp4 != 0;
     problem.b_is_fp4 = b_is_fp4 != 0;
+    problem.sfb_is_packed = sfb_is_packed != 0;
     const auto rows = arch == 100 ? sm100_gemm_rows() : gemm_rows();
     const int first = arch == 100 ? static_cast<int>(gemm_rows().size()) : 0;  // as dg_instances() counts
     const SelectionLimits limits = limits_from_knobs(num_sms);

@@ -79,6 +79,21 @@ cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& pr
 // sf_t_stride].
 cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
 
+// FP4 as FP8, exactly: x is [rows, cols / 2] bytes with the even column's value in the low half, out [rows, cols] E4M3, or
+// `batch` of them. x and its strides are multiples of 16 bytes, out and its strides of 32; what follows a row of out up to a
+// multiple of 32 bytes is overwritten.
+struct ExpandFp4Problem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // bytes between rows
+    int64_t x_batch_stride = 0;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // bytes between rows
+    int64_t out_batch_stride = 0;
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+};
+cudaError_t launch_expand_fp4(const ExpandFp4Problem& problem, cudaStream_t stream, bool pdl);
+
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
 // before them.
 struct KGroups {
@@ -132,7 +147,8 @@ enum class ScaleType : int { kFloat32 = 0, kE8M0 = 1, kPackedUE8M0 = 2 };
 
 // Copies scales of any strides to MN-major form, dst[b * dst_batch_stride + k * dst_k_stride + mn], converting on the
 // way. dst_type is kFloat32 or kPackedUE8M0. float32 that is not a positive power of two (0 included) packs to 0xFF,
-// UE8M0's NaN; 0xFF expands to NaN. `mn_repeat` 128 gives each row of dst the scale of row mn / 128 of src.
+// UE8M0's NaN; 0xFF expands to NaN. `mn_repeat` 128 gives each row of dst the scale of row mn / 128 of src, `k_repeat` 4 each
+// scale along K that of k / 4.
 struct ScaleLayoutProblem {
     const void* src = nullptr;
     ScaleType src_type = ScaleType::kFloat32;
@@ -142,8 +158,9 @@ struct ScaleLayoutProblem {
     int64_t dst_batch_stride = 0, dst_k_stride = 0;                     // elements: floats or words
     int64_t batch = 1;
     int64_t mn = 0;    // rows of dst
-    int64_t k_sf = 0;  // scales along K (four a word where packed)
+    int64_t k_sf = 0;  // scales along K of dst (four a word where packed)
     int mn_repeat = 1;
+    int k_repeat = 1;
 };
 cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl);
 

@@ -37,6 +37,7 @@ MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_
 }
 
 // A stage of `block_k` of an operand, `block_mn` along MN: in one box, or MN-major in several of one swizzle span each.
+// `block_k` counts elements of `operand`: pairs of FP4.
 CUtensorMap make_operand_map(EncodeTiledFunction encode, const MatrixView& operand, bool mn_major, int block_k,
                              int block_mn) {
     return mn_major ? make_tensor_map(encode, operand, block_k, sm90::kMnMajorSpan)
@@ -89,13 +90,16 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const bool is_float = problem.d_type == DataType::kFloat32;
 
     MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
-    MatrixView b = operand_view(row, problem.b, problem.n, problem.k, problem.b_stride, row.b_mn_major);
+    // Two elements of FP4 are one of a tensor map.
+    const int b_pack = layout.is_fp4() ? 2 : 1;
+    MatrixView b = operand_view(row, problem.b, problem.n, (problem.k + b_pack - 1) / b_pack, problem.b_stride / b_pack,
+                                row.b_mn_major);
     const GroupDims groups = group_dims(problem);
     const MatrixView d = result_view(problem, groups.d);
     a.groups = groups.a;
     b.groups = groups.b;
     a.group_stride = problem.a_group_stride;
-    b.group_stride = problem.b_group_stride;
+    b.group_stride = problem.b_group_stride / b_pack;
     const MatrixView& rows = row.swap_ab ? b : a;
     const MatrixView& cols = row.swap_ab ? a : b;
     const int64_t num_rows = row.swap_ab ? problem.n : problem.m;
@@ -105,7 +109,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     GemmParams params = {};
     const int clusters = set_problem(params, problem, row, limits);
     // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k,
+    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k / (row.swap_ab ? b_pack : 1),
                                        row.block_rows / row.col_ctas);
     params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), block_k,
                                        row.block_cols / row.row_ctas);
@@ -116,8 +120,8 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
                      problem.head_right % 2 == 0 &&
                      (problem.c == nullptr || (problem.c_stride % 2 == 0 && problem.c_group_stride % 2 == 0 &&
                                                aligned(problem.c, 2 * element_bytes)));
-    const bool tma_can_store =
-        (!is_float || layout.stages_float()) && tma_can_address_result(problem, layout.box_cols());
+    const bool tma_can_store = layout.stages_result() && (!is_float || layout.stages_float()) &&
+                               tma_can_address_result(problem, layout.box_cols());
     params.output_mode = !tma_can_store ? kStoreDirect : adds_in_place(problem) ? kAddTma : kStoreTma;
     if (tma_can_store) params.d_map = make_tensor_map(encode, d, layout.box_rows(), layout.box_cols() * 2 / element_bytes);
     if (params.output_mode == kAddTma) params.c = nullptr;
@@ -126,9 +130,10 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const ScaleTensor& row_scales = row.swap_ab ? problem.sfb : problem.sfa;
     const ScaleTensor& col_scales = row.swap_ab ? problem.sfa : problem.sfb;
     if (layout.row_scales_are_vector()) {
+        const int64_t row_k_groups = layout.row_scales_are_words() ? (problem.k + block_k - 1) / block_k : k_groups;
         params.row_scales_map =
-            make_scale_map(encode, row_scales, num_rows, k_groups, rows.groups, layout.row_scale_box_rows(),
-                           layout.k_groups());
+            make_scale_map(encode, row_scales, num_rows, row_k_groups, rows.groups, layout.row_scale_box_rows(),
+                           layout.row_scale_groups());
     }
     if (layout.col_scales_are_vector()) {
         params.col_scales_map =

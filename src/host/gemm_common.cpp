@@ -76,6 +76,9 @@ void throw_no_row(std::span<const GemmRow> rows, const char* arch, const GemmPro
     if (problem.operands == OperandType::kFP8) {
         message << " with recipe [" << problem.sfa.gran_mn << ", " << problem.sfb.gran_mn << ", " << problem.gran_k
                 << "]";
+        if (problem.a_is_fp4 || problem.b_is_fp4) {
+            message << ", FP4 " << (!problem.b_is_fp4 ? "A" : !problem.a_is_fp4 ? "B" : "A and B");
+        }
     } else {
         message << " with BF16 operands";
     }
@@ -143,8 +146,9 @@ bool adds_in_place(const GemmProblem& problem) {
 
 bool tma_can_address_result(const GemmProblem& problem, int box_cols) {
     const int64_t element_bytes = size_of(problem.d_type);
-    // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes.
-    return aligned(problem.d, 16) && problem.d_stride * element_bytes % 16 == 0 &&
+    // With gaps between heads each box has to lie in one part of one head, and to begin there on 16 bytes. TMA stores whole
+    // units of 16 bytes, also at the end of a row: its columns have to fill them.
+    return aligned(problem.d, 16) && problem.n * element_bytes % 16 == 0 && problem.d_stride * element_bytes % 16 == 0 &&
            problem.d_group_stride * element_bytes % 16 == 0 && problem.head_left % box_cols == 0 &&
            problem.head_right % box_cols == 0 && problem.head_mid % 8 == 0;
 }

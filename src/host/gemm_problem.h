@@ -75,9 +75,11 @@ struct GemmProblem {
     // `head_mid` columns that are left alone.
     int head_left = 0, head_mid = 0, head_right = 0;
 
-    // SM100: packed E2M1 pairs, K-major, in place of FP8; strides count elements. K is a multiple of 128, data and strides
-    // of 32 bytes.
+    // Packed E2M1 pairs, K-major, in place of FP8; strides count elements. SM100: K is a multiple of 128, data and strides of
+    // 32 bytes. SM90: B alone, whose scales are per 32 of K, while A's gran_k may be 128 where those are packed.
     bool a_is_fp4 = false, b_is_fp4 = false;
+    // SM90 with FP4: `sfb` are packed UE8M0 words as SM100 takes them; K is a multiple of 128.
+    bool sfb_is_packed = false;
 };
 
 }  // namespace deep_gemm

@@ -7,10 +7,11 @@ enum Scaling : int {
     kScaling1D2D,  // A: one scale per row and 128 of K; B: one per 128 x 128 block
     kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
     kNoScaling,    // BF16
-    kUE8M0Scaling, // SM100: a power of two per row of either operand and 32 or 128 of K, applied by the tensor core
+    kUE8M0Scaling, // SM100: a power of two per row of either operand and 32 or 128 of K, applied by the tensor core.
+                   // SM90's FP4 rows: B's scales are UE8M0 words, a row's four of 128 of K; A's FP32 per row and gran_k
 };
 
-enum class OperandType : int { kFP8 = 0, kBF16 = 1 };
+enum class OperandType : int { kFP8 = 0, kBF16 = 1, kFP8FP4 = 2 };  // kFP8FP4: A FP8, B FP4, on SM90
 
 // How a kernel finds the products that share its launch; one tile scheduler each (src/device/tile_scheduler.cuh).
 enum class Grouping : int {
@@ -31,7 +32,7 @@ struct GemmRow {
     int split_k;      // CTAs of a cluster that share one tile, each with its part of K, reduced in shared memory
     bool swap_ab;
     Scaling scaling;
-    int gran_k;       // 128, or 32 (1D1D only); 0 without scales
+    int gran_k;       // 128, or 32 (1D1D and UE8M0 only); 0 without scales
     OperandType operands = OperandType::kFP8;
     Grouping grouping = Grouping::kDense;
     bool a_mn_major = false;  // BF16 only: the tensor core reads it as it lies

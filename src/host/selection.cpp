@@ -36,6 +36,10 @@ struct CostModel {
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
+    // FP4 weights, not measured yet: counted instructions of a warp for a K block of 64 rows, one a clock.
+    double expansion = 195;         // loads, look-ups, addresses
+    double expansion_promotion = 4.4;  // more of them per column, with scales of A per 32 of K
+    double expansion_folded = 1.8;     // ... per 128
 };
 constexpr CostModel kModel;
 
@@ -45,7 +49,8 @@ const char* reason_against(const GemmRow& row, const GemmProblem& problem, const
     if (row.arch == 100) return sm100_reason_against(row, problem, limits);
     if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
-    if (row.swap_ab && row.grouping != Grouping::kMGrouped && problem.m > row.block_m()) {
+    if (row.swap_ab && row.operands != OperandType::kFP8FP4 && row.grouping != Grouping::kMGrouped &&
+        problem.m > row.block_m()) {
         return "with swapped operands one tile holds all of M";
     }
     if (row.cluster_size() > limits.num_sms) return "a cluster of more CTAs than SMs may be used";
@@ -60,9 +65,24 @@ double together(double a, double b) {
     return std::sqrt(std::sqrt(a2 * a2 + b2 * b2));
 }
 
+// As block_clocks(), where the rows are FP4: the warpgroups' instructions, of which the promotion is a part, are many.
+double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
+    const double bytes = 68.0 * row.block_rows + 128.0 * row.block_cols;
+    const double warpgroups = row.block_rows / 64 * row.k_warpgroups;
+    const bool folded = row.gran_k == 128;
+    const double issue =
+        model.expansion + (folded ? model.expansion_folded : model.expansion_promotion) * row.block_cols;
+    const double waits = folded || row.block_cols <= 32 ? 1 : 4;  // for the tensor core
+    const double part = waits * model.result_latency + tensor / (row.block_rows / 64) +
+                        issue * (1 + model.contention * (warpgroups - 1));
+    const double chain = (model.block_latency + part) / row.k_warpgroups;
+    return std::max({chain, issue * row.block_rows / 64, tensor, bytes / kFillBytes});
+}
+
 // Clocks of a K block in a CTA whose operands are all inside their matrices: one warpgroup's chain of dependent steps,
 // while the tensor core (`tensor` clocks) works for all warpgroups and the next K blocks arrive.
 double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
+    if (row.operands == OperandType::kFP8FP4) return fp4_block_clocks(row, tensor, model);
     const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
     if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
@@ -128,8 +148,13 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     // operand and D once, evenly over the tiles.
     const double loaded = is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) * row.block_m()
                                        : static_cast<double>(m) * results;
-    const double bytes = (loaded + static_cast<double>(problem.n) * results) * k * row.element_bytes() +
-                         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
+    // A weight of FP4 is half a byte, and its share of a scale.
+    const double weight_bytes = row.operands != OperandType::kFP8FP4 ? row.element_bytes()
+                                : row.scaling == kUE8M0Scaling       ? 0.5 + 1.0 / 32
+                                                                     : 0.5 + 4.0 / 32;
+    const double bytes =
+        (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
+        static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
@@ -142,15 +167,18 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     if (full_waves > 0) clocks += full_waves * wave(resident);
     if (left > 0) clocks += wave(left);
     // Measured with one or two tiles along M. At 4096 these rows took 1.5 times as long as others.
-    if (row.k_warpgroups > 1 && problem.m > 2 * row.block_m()) clocks *= 1.5;
+    if (row.k_warpgroups > 1 && m > 2 * row.block_m()) clocks *= 1.5;
     return clocks / (kClockGHz * 1000);
 }
 
 }  // namespace
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
-    if (problem.a_is_fp4 || problem.b_is_fp4) return "FP8 or BF16 operands";
-    if (row.operands != problem.operands) return row.operands == OperandType::kFP8 ? "FP8 operands" : "BF16 operands";
+    if (row.operands != operands_of(problem) || problem.a_is_fp4) {
+        return row.operands == OperandType::kFP8      ? "FP8 operands"
+               : row.operands == OperandType::kFP8FP4 ? "FP8 A and FP4 B"
+                                                      : "BF16 operands";
+    }
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
         if (row.a_mn_major != problem.a_mn_major) return row.a_mn_major ? "MN-major A" : "K-major A";
@@ -159,14 +187,20 @@ const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
     }
     if (row.gran_k != problem.gran_k) return "another gran_k";
     if (row.scaling != scaling_of(problem)) {
-        return row.scaling == kScaling1D2D ? "scales of A per row and of B per 128 x 128 block"
-                                           : "scales per row of both operands";
+        return row.scaling == kScaling1D2D    ? "scales of A per row and of B per 128 x 128 block"
+               : row.scaling == kUE8M0Scaling ? "scales of B in packed UE8M0"
+                                              : "scales per row of both operands";
     }
     return nullptr;
 }
 
+OperandType operands_of(const GemmProblem& problem) {
+    return problem.b_is_fp4 ? OperandType::kFP8FP4 : problem.operands;
+}
+
 Scaling scaling_of(const GemmProblem& problem) {
     if (problem.operands == OperandType::kBF16) return kNoScaling;
+    if (problem.sfb_is_packed) return kUE8M0Scaling;
     const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
@@ -207,6 +241,9 @@ const char* grouping_suffix(Grouping grouping) {
 std::string row_name(const GemmRow& row) {
     if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
+    if (row.operands == OperandType::kFP8FP4) {
+        name = row.scaling == kUE8M0Scaling ? "sm90_fp8_fp4_ue8m0" : "sm90_fp8_fp4_1d1d";
+    }
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
     }

@@ -22,6 +22,9 @@ struct Candidate {
     const char* reason;  // why the row cannot run the problem, or null
 };
 
+// The operands that a problem's rows on SM90 are for.
+OperandType operands_of(const GemmProblem& problem);
+
 // The scaling that a problem's granularities ask for.
 Scaling scaling_of(const GemmProblem& problem);
 

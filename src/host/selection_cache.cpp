@@ -11,7 +11,7 @@ namespace {
 // All that selection may look at of a problem and its limits.
 struct Key {
     const GemmRow* table;
-    bool a_is_fp4, b_is_fp4;
+    bool a_is_fp4, b_is_fp4, sfb_is_packed;
     int64_t m, n, k;
     int gran_m, gran_n, gran_k;
     OperandType operands;
@@ -45,7 +45,7 @@ static_assert(kEntries == 1 << (64 - 56));
 int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
     const Key key = {rows.data(),
-                     problem.a_is_fp4, problem.b_is_fp4,
+                     problem.a_is_fp4, problem.b_is_fp4, problem.sfb_is_packed,
                      problem.m,       problem.n,
                      problem.k,       problem.sfa.gran_mn,
                      problem.sfb.gran_mn, problem.gran_k,

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <charconv>
 #include <initializer_list>
 #include <span>
 #include <stdexcept>
@@ -44,6 +45,15 @@ inline std::string text(ScalarType dtype) {
 }
 
 inline std::string text(int64_t value) { return std::to_string(value); }
+
+// As Python writes it.
+inline std::string float_text(double value) {
+    char digits[32];
+    std::string written(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+    if (written.find_first_not_of("-0123456789") == std::string::npos) written += ".0";
+    return written;
+}
+
 inline std::string text(const std::string& value) { return value; }
 inline std::string text(const char* value) { return value; }
 

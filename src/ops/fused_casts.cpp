@@ -1,6 +1,5 @@
 #include "fused_cast_ops.h"
 
-#include <charconv>
 #include <utility>
 
 #include "../host/knobs.h"
@@ -9,14 +8,6 @@
 namespace deep_gemm::ops {
 
 namespace {
-
-// As Python writes it.
-std::string float_text(double value) {
-    char digits[32];
-    std::string written(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
-    if (written.find_first_not_of("-0123456789") == std::string::npos) written += ".0";
-    return written;
-}
 
 void check_input(const char* op, const Tensor& x, std::initializer_list<ScalarType> dtypes, const char* rows_name,
                  const char* cols_name) {

@@ -44,25 +44,6 @@ void zero_columns(const Result& result, const Heads& parts, int64_t first, int64
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(columns.get()));
 }
 
-void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
-    if (or_fp4) {
-        check_dtype(op, arg, x, {dtype, ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
-    } else {
-        check_dtype(op, arg, x, {dtype});
-    }
-}
-
-// What TMA needs to unpack FP4 on its way to shared memory, beyond what it needs of bytes.
-void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k) {
-    if (!is_fp4(x)) return;
-    if (k % 128 != 0) fail(op, arg, "K", k, "a multiple of 128", "FP4");
-    if (x.size(0) > 1 && x.stride(0) % 32 != 0) {
-        fail(op, arg, "row stride", std::to_string(x.stride(0)) + " bytes", "a multiple of 32 bytes", "FP4");
-    }
-    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 32;
-    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
-}
-
 // Checks everything, then runs. `sfa` and `sfb` are there for FP8 operands, `head_splits` where columns have gaps. Returns
 // the result, allocated here, unless `out` is there to write to. With `or_fp4` K-major operands may be FP4.
 OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const TensorInfo* sfa, const TensorInfo& b,
@@ -94,9 +75,8 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     check_size(op, "a", a_k_major ? "K" : "M", a.size(1));
     check_size(op, "b", b_k_major ? "N" : "K", b.size(0));
     check_size(op, "b", b_k_major ? "K" : "N", b.size(1));
-    const auto k_of = [](const TensorInfo& x, const Axes& axes) { return x.size(axes.k) * (is_fp4(x) ? 2 : 1); };
-    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = k_of(a, axes_a);
-    if (k_of(b, axes_b) != k) fail(op, "b", "K", k_of(b, axes_b), k, "the K of a");
+    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = size_along_k(a, axes_a);
+    if (size_along_k(b, axes_b) != k) fail(op, "b", "K", size_along_k(b, axes_b), k, "the K of a");
     check_operand_layout(op, "a", a, a_k_major || !is_fp8);
     check_operand_layout(op, "b", b, b_k_major || !is_fp8);
 
@@ -105,7 +85,7 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         const Dim m_dim = {Dim::kMN, "M", m}, n_dim = {Dim::kMN, "N", n}, k_dim = {Dim::kK, "K", k};
         const std::array<Dim, 2> dims_a = {a_k_major ? m_dim : k_dim, a_k_major ? k_dim : m_dim};
         const std::array<Dim, 2> dims_b = {b_k_major ? n_dim : k_dim, b_k_major ? k_dim : n_dim};
-        grans = match_recipe(op, *sfa, dims_a, *sfb, dims_b, recipe);
+        grans = match_recipe(op, *sfa, dims_a, *sfb, dims_b, recipe, is_fp4(b));
     }
     int64_t columns = n;
     if (heads.any()) {
@@ -132,10 +112,11 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         }
         return std::move(result.allocated);
     }
-    const bool has_fp4 = is_fp4(a) || is_fp4(b), sm100 = !has_fp4 ? check_architecture(op, device) : compute_capability(device) == 100;
-    if (!sm100 && has_fp4) fail(op, "a", "architecture", "sm_" + text(compute_capability(device)), "sm_100", "FP4");
-    check_fp4_unpackable(op, "a", a, k);
-    check_fp4_unpackable(op, "b", b, k);
+    const bool sm100 = check_architecture(op, device);
+    if (sm100) {
+        check_fp4_unpackable(op, "a", a, k);
+        check_fp4_unpackable(op, "b", b, k);
+    }
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -143,14 +124,10 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100),
-                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100));
+    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
+                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, *sfa, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0, sm100);
-        const bool per_row = sm100 || !grans.is_1d2d();
-        problem.sfb =
-            prepare_scales(op, *sfb, axes_b, n, grans.n, per_row, grans.k, k, stream, scratch_sfb, 0, sm100);
+        set_scales(op, problem, *sfa, axes_a, scratch_sfa, *sfb, axes_b, scratch_sfb, grans, stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.a_mn_major = !a_k_major;

@@ -30,16 +30,16 @@ void bf16_gemm_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_res
 void fp8_gemm_nt_skip_head_mid(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void fp8_gemm_nt_skip_head_mid_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
-// m_grouped_{fp8,bf16}_gemm_{nt,nn}_contiguous
-template <bool kFP8, Layout kLayout>
+// m_grouped_{fp8,fp8_fp4,bf16}_gemm_{nt,nn}_contiguous
+template <bool kFP8, Layout kLayout, bool kOrFP4 = false>
 void m_grouped_gemm(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
-template <bool kFP8, Layout kLayout>
+template <bool kFP8, Layout kLayout, bool kOrFP4 = false>
 void m_grouped_gemm_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
-// m_grouped_{fp8,bf16}_gemm_nt_masked
-template <bool kFP8>
+// m_grouped_{fp8,fp8_fp4,bf16}_gemm_nt_masked
+template <bool kFP8, bool kOrFP4 = false>
 void m_grouped_gemm_masked(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
-template <bool kFP8>
+template <bool kFP8, bool kOrFP4 = false>
 void m_grouped_gemm_masked_out(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 // k_grouped_{fp8,bf16}_gemm_{tn,nt}_contiguous

@@ -86,6 +86,7 @@ void set_groups(GemmProblem& problem, const TensorInfo& groups, GroupLayout layo
 
 struct MGrouped {
     const char* op;
+    bool or_fp4 = false;  // K-major operands may be FP4
     bool masked = false;
     bool b_k_major = true;
     std::string layout = "indices";
@@ -119,8 +120,9 @@ void write_zeros(const MGrouped& call, const Operands& operands, const TensorInf
         sfa.emplace(filled(std::array{num_groups, m, int64_t{1}}, kScaleType, kOne, a, stream));
         sfb.emplace(filled(std::array{num_groups, (n + 127) / 128, int64_t{1}}, kScaleType, kOne, a, stream));
     }
-    Operands empty = {filled(std::array{num_groups, m, int64_t{16}}, a.scalar_type(), 0, a, stream), std::move(sfa),
-                      filled(std::array{num_groups, n, int64_t{16}}, a.scalar_type(), 0, a, stream), std::move(sfb)};
+    const ScalarType dtype = operands.is_fp8() ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
+    Operands empty = {filled(std::array{num_groups, m, int64_t{16}}, dtype, 0, a, stream), std::move(sfa),
+                      filled(std::array{num_groups, n, int64_t{16}}, dtype, 0, a, stream), std::move(sfb)};
     MGrouped zero_call = call;
     zero_call.recipe = {1, 128, 128};
     run(zero_call, empty, masked_m, &out);
@@ -135,9 +137,9 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     const bool is_fp8 = operands.is_fp8(), masked = call.masked;
     const ScalarType dtype = is_fp8 ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
 
-    check_dtype(op, "a", a, {dtype});
+    check_operand_dtype(op, "a", a, dtype, call.or_fp4);
     check_rank(op, "a", a, masked ? 3 : 2);
-    check_dtype(op, "b", b, {dtype});
+    check_operand_dtype(op, "b", b, dtype, call.or_fp4 && call.b_k_major);
     check_rank(op, "b", b, 3);
     if (is_fp8) {
         check_scales(op, "sfa", operands.sfa->info, masked ? 3 : 2);
@@ -160,8 +162,8 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     check_size(op, "b", "G", b.size(0));
     check_size(op, "b", call.b_k_major ? "N" : "K", b.size(1));
     check_size(op, "b", call.b_k_major ? "K" : "N", b.size(2));
-    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = a.size(axes_a.k), num_groups = b.size(0);
-    if (b.size(axes_b.k) != k) fail(op, "b", "K", b.size(axes_b.k), k, "the K of a");
+    const int64_t m = a.size(axes_a.mn), n = b.size(axes_b.mn), k = size_along_k(a, axes_a), num_groups = b.size(0);
+    if (size_along_k(b, axes_b) != k) fail(op, "b", "K", size_along_k(b, axes_b), k, "the K of a");
     if (masked && num_groups != a.size(0)) fail(op, "b", "G", num_groups, a.size(0), "the G of a");
     check_operand_layout(op, "a", a, true);
     check_operand_layout(op, "b", b, call.b_k_major || !is_fp8);
@@ -175,7 +177,7 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
         const std::array<Dim, 3> dims_a = {g_dim, m_dim, k_dim};
         const std::array<Dim, 3> dims_b = {g_dim, call.b_k_major ? n_dim : k_dim, call.b_k_major ? k_dim : n_dim};
         grans = match_recipe(op, operands.sfa->info, std::span(dims_a).subspan(masked ? 0 : 1), operands.sfb->info,
-                             dims_b, call.recipe);
+                             dims_b, call.recipe, is_fp4(b));
     }
     const std::array<int64_t, 3> shape = {num_groups, m, n};
     const std::span<const int64_t> result_shape = std::span(shape).subspan(masked ? 0 : 1);
@@ -195,6 +197,10 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
         return std::move(result.allocated);
     }
     const bool sm100 = check_architecture(op, device);
+    if (sm100) {
+        check_fp4_unpackable(op, "a", a, k);
+        check_fp4_unpackable(op, "b", b, k);
+    }
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -206,14 +212,11 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100),
-                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100));
+    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
+                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, operands.sfa->info, axes_a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0,
-                                     sm100);
-        problem.sfb = prepare_scales(op, operands.sfb->info, axes_b, n, grans.n, sm100 || !grans.is_1d2d(), grans.k, k,
-                                     stream, scratch_sfb, 0, sm100);
+        set_scales(op, problem, operands.sfa->info, axes_a, scratch_sfa, operands.sfb->info, axes_b, scratch_sfb, grans,
+                   stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.b_mn_major = !call.b_k_major;
@@ -414,26 +417,29 @@ constexpr const char* k_grouped_name() {
     return kLayout == Layout::kTN ? "k_grouped_fp8_gemm_tn_contiguous" : "k_grouped_fp8_gemm_nt_contiguous";
 }
 
-template <bool kFP8, Layout kLayout>
+template <bool kFP8, Layout kLayout, bool kOrFP4>
 constexpr const char* m_grouped_name() {
     constexpr bool kIsNT = kLayout == Layout::kNT;
+    if (kOrFP4) return kIsNT ? "m_grouped_fp8_fp4_gemm_nt_contiguous" : "m_grouped_fp8_fp4_gemm_nn_contiguous";
     if (kFP8) return kIsNT ? "m_grouped_fp8_gemm_nt_contiguous" : "m_grouped_fp8_gemm_nn_contiguous";
     return kIsNT ? "m_grouped_bf16_gemm_nt_contiguous" : "m_grouped_bf16_gemm_nn_contiguous";
 }
 
-template <bool kFP8>
+template <bool kFP8, bool kOrFP4>
 constexpr const char* masked_name() {
+    if (kOrFP4) return "m_grouped_fp8_fp4_gemm_nt_masked";
     return kFP8 ? "m_grouped_fp8_gemm_nt_masked" : "m_grouped_bf16_gemm_nt_masked";
 }
 
 }  // namespace
 
-template <bool kFP8, Layout kLayout>
+template <bool kFP8, Layout kLayout, bool kOrFP4>
 void m_grouped_gemm(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Operands operands = take_operands<kFP8>(arguments);
     const TensorArgument groups(arguments.take_tensor());
-    MGrouped call = {.op = m_grouped_name<kFP8, kLayout>(), .b_k_major = kLayout == Layout::kNT};
+    MGrouped call = {
+        .op = m_grouped_name<kFP8, kLayout, kOrFP4>(), .or_fp4 = kOrFP4, .b_k_major = kLayout == Layout::kNT};
     call.layout = arguments.take<std::string>();
     call.out_dtype = arguments.take<ScalarType>();
     call.recipe = take_recipe<kFP8>(arguments);
@@ -441,12 +447,13 @@ void m_grouped_gemm(StableIValue* stack, uint64_t, uint64_t) {
     return_tensor(stack, run(call, operands, groups.info, nullptr));
 }
 
-template <bool kFP8, Layout kLayout>
+template <bool kFP8, Layout kLayout, bool kOrFP4>
 void m_grouped_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Operands operands = take_operands<kFP8>(arguments);
     const TensorArgument groups(arguments.take_tensor());
-    MGrouped call = {.op = m_grouped_name<kFP8, kLayout>(), .b_k_major = kLayout == Layout::kNT};
+    MGrouped call = {
+        .op = m_grouped_name<kFP8, kLayout, kOrFP4>(), .or_fp4 = kOrFP4, .b_k_major = kLayout == Layout::kNT};
     call.layout = arguments.take<std::string>();
     call.recipe = take_recipe<kFP8>(arguments);
     call.expected_m = arguments.take<std::optional<int64_t>>();
@@ -454,24 +461,24 @@ void m_grouped_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
     run(call, operands, groups.info, &out.info);
 }
 
-template <bool kFP8>
+template <bool kFP8, bool kOrFP4>
 void m_grouped_gemm_masked(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Operands operands = take_operands<kFP8>(arguments);
     const TensorArgument masked_m(arguments.take_tensor());
-    MGrouped call = {.op = masked_name<kFP8>(), .masked = true};
+    MGrouped call = {.op = masked_name<kFP8, kOrFP4>(), .or_fp4 = kOrFP4, .masked = true};
     call.expected_m = arguments.take<int64_t>();
     call.out_dtype = arguments.take<ScalarType>();
     call.recipe = take_recipe<kFP8>(arguments);
     return_tensor(stack, run(call, operands, masked_m.info, nullptr));
 }
 
-template <bool kFP8>
+template <bool kFP8, bool kOrFP4>
 void m_grouped_gemm_masked_out(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Operands operands = take_operands<kFP8>(arguments);
     const TensorArgument masked_m(arguments.take_tensor());
-    MGrouped call = {.op = masked_name<kFP8>(), .masked = true};
+    MGrouped call = {.op = masked_name<kFP8, kOrFP4>(), .or_fp4 = kOrFP4, .masked = true};
     call.expected_m = arguments.take<int64_t>();
     call.recipe = take_recipe<kFP8>(arguments);
     const TensorArgument out(arguments.take_tensor());
@@ -505,12 +512,15 @@ void k_grouped_gemm_out(StableIValue* stack, uint64_t, uint64_t) {
 #define DG_INSTANTIATE(FP8, FUNCTION, ...)                                      \
     template void FUNCTION<FP8, ##__VA_ARGS__>(StableIValue*, uint64_t, uint64_t); \
     template void FUNCTION##_out<FP8, ##__VA_ARGS__>(StableIValue*, uint64_t, uint64_t);
-DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNT)
-DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNN)
-DG_INSTANTIATE(false, m_grouped_gemm, Layout::kNT)
-DG_INSTANTIATE(false, m_grouped_gemm, Layout::kNN)
-DG_INSTANTIATE(true, m_grouped_gemm_masked)
-DG_INSTANTIATE(false, m_grouped_gemm_masked)
+DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNT, false)
+DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNN, false)
+DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNT, true)
+DG_INSTANTIATE(true, m_grouped_gemm, Layout::kNN, true)
+DG_INSTANTIATE(false, m_grouped_gemm, Layout::kNT, false)
+DG_INSTANTIATE(false, m_grouped_gemm, Layout::kNN, false)
+DG_INSTANTIATE(true, m_grouped_gemm_masked, false)
+DG_INSTANTIATE(true, m_grouped_gemm_masked, true)
+DG_INSTANTIATE(false, m_grouped_gemm_masked, false)
 DG_INSTANTIATE(true, k_grouped_gemm, Layout::kTN)
 DG_INSTANTIATE(true, k_grouped_gemm, Layout::kNT)
 DG_INSTANTIATE(false, k_grouped_gemm, Layout::kTN)

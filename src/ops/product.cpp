@@ -92,6 +92,26 @@ std::pair<int64_t, Choices> match_scales(const char* op, const char* arg, const 
 int64_t size_along(const TensorInfo& x, int axis) { return axis < 0 ? 1 : x.size(axis); }
 int64_t stride_along(const TensorInfo& x, int axis) { return axis < 0 ? 0 : x.stride(axis); }
 
+// FP4 as FP8, in `scratch`.
+Operand expand_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch) {
+    const int64_t groups = size_along(x, axes.group), mn = x.size(axes.mn), k = size_along_k(x, axes);
+    const int64_t aligned = ceil_to(k, 32);
+    const std::array<int64_t, 3> sizes = {groups, mn, aligned}, strides = {mn * aligned, aligned, 1};
+    scratch.reset(new_empty_strided(sizes, strides, ScalarType::Float8_e4m3fn, x.get()));
+    cast::ExpandFp4Problem problem;
+    problem.x = x.data_ptr();
+    problem.x_stride = x.stride(axes.mn);
+    problem.x_batch_stride = stride_along(x, axes.group);
+    problem.out = TensorInfo(scratch.get()).data_ptr();
+    problem.out_stride = aligned;
+    problem.out_batch_stride = strides[0];
+    problem.rows = mn;
+    problem.cols = k;
+    problem.batch = groups;
+    check_enqueued(cast::launch_expand_fp4(problem, stream, knobs().pdl), op, "expanding FP4");
+    return {problem.out, aligned, strides[0]};
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -103,36 +123,64 @@ void check_scales(const char* op, const char* arg, const TensorInfo& sf, int64_t
 }
 
 Granularities match_recipe(const char* op, const TensorInfo& sfa, std::span<const Dim> dims_a, const TensorInfo& sfb,
-                           std::span<const Dim> dims_b, const Recipe& recipe) {
-    Choices grans_m = {1, 128}, grans_n = {1, 128}, grans_k = {128, 32};
+                           std::span<const Dim> dims_b, const Recipe& recipe, bool or_mixed) {
+    struct Pair {
+        int64_t a, b;  // granularities along K
+    };
+    Choices grans_m = {1, 128}, grans_n = {1, 128};
+    std::vector<Pair> pairs = {{128, 128}, {32, 32}};
+    if (or_mixed) pairs.push_back({128, 32});
     if (recipe) {
         const std::vector<int64_t>& r = *recipe;
         const auto is_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
-        if (r.size() != 3 || !is_mn(r[0]) || !is_mn(r[1]) || (r[2] != 128 && r[2] != 32)) {
-            fail(op, "recipe", "value", text(std::span(r.data(), r.size())), "[1 or 128, 1 or 128, 128 or 32]");
+        const bool sized = r.size() == 3 || (r.size() == 4 && or_mixed);
+        const Pair wanted = sized ? Pair{r[2], r.back()} : Pair{};
+        const auto is_wanted = [&](const Pair& pair) { return pair.a == wanted.a && pair.b == wanted.b; };
+        if (!sized || !is_mn(r[0]) || !is_mn(r[1]) || std::none_of(pairs.begin(), pairs.end(), is_wanted)) {
+            fail(op, "recipe", "value", text(std::span(r.data(), r.size())),
+                 "[1 or 128, 1 or 128, 128 or 32]" +
+                     std::string(or_mixed ? " or [1 or 128, 1 or 128, 128, 32]" : ""));
         }
         grans_m = {r[0]};
         grans_n = {r[1]};
-        grans_k = {r[2]};
+        pairs = {wanted};
     }
-    const auto [gran_m, fit_a] = match_scales(op, "sfa", sfa, dims_a, grans_m, grans_k);
-    // One granularity along K serves both, so what sfa rules out is no longer on offer.
-    const auto [gran_n, fit_b] = match_scales(op, "sfb", sfb, dims_b, grans_n, fit_a);
-    // Scales of K <= 32 fit both and mean the same; packed words hold up to four scales, so beyond that it makes a
+    // The granularities of one operand that are left, and the pairs that fit.
+    const auto choices = [&](int64_t Pair::*member) {
+        Choices result;
+        for (const Pair& pair : pairs) {
+            if (std::find(result.begin(), result.end(), pair.*member) == result.end()) result.push_back(pair.*member);
+        }
+        return result;
+    };
+    const auto keep = [&](int64_t Pair::*member, const Choices& fit) {
+        std::erase_if(pairs, [&](const Pair& pair) { return std::find(fit.begin(), fit.end(), pair.*member) == fit.end(); });
+    };
+    const auto [gran_m, fit_a] = match_scales(op, "sfa", sfa, dims_a, grans_m, choices(&Pair::a));
+    keep(&Pair::a, fit_a);  // what sfa rules out is no longer on offer
+    const auto [gran_n, fit_b] = match_scales(op, "sfb", sfb, dims_b, grans_n, choices(&Pair::b));
+    keep(&Pair::b, fit_b);
+    // Scales of K <= 32 fit all and mean the same; packed words hold up to four scales, so beyond that it makes a
     // difference.
-    if (fit_b.count > 1 && sfa.scalar_type() == ScalarType::Int && sfb.scalar_type() == ScalarType::Int) {
+    if (pairs.size() > 1 && (sfa.scalar_type() == ScalarType::Int || sfb.scalar_type() == ScalarType::Int)) {
         const auto k = std::find_if(dims_a.begin(), dims_a.end(), [](const Dim& dim) { return dim.kind == Dim::kK; });
         if (k->size > 32) {
-            fail(op, "recipe", "value", "None", "[gran_m, gran_n, 128] or [gran_m, gran_n, 32]",
-                 "packed scales fit both here");
+            std::string expected;
+            for (size_t i = 0; i < pairs.size(); ++i) {
+                expected += (i == 0 ? "" : i + 1 == pairs.size() ? " or " : ", ");
+                expected += "[gran_m, gran_n, " + text(pairs[i].a) +
+                            (pairs[i].a == pairs[i].b ? "]" : ", " + text(pairs[i].b) + "]");
+            }
+            fail(op, "recipe", "value", "None", expected,
+                 pairs.size() == 2 ? "packed scales fit both here" : "packed scales fit all here");
         }
     }
-    return {gran_m, gran_n, fit_b.values[0]};
+    return {gran_m, gran_n, pairs[0].a, pairs[0].b};
 }
 
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows,
-                           bool packed) {
+                           bool packed, int k_repeat) {
     const int64_t groups = size_along(sf, axes.group), k_groups = ceil_div(k, gran_k);
     const int64_t columns = packed ? ceil_div(k_groups, 4) : k_groups;
     const int64_t stride_mn = sf.stride(axes.mn), stride_k = sf.stride(axes.k);
@@ -146,7 +194,7 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
                              (groups == 1 || (stride_group % 4 == 0 && stride_group >= mn));
     const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= columns &&
                               reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
-    if (type == wanted && !repeat && (!per_row || tma_readable)) {
+    if (type == wanted && !repeat && k_repeat == 1 && (!per_row || tma_readable)) {
         return {static_cast<const float*>(sf.data_ptr()), stride_mn, stride_k, static_cast<int>(gran_mn),
                 stride_group};
     }
@@ -154,6 +202,7 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
     problem.batch = groups;
     problem.mn = repeat ? mn : sf.size(axes.mn);
     problem.mn_repeat = repeat ? 128 : 1;
+    problem.k_repeat = k_repeat;
     const int64_t aligned = ceil_to(problem.mn, 4), rows = std::max(columns, k_rows);
     const std::array<int64_t, 3> sizes = {groups, rows, aligned}, strides = {rows * aligned, aligned, 1};
     scratch.reset(new_empty_strided(sizes, strides, packed ? ScalarType::Int : ScalarType::Float, sf.get()));
@@ -178,12 +227,23 @@ void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, 
     by_tma ? check_tma_readable(op, arg, x) : check_inner_stride(op, arg, x, "to_tma_aligned");
 }
 
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4) {
+    if (or_fp4) {
+        check_dtype(op, arg, x, {dtype, ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+    } else {
+        check_dtype(op, arg, x, {dtype});
+    }
+}
+
 bool is_fp4(const TensorInfo& x) {
     return x.scalar_type() != ScalarType::Float8_e4m3fn && x.scalar_type() != ScalarType::BFloat16;
 }
 
+int64_t size_along_k(const TensorInfo& x, Axes axes) { return x.size(axes.k) * (is_fp4(x) ? 2 : 1); }
+
 Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
-                        bool sm100) {
+                        bool sm100, bool keep_fp4) {
+    if (is_fp4(x) && !keep_fp4) return expand_operand(op, x, axes, stream, scratch);
     const bool k_major = axes.k == x.dim() - 1;
     const int row_axis = k_major ? axes.mn : axes.k;
     // The stride of a single row is never used, but the tensor map wants a multiple of 16 bytes, of 32 with FP4.
@@ -222,6 +282,33 @@ void set_operands(GemmProblem& problem, const Operand& a, const Operand& b) {
     problem.b_mn_major = b.mn_major;
     problem.a_is_fp4 = a.is_fp4;
     problem.b_is_fp4 = b.is_fp4;
+}
+
+void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k) {
+    if (!is_fp4(x)) return;
+    if (k % 128 != 0) fail(op, arg, "K", k, "a multiple of 128", "FP4");
+    for (int64_t axis = x.dim() - 2; axis >= 0; --axis) {
+        if (x.size(axis) <= 1 || x.stride(axis) % 32 == 0) continue;
+        const char* what = axis == x.dim() - 2 ? "row stride" : "group stride";
+        fail(op, arg, what, std::to_string(x.stride(axis)) + " bytes", "a multiple of 32 bytes", "FP4");
+    }
+    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 32;
+    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
+}
+
+void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes_a, OwnedTensor& scratch_a,
+                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, const Granularities& grans,
+                cudaStream_t stream, bool sm100) {
+    problem.sfb_is_packed =
+        !sm100 && problem.b_is_fp4 && sfb.scalar_type() != ScalarType::Float && problem.k % 128 == 0;
+    // SM90 has kernels for A's scales per 128 and B's, packed, per 32. Elsewhere A's are repeated.
+    const int64_t gran_k = problem.sfb_is_packed ? grans.k : grans.k_b;
+    problem.gran_k = static_cast<int>(gran_k);
+    problem.sfa = prepare_scales(op, sfa, axes_a, problem.m, grans.m, true, gran_k, problem.k, stream, scratch_a, 0, sm100,
+                                 static_cast<int>(grans.k / gran_k));
+    const bool per_row = sm100 || problem.sfb_is_packed || !grans.is_1d2d();
+    problem.sfb = prepare_scales(op, sfb, axes_b, problem.n, grans.n, per_row, grans.k_b, problem.k, stream, scratch_b, 0,
+                                 sm100 || problem.sfb_is_packed);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

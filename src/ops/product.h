@@ -82,14 +82,15 @@ struct Dim {
 
 struct Granularities {
     int64_t m = 1, n = 1, k = 1;
+    int64_t k_b = 1;  // of B's scales; only where B is FP4 it may differ: 32, and k 128
 
     // In the recipe 1, 128, 128 the kernels read B's block scales as they lie.
-    bool is_1d2d() const { return m == 1 && n == 128 && k == 128; }
+    bool is_1d2d() const { return m == 1 && n == 128 && k == 128 && k_b == 128; }
 };
 
-// Those that the recipe gives or the shapes of the scales imply.
+// Those that the recipe gives or the shapes of the scales imply. `or_mixed`: B's may be finer along K than A's.
 Granularities match_recipe(const char* op, const TensorInfo& sfa, std::span<const Dim> dims_a, const TensorInfo& sfb,
-                           std::span<const Dim> dims_b, const Recipe& recipe);
+                           std::span<const Dim> dims_b, const Recipe& recipe, bool or_mixed = false);
 
 // Scales are of a type that is accepted, and of this rank.
 void check_scales(const char* op, const char* arg, const TensorInfo& sf, int64_t rank);
@@ -103,10 +104,11 @@ inline constexpr Axes kKMajorGroups = {0, 1, 2}, kMNMajorGroups = {0, 2, 1};
 
 // Scales of an operand with `mn` rows as the kernels take them (see ScaleTensor): float32, and MN-major where there is
 // one per row; or, `packed`, UE8M0 words. What is not so is brought into that form in `scratch` by one small kernel.
-// There, K may have more `k_rows`, of scales or words, than there are in `sf`, which are then undefined.
+// There, K may have more `k_rows`, of scales or words, than there are in `sf`, which are then undefined. `gran_k` is that of
+// the result, `k_repeat` times as fine as what there is.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0,
-                           bool packed = false);
+                           bool packed = false, int k_repeat = 1);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Operands
@@ -122,15 +124,34 @@ struct Operand {
 // An operand that the kernel reads as it lies, or one that is transposed first.
 void check_operand_layout(const char* op, const char* arg, const TensorInfo& x, bool by_tma);
 
+// FP8 or BF16 values; with `or_fp4` K-major FP8 operands may be FP4.
+void check_operand_dtype(const char* op, const char* arg, const TensorInfo& x, ScalarType dtype, bool or_fp4);
+
 // Packed pairs of E2M1 values, K-major.
 bool is_fp4(const TensorInfo& x);
 
+// K, of which a byte of FP4 holds two.
+int64_t size_along_k(const TensorInfo& x, Axes axes);
+
 // As the kernel reads it. SM90's FP8 tensor cores take K-major operands alone, so an MN-major one is transposed into
-// `scratch`; BF16 ones stay as they are, on SM100 FP8 ones, too, where TMA can address their rows.
+// `scratch`; BF16 ones stay as they are, on SM100 FP8 ones, too, where TMA can address their rows. FP4 becomes FP8 in
+// `scratch` unless `keep_fp4`.
 Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStream_t stream, OwnedTensor& scratch,
-                        bool sm100 = false);
+                        bool sm100 = false, bool keep_fp4 = false);
+
+// What SM90's kernels make of B in FP4: they multiply it as it is where it has a scale for each 32 of K.
+// What TMA needs to unpack FP4 on its way to SM100's shared memory, beyond what it needs of bytes.
+void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k);
+
+inline bool sm90_keeps_fp4(const Granularities& grans) { return grans.k_b == 32; }
 
 void set_operands(GemmProblem& problem, const Operand& a, const Operand& b);
+
+// The scales of a problem whose sizes and operands are set. On SM90 those of FP4 B stay packed where they are UE8M0 and K
+// permits, a quarter of FP32's bytes.
+void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes_a, OwnedTensor& scratch_a,
+                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, const Granularities& grans,
+                cudaStream_t stream, bool sm100 = false);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Results

@@ -4,6 +4,7 @@
 #include "cast_ops.h"
 #include "fused_cast_ops.h"
 #include "gemm_ops.h"
+#include "mega_moe_ops.h"
 #include "mqa_logits_ops.h"
 #include "prenorm_gemm_ops.h"
 
@@ -59,6 +60,10 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("get_paged_mqa_logits_metadata.out", TORCH_BOX(&get_paged_mqa_logits_metadata_out));
     m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));
     m.impl("fp8_paged_mqa_logits.out", TORCH_BOX(&fp8_paged_mqa_logits_out));
+    m.impl("fp8_mega_moe", TORCH_BOX(&fp8_mega_moe));
+    m.impl("fp8_mega_moe.out", TORCH_BOX(&fp8_mega_moe_out));
+    m.impl("bf16_mega_moe", TORCH_BOX(&bf16_mega_moe));
+    m.impl("bf16_mega_moe.out", TORCH_BOX(&bf16_mega_moe_out));
 }
 
 }  // namespace

@@ -131,20 +131,17 @@ public:
         const uint32_t tensor_memory = shared.tensor_memory;
         ptx::grid_dependency_launch();
         if constexpr (!kKGrouped) ptx::grid_dependency_wait();
-        // Each role has one of its own. `one_thread`: the role is one thread of its warp.
-        const auto scheduler = [&](bool one_thread) {
-            return make_scheduler(params.gemm, shared, cluster_rank, one_thread);
-        };
+        Scheduler scheduler = make_scheduler(params.gemm, shared, cluster_rank);
 
         if (warp == kLoadWarp) {
-            if (ptx::elect_one()) load(params, shared, scheduler(true), rank);
+            if (ptx::elect_one()) load(params, shared, scheduler, rank);
         } else if (warp == kMultiplyWarp) {
-            if (rank == 0 && ptx::elect_one()) multiply(params, shared, scheduler(true), tensor_memory);
+            if (rank == 0 && ptx::elect_one()) multiply(params, shared, scheduler, tensor_memory);
         } else if (warp == kScaleWarp) {
-            if constexpr (kScaled) turn_scales(params, shared, scheduler(false), rank);
-            if constexpr (kRaggedK) clear_ends(params, shared, scheduler(false));
+            if constexpr (kScaled) turn_scales(params, shared, scheduler, rank);
+            if constexpr (kRaggedK) clear_ends(params, shared, scheduler);
         } else if (warp >= kFirstEpilogueWarp) {
-            store(params.gemm, shared, scheduler(false), warp - kFirstEpilogueWarp, cluster_rank, tensor_memory);
+            store(params.gemm, shared, scheduler, warp - kFirstEpilogueWarp, cluster_rank, tensor_memory);
         } else {
             if constexpr (kMGrouped) Traits::MGroups::run(params.gemm.groups, shared.groups);
         }
@@ -156,10 +153,11 @@ public:
     }
 
 private:
+    // Each role has a copy.
     __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared,
-                                                               uint32_t cluster_rank, bool one_thread) {
+                                                               uint32_t cluster_rank) {
         if constexpr (kMGrouped) {
-            return QueueReader(shared.groups.queue, one_thread);
+            return QueueReader(shared.groups.queue);
         } else if constexpr (kRow.grouping == Grouping::kBatched) {
             return Scheduler(params.schedule, params.batch, cluster_rank);
         } else if constexpr (kKGrouped) {
@@ -169,9 +167,11 @@ private:
         }
     }
 
-    // The next tile; `rank`: in the pair, for which a queue holds the pair's tile.
+    // The next tile, for a role that is a whole warp or one thread. `rank`: in the pair, for which a queue holds the pair's
+    // tile.
+    template <bool kWholeWarp>
     __device__ __forceinline__ static bool next(Scheduler& scheduler, WorkTile& work, uint32_t rank) {
-        if (!scheduler.next(work)) return false;
+        if (!scheduler.template next<kWholeWarp>(work)) return false;
         if constexpr (kMGrouped && kCtas > 1) work.row += static_cast<int>(rank) * kBlockRows;
         return true;
     }
@@ -238,7 +238,7 @@ private:
                                                 uint32_t rank) {
         State state, scale_state, end_state;
         WorkTile work;
-        while (next(scheduler, work, rank)) {
+        while (next<false>(scheduler, work, rank)) {
             const int own_col = work.col + static_cast<int>(rank) * (kCtas == 1 ? 0 : kLayout.own_cols());
             int row_group = 0, col_group = 0;
             if constexpr (kLayout.has_groups()) {
@@ -305,7 +305,7 @@ private:
         State state, scale_state;
         AccumulatorState accumulator_state;
         WorkTile work;
-        while (next(scheduler, work, 0)) {
+        while (next<false>(scheduler, work, 0)) {
             const uint32_t accumulator = tensor_memory + accumulator_state.stage_idx * kBlockCols;
             ptx::mbarrier_wait(shared.accumulator_empty[accumulator_state.stage_idx], accumulator_state.phase ^ 1);
 #pragma unroll 1
@@ -370,7 +370,7 @@ private:
         const int lane = threadIdx.x % 32;
         State state;
         WorkTile work;
-        while (next(scheduler, work, rank)) {
+        while (next<true>(scheduler, work, rank)) {
             // Where the tile's scales begin in their boxes.
             const int row_start = kLayout.row_scale_slack() > 0 ? work.row % 4 : 0;
             const int col_start = kLayout.col_scale_slack() > 0 ? work.col % 4 : 0;
@@ -402,7 +402,7 @@ private:
     __device__ __forceinline__ static void clear_ends(const Sm100GemmParams& params, Storage& shared, Scheduler scheduler) {
         State state, end_state;
         WorkTile work;
-        while (scheduler.next(work)) {
+        while (next<true>(scheduler, work, 0)) {
             state.advance_by(work.num_k_blocks);
             const int left = (work.group_end - work.k_block) % kBlockK;
             if (left == 0) continue;
@@ -441,7 +441,7 @@ private:
         uint32_t reduce_phase = 0;
         AccumulatorState state;
         WorkTile work;
-        while (next(scheduler, work, cluster_rank)) {
+        while (next<true>(scheduler, work, cluster_rank)) {
             const int a = state.stage_idx;
             const uint32_t accumulator = tensor_memory + a * kBlockCols + (warp * 32 << 16);
             ptx::mbarrier_wait(shared.accumulator_full[a], state.phase);

@@ -60,9 +60,11 @@ public:
                 return;
             }
         }
-        if (params.output_mode == kStoreTma) {
-            store_tma<__nv_bfloat16>(params, work, staging, barrier_id, rows, col, thread, values);
-            return;
+        if constexpr (kLayout.stages_result()) {
+            if (params.output_mode == kStoreTma) {
+                store_tma<__nv_bfloat16>(params, work, staging, barrier_id, rows, col, thread, values);
+                return;
+            }
         }
 #pragma unroll
         for (int part = 0; part < kRowParts; ++part) {

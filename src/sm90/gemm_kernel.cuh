@@ -33,7 +33,9 @@
 #include "../device/gemm_params.h"
 #include "../device/pipeline.cuh"
 #include "../device/tile_scheduler.cuh"
+#include "../device/warp.cuh"
 #include "epilogue.cuh"
+#include "fp4_rows.cuh"
 #include "gemm_instances.h"
 #include "scale_policy.cuh"
 #include "shared_storage.cuh"
@@ -57,6 +59,7 @@ class GemmKernel {
     static constexpr int kNumStages = kLayout.num_stages();
     static constexpr int kStageK = kRow.block_k();
     static constexpr int kKGroups = kLayout.k_groups();
+    static constexpr int kRowElements = kLayout.is_fp4() ? 2 : 1;  // of the row operand, in one of its tensor map
     static constexpr int kConsumerWarps = kLayout.num_consumer_warpgroups() * 4;
     static constexpr int kRowWarpgroups = kLayout.row_warpgroups();
     static constexpr int kKWarpgroups = kRow.k_warpgroups;
@@ -85,8 +88,8 @@ class GemmKernel {
 
 public:
     __device__ __forceinline__ static void run(const GemmParams& params, Storage& shared) {
-        const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
-        const uint32_t rank = kClusterSize == 1 ? 0 : ptx::cluster_rank();
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+        const uint32_t rank = kClusterSize == 1 ? 0 : uniform(ptx::cluster_rank());
 
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
@@ -118,7 +121,7 @@ public:
         }
         sync_cluster();
         ptx::grid_dependency_launch();
-        Scheduler scheduler = make_scheduler(params, shared, rank, warp == 0);
+        Scheduler scheduler = make_scheduler(params, shared, rank);
         if constexpr (!kKGrouped) ptx::grid_dependency_wait();
 
         if (warp < 4) {
@@ -143,11 +146,10 @@ private:
     // With one consumer warpgroup the register file has enough for everybody at the start.
     static constexpr bool kSetRegisters = kLayout.num_consumer_warpgroups() > 1;
 
-    // Each role has a copy. `one_thread`: the role is one thread of its warp.
-    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank,
-                                                               bool one_thread) {
+    // Each role has a copy.
+    __device__ __forceinline__ static Scheduler make_scheduler(const GemmParams& params, Storage& shared, uint32_t rank) {
         if constexpr (kRow.grouping == Grouping::kMGrouped) {
-            return QueueReader(shared.groups.queue, one_thread);
+            return QueueReader(shared.groups.queue);
         } else if constexpr (kRow.grouping == Grouping::kBatched) {
             return Scheduler(params.schedule, params.batch);
         } else if constexpr (kKGrouped) {
@@ -180,7 +182,7 @@ private:
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
         State state;
         WorkTile work;
-        while (scheduler.next(work)) {
+        while (scheduler.template next<false>(work)) {
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -202,13 +204,14 @@ private:
                     load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
                     continue;
                 }
-                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows, k,
-                                                                                   work.row, part, sharers);
+                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows,
+                                                                                   k / kRowElements, work.row, part,
+                                                                                   sharers);
                 load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
                                                                                    work.col, part, sharers);
                 if constexpr (kLayout.row_scales_are_vector()) {
-                    ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row, k_group,
-                                     kHint);
+                    ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row,
+                                     row_scale_group(k_group), kHint);
                 }
                 if constexpr (kLayout.col_scales_are_vector()) {
                     ptx::tma_load_2d(params.col_scales_map, full, shared.col_scales[state.stage_idx], work.col, k_group,
@@ -216,6 +219,11 @@ private:
                 }
             }
         }
+    }
+
+    // Where a stage's row scales begin in their tensor map: of UE8M0 words there is one for each K block.
+    __device__ __forceinline__ static int row_scale_group(int k_group) {
+        return kLayout.row_scales_are_words() ? k_group / kKGroups : k_group;
     }
 
     // A stage of an operand, or this CTA's `kPart` rows of it, which go to all `sharers`. `kHasGroups`: of matrix `group`.
@@ -251,8 +259,8 @@ private:
         const int row_group = kRow.swap_ab ? work.group : work.token_group;
         const int col_group = kRow.swap_ab ? work.token_group : work.group;
         ptx::Barrier& full = shared.full[stage_idx];
-        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx], k,
-                                                                          work.row, 0, 0, row_group);
+        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx],
+                                                                          k / kRowElements, work.row, 0, 0, row_group);
         load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
                                                                      work.col, 0, 0, col_group);
         if constexpr (kLayout.row_scales_are_vector()) {
@@ -261,7 +269,7 @@ private:
             for (int box = 0; box < kLayout.row_scale_boxes(); ++box) {
                 ptx::tma_load_3d(params.row_scales_map, full,
                                  shared.row_scales[stage_idx] + box * kLayout.row_scale_box_pitch(),
-                                 first_row + box * 128, k_group, row_group, kHint);
+                                 first_row + box * 128, row_scale_group(k_group), row_group, kHint);
             }
         }
         if constexpr (kLayout.col_scales_are_vector()) {
@@ -298,7 +306,7 @@ private:
 
     __device__ __forceinline__ static void consume(const GemmParams& params, Storage& shared, Scheduler scheduler,
                                                    uint32_t rank) {
-        const int consumer = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+        const int consumer = uniform(static_cast<int>(threadIdx.x) / 128 - 1);
         const int warpgroup = consumer % kRowWarpgroups;
         const int helper = consumer / kRowWarpgroups;  // 0: the finisher
         const int thread = threadIdx.x % 128;
@@ -313,6 +321,8 @@ private:
             float total[kRowParts][kAccumulators] = {};
             if constexpr (kLayout.is_bf16()) {
                 accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else if constexpr (kLayout.is_fp4()) {
+                accumulate_fp4(shared, state, work, warpgroup, helper, thread, total[0]);
             } else {
                 accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
             }
@@ -431,6 +441,23 @@ private:
             state = first_state;
             state.advance_by(work.num_k_blocks);
         }
+    }
+
+    // The same where the rows are FP4.
+    __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, const WorkTile& work,
+                                                          int warpgroup, int helper, int thread,
+                                                          float (&total)[kAccumulators]) {
+        const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : work.col % 4;
+        const Fp4Block<Traits> block(shared, warpgroup, thread, scale_start);
+        State next = state;
+        next.advance_by(helper);
+        for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
+            const int s = next.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], next.phase);
+            block.add(s, total, [&] { release(shared.empty[s], thread % 32); });
+            next.template advance_few<kKWarpgroups>();
+        }
+        state.advance_by(work.num_k_blocks);
     }
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.

@@ -10,6 +10,7 @@
 namespace deep_gemm::sm90 {
 
 inline constexpr int kBlockK = 128;               // bytes of K in a stage, and elements of FP8: one swizzle span
+inline constexpr int kPackedBlockK = kBlockK / 2;  // bytes of as many FP4 elements
 inline constexpr int kMnMajorSpan = 64;           // elements of an MN-major row in a swizzle span: BF16
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 inline constexpr int kMaxStages = 20;
@@ -22,6 +23,7 @@ struct GemmLayout {
     GemmRow row;
 
     constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
+    constexpr bool is_fp4() const { return row.operands == OperandType::kFP8FP4; }  // the rows
     constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
     constexpr int wgmma_k() const { return 32 / row.element_bytes(); }  // of one instruction
     constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
@@ -54,11 +56,17 @@ struct GemmLayout {
     constexpr int block_granule() const { return std::gcd(row.block_cols, 128); }
     constexpr bool has_scales() const { return row.scaling != kNoScaling; }
     constexpr bool row_scales_are_vector() const {
-        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && !row.swap_ab);
+        return row.scaling == kScaling1D1D || row.scaling == kUE8M0Scaling ||
+               (row.scaling == kScaling1D2D && !row.swap_ab);
     }
     constexpr bool col_scales_are_vector() const {
-        return row.scaling == kScaling1D1D || (row.scaling == kScaling1D2D && row.swap_ab);
+        return row.scaling == kScaling1D1D || row.scaling == kUE8M0Scaling ||
+               (row.scaling == kScaling1D2D && row.swap_ab);
     }
+    constexpr bool row_scales_are_words() const { return row.scaling == kUE8M0Scaling; }
+    constexpr int row_scale_groups() const { return row_scales_are_words() ? 1 : k_groups(); }  // of a stage
+    // UE8M0 scales of FP4 rows are part of the expanded values, relative to the largest of a row's K block.
+    constexpr bool folds_row_scales() const { return row_scales_are_words() && row.gran_k == kBlockK; }
     constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
     constexpr int num_block_scales() const {
         if (!has_block_scales()) return 0;
@@ -75,7 +83,7 @@ struct GemmLayout {
     constexpr int row_scale_box_rows() const { return row.block_rows / row_scale_boxes() + row_scale_slack(); }
     constexpr int col_scale_box_cols() const { return row.block_cols + col_scale_slack(); }
     constexpr int row_scale_bytes() const {
-        return row_scales_are_vector() ? 4 * k_groups() * row_scale_box_rows() * row_scale_boxes() : 0;
+        return row_scales_are_vector() ? 4 * row_scale_groups() * row_scale_box_rows() * row_scale_boxes() : 0;
     }
     constexpr int col_scale_bytes() const { return col_scales_are_vector() ? 4 * k_groups() * col_scale_box_cols() : 0; }
     // What they take up: TMA writes to multiples of 128 bytes.
@@ -87,15 +95,19 @@ struct GemmLayout {
     constexpr int num_slices() const { return std::min(row.split_k, row.block_cols / 8); }
     constexpr int store_cols() const { return row.block_cols / num_slices(); }
 
+    // stmatrix takes two eights of columns. Other results are stored from registers.
+    constexpr bool stages_result() const { return row.swap_ab || store_cols() % 16 == 0; }
+
     // A box of D that one TMA store writes. Without swapped operands it is 64 rows high; with them it holds the 64 columns
     // of D that belong to a consumer warpgroup.
     constexpr int box_cols() const {
-        return row.swap_ab || store_cols() % 64 == 0 ? 64 : store_cols() % 32 == 0 ? 32 : 16;
+        return row.swap_ab || store_cols() % 64 == 0 ? 64 : std::gcd(store_cols(), 32);
     }
     constexpr int box_rows() const { return row.swap_ab ? store_cols() : 64; }
     constexpr int boxes_per_part() const { return row.swap_ab ? 1 : store_cols() / box_cols(); }
     // Boxes of a part in shared memory at a time. Of a wide BF16 tile it is half of them, which leaves room for a stage.
     constexpr int staged_boxes() const {
+        if (!stages_result()) return 1;
         return is_bf16() && !row.swap_ab && row.block_rows * store_cols() == 128 * 256 ? boxes_per_part() / 2
                                                                                        : boxes_per_part();
     }
@@ -103,7 +115,7 @@ struct GemmLayout {
     // FP32 results, too, leave through shared memory, in boxes of as many bytes.
     constexpr bool stages_float() const { return is_k_grouped(); }
 
-    constexpr int row_tile_bytes() const { return row.block_rows * kBlockK; }
+    constexpr int row_tile_bytes() const { return row.block_rows * (is_fp4() ? kPackedBlockK : kBlockK); }
     constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
     constexpr int staging_bytes() const { return row.block_rows / 64 * staged_boxes() * box_bytes(); }
@@ -138,7 +150,8 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
     // Totals of all parts and, for promotion, one accumulator, of the registers that setmaxnreg can give.
     const int accumulators = layout.row_parts() + layout.has_scales();
-    if (row.block_cols / 2 * accumulators > layout.consumer_registers() - 28) return "too few registers";
+    const int others = layout.is_fp4() ? 28 + 32 : 28;  // of FP4 also a stage's packed values and their expansion
+    if (row.block_cols / 2 * accumulators > layout.consumer_registers() - others) return "too few registers";
     const int most_cols = layout.is_bf16() ? 256 : 192;
     if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > most_cols) {
         return "block_cols must be a multiple of 8 from 8 to 192, or 256 with BF16";
@@ -146,7 +159,17 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (layout.is_bf16() == layout.has_scales()) return "FP8 operands have scales, BF16 ones have none";
     if (!layout.is_bf16() && (row.a_mn_major || row.b_mn_major)) return "FP8 operands are K-major";
     if (layout.has_scales() && row.gran_k != 128 && row.gran_k != 32) return "gran_k must be 128 or 32";
-    if (row.gran_k == 32 && row.scaling != kScaling1D1D) return "gran_k 32 needs 1D1D scaling";
+    if (row.gran_k == 32 && row.scaling != kScaling1D1D && row.scaling != kUE8M0Scaling) {
+        return "gran_k 32 needs 1D1D or UE8M0 scaling";
+    }
+    if (row.scaling == kUE8M0Scaling && !layout.is_fp4()) return "UE8M0 scaling is for FP4 rows";
+    if (layout.is_fp4() && (!row.swap_ab || layout.row_parts() > 1)) {
+        return "FP4 operands are swapped, with one part of 64 rows per warpgroup";
+    }
+    if (layout.is_fp4() && row.multicast_ctas() > 1) return "FP4 rows share no panels";
+    if (layout.is_fp4() && row.scaling == kScaling1D1D && row.gran_k != 32) {
+        return "FP32 scales of FP4 rows are per 32 of K";
+    }
     if (layout.rows_mn_major() && row.block_rows % (kMnMajorSpan * row.col_ctas) != 0) {
         return "MN-major rows come 64 at a time";
     }
@@ -164,7 +187,7 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.k_warpgroups > 1 && (layout.row_parts() > 1 || layout.is_bf16())) {
         return "K warpgroups take FP8 and one part of 64 rows";
     }
-    if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
+    if (layout.has_groups() && !layout.stages_result()) return "results of groups need 16 columns at a time";
     if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
         return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";

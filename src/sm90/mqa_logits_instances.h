@@ -8,8 +8,8 @@ namespace deep_gemm::sm90 {
 
 inline constexpr MqaRow kMqaRows[] = {
     // heads, head_dim, cols, parts, warpgroups, paged
-    {64, 128, 128, 2, 2, false},
     {64, 128, 256, 1, 2, false},
+    {64, 128, 128, 2, 2, false},
     {64, 128, 128, 1, 3, false},
     {32, 128, 128, 2, 2, false},
     {32, 128, 256, 1, 2, false},
@@ -25,7 +25,9 @@ inline constexpr MqaRow kMqaRows[] = {
     {8, 32, 128, 1, 2, false},
 
     {64, 128, 64, 1, 2, true},
+    {64, 128, 64, 1, 3, true},
     {64, 128, 128, 1, 2, true},
+    {64, 128, 128, 1, 3, true},
     {64, 128, 128, 2, 2, true},
     {32, 128, 64, 1, 2, true},
     {32, 128, 128, 1, 2, true},

@@ -22,6 +22,7 @@
 // q_empty[g]     consumer warps                query stage g may be overwritten
 // kv_full[s]     1 (warp 0), and the bytes     keys and scales of stage s are there
 // kv_empty[s]    4 (warps of its warpgroup)    stage s may be overwritten
+// named 1 + w    256                           it is warpgroup w's turn at the tensor core (see take_turn)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,6 +33,7 @@
 #include "../device/mqa_logits_schedule.cuh"
 #include "../device/pipeline.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/warp.cuh"
 #include "mqa_logits_instances.h"
 #include "mqa_logits_traits.h"
 #include "wgmma.cuh"
@@ -92,6 +94,7 @@ class MqaKernel {
     static constexpr int kOutputs = kSums >= 4 ? kSums / 4 : 1;   // of a thread, once a quad's sums are added
     static constexpr int kOutputTokens = (kOutputs + 1) / 2;
     static constexpr float kMaxFactored = 0x1p64f;  // scales up to this may be taken out of the sum
+    static constexpr bool kTakesTurns = kLayout.takes_turns();
 
     using Storage = MqaStorage<Traits>;
     using QueryState = PipelineState<kMqaQueryStages>;
@@ -290,9 +293,25 @@ private:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 32; ++step) {
+            if (kTakesTurns && step == kHeadDim / 32 - 1) wgmma_commit();
             wgmma<kCols>(Operand::at(rows, step), Operand::at(cols, step), accumulator, step > 0);
         }
         wgmma_commit();
+    }
+
+    // Long products of two warpgroups at once take the tensor core by turns, end together, and then both sum while it
+    // rests. So they go one after the other, in the order of the tiles: who waits for the result of its products lets the
+    // next one go during the last of them. Whoever has the turn waits for nothing else.
+    __device__ __forceinline__ static void take_turn(int warpgroup, bool is_first) {
+        if (kTakesTurns && !is_first) ptx::named_barrier_sync(1 + warpgroup, 256);
+    }
+
+    __device__ __forceinline__ static void wait_for_products(int warpgroup) {
+        if constexpr (kTakesTurns) {
+            wgmma_wait<1>();
+            ptx::named_barrier_arrive(1 + (warpgroup + 1) % kWarpgroups, 256);
+        }
+        wgmma_wait<0>();
     }
 
     // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
@@ -371,9 +390,6 @@ private:
         if (lane == 0) ptx::mbarrier_arrive(empty);
     }
 
-    // A number that all lanes share, known to be shared: in a uniform register, as descriptors are.
-    __device__ __forceinline__ static int uniform(int x) { return __reduce_max_sync(kAllLanes, x); }
-
     // The stage of this warpgroup's next tile.
     struct Position {
         int stage;
@@ -398,22 +414,24 @@ private:
         QueryState q_state;
         Position position = {uniform(warpgroup), 0};
         int in_group = position.stage;  // the warpgroup's next tile, counted from the group's first
+        bool is_first = warpgroup == 0;  // the run's first tile waits for nobody
         int key;                   // of the thread, in the tile at `position`
 
-        // One tile, whose first products are on their way, and nothing else: the assembler takes no more than that around
-        // a loop. Issues those of the next tile, in query stage `next_q`.
+        // One tile, whose first products are on their way, and, before a new group, awaited, and nothing else: the assembler
+        // takes no more than that around a loop. Issues those of the next tile, in query stage `next_q`.
         const auto step = [&](auto is_new_group, int next_q) {
             constexpr bool kNewGroup = decltype(is_new_group)::value;
             const Position next = position.next();
             Scales next_scales;
             float sums[kSums];
-            wgmma_wait<0>();
+            if constexpr (!kNewGroup) wait_for_products(warpgroup);
             pin_registers(accumulators[0]);
             if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
             add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
             ptx::mbarrier_wait(shared.kv_full[next.stage], next.phase);
             read_scales(shared, next.stage, row, next_scales);
             if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
+            take_turn(warpgroup, false);
             multiply(shared, next.stage, next_q, 0, accumulators[0]);
             if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
             store(bytes, key, lane, parts[0], sums);
@@ -450,6 +468,8 @@ private:
                 read_outputs(params, shared, q_state.stage_idx, p, lane, parts[p]);
             }
             classify(scales);
+            take_turn(warpgroup, is_first);
+            is_first = false;
             multiply(shared, position.stage, q_state.stage_idx, 0, accumulators[0]);
 
             while (true) {
@@ -458,6 +478,7 @@ private:
                     step(std::false_type(), q_state.stage_idx);
                 }
                 in_group += kWarpgroups - num_tiles;
+                wait_for_products(warpgroup);
                 QueryState next_state = q_state;
                 next_state.advance();
                 ptx::mbarrier_wait(shared.q_full[next_state.stage_idx], next_state.phase);
@@ -473,7 +494,6 @@ private:
             }
 
             float sums[kSums];
-            wgmma_wait<0>();
             pin_registers(accumulators[0]);
             if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
             add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);

@@ -18,6 +18,9 @@ struct MqaLayout {
     constexpr int consumer_registers() const { return row.warpgroups == 2 ? 232 : 152; }
     constexpr int producer_registers() const { return row.warpgroups == 2 ? 40 : 56; }
 
+    // Where a tile's products are long and nothing else of its warpgroup overlaps with them.
+    constexpr bool takes_turns() const { return row.parts == 1 && row.cols == 256; }
+
     constexpr int q_bytes() const { return row.tile_cols() * row.head_dim; }
     constexpr int kv_bytes() const { return kMqaTileKeys * row.head_dim; }
     constexpr int scale_bytes() const { return kMqaTileKeys * 4; }

@@ -1,4 +1,5 @@
-// The warpgroup matrix instruction: 64 x N x 32 FP8 or 64 x N x 16 BF16 products, both operands in shared memory.
+// The warpgroup matrix instruction: 64 x N x 32 FP8 or 64 x N x 16 BF16 products, both operands in shared memory, or the
+// 64 rows of FP8 in registers.
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
@@ -24,6 +25,7 @@ DG_WGMMA_SHAPE(16)
 DG_WGMMA_SHAPE(24)
 DG_WGMMA_SHAPE(32)
 DG_WGMMA_SHAPE(48)
+DG_WGMMA_SHAPE(56)
 DG_WGMMA_SHAPE(64)
 DG_WGMMA_SHAPE(80)
 DG_WGMMA_SHAPE(96)
@@ -52,6 +54,23 @@ DG_WGMMA_SHAPE(128)
 DG_WGMMA_SHAPE(160)
 DG_WGMMA_SHAPE(192)
 DG_WGMMA_SHAPE(256)
+#undef DG_WGMMA_SHAPE
+
+template <int kN>
+struct WgmmaFromRegisters;
+
+#define DG_WGMMA_SHAPE(N)                                                                                             \
+    template <>                                                                                                       \
+    struct WgmmaFromRegisters<N> {                                                                                    \
+        using Instruction = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<cute::SM90::GMMA::ScaleIn::One,      \
+                                                                                cute::SM90::GMMA::ScaleIn::One>;     \
+    };
+DG_WGMMA_SHAPE(8)
+DG_WGMMA_SHAPE(16)
+DG_WGMMA_SHAPE(32)
+DG_WGMMA_SHAPE(64)
+DG_WGMMA_SHAPE(96)
+DG_WGMMA_SHAPE(128)
 #undef DG_WGMMA_SHAPE
 
 // Descriptor of a tile of 128-byte rows with 128-byte swizzle, which starts on a multiple of 1024 bytes: groups of 8 rows
@@ -91,6 +110,24 @@ __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accu
 template <int kN>
 __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate) {
     wgmma<WgmmaShape<kN>>(rows, cols, accumulator, accumulate, std::make_index_sequence<kN / 2>());
+}
+
+template <class Shape, size_t... kIndex>
+__device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], uint64_t cols,
+                                                     float (&accumulator)[sizeof...(kIndex)], bool accumulate,
+                                                     std::index_sequence<kIndex...>) {
+    Shape::Instruction::fma(
+        rows[0], rows[1], rows[2], rows[3], cols, accumulator[kIndex]...,
+        accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+// As above, with the rows' E4M3 values in registers: those of row t / 4 of the warp's 16 at k = 4 (t % 4) + {0 .. 3}, of the
+// row 8 below, and of both 16 further along K. They stay untouched until the instruction is done.
+template <int kN>
+__device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], uint64_t cols,
+                                                     float (&accumulator)[kN / 2], bool accumulate) {
+    wgmma_from_registers<WgmmaFromRegisters<kN>>(rows, cols, accumulator, accumulate,
+                                                 std::make_index_sequence<kN / 2>());
 }
 
 // As above, with BF16 operands of either major order.

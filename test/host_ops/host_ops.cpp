@@ -90,10 +90,11 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& p, cudaStream_t, bool)
     for (int64_t b = 0; b < p.batch; ++b) {
         for (int64_t mn = 0; mn < p.mn; ++mn) {
             for (int64_t k = 0; k < p.k_sf; ++k) {
-                const int64_t unit = p.src_type == ScaleType::kPackedUE8M0 ? k / 4 : k;
+                const int64_t src_k = k / p.k_repeat;
+                const int64_t unit = p.src_type == ScaleType::kPackedUE8M0 ? src_k / 4 : src_k;
                 const int64_t offset =
                     b * p.src_batch_stride + mn / p.mn_repeat * p.src_mn_stride + unit * p.src_k_stride;
-                const float scale = scale_at(p.src, p.src_type, offset, k);
+                const float scale = scale_at(p.src, p.src_type, offset, src_k);
                 const int64_t to = b * p.dst_batch_stride + (packed ? k / 4 : k) * p.dst_k_stride + mn;
                 if (!packed) {
                     static_cast<float*>(p.dst)[to] = scale;
@@ -189,6 +190,29 @@ double e4m3(uint8_t bits) {
     return values[bits];
 }
 
+}  // namespace
+
+namespace cast {
+
+cudaError_t launch_expand_fp4(const ExpandFp4Problem& p, cudaStream_t, bool) {
+    static constexpr uint8_t kCodes[] = {0x00, 0x30, 0x38, 0x3c, 0x40, 0x44, 0x48, 0x4c};
+    for (int64_t b = 0; b < p.batch; ++b) {
+        for (int64_t row = 0; row < p.rows; ++row) {
+            const uint8_t* x = static_cast<const uint8_t*>(p.x) + b * p.x_batch_stride + row * p.x_stride;
+            uint8_t* out = static_cast<uint8_t*>(p.out) + b * p.out_batch_stride + row * p.out_stride;
+            for (int64_t col = 0; col < p.cols; ++col) {
+                const int code = x[col / 2] >> (col % 2 * 4) & 15;
+                out[col] = kCodes[code & 7] | (code & 8) << 4;
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+}  // namespace cast
+
+namespace {
+
 // Values that the kernels load by TMA: their rows and batches have to begin on multiples of 16 bytes.
 void check_tma(const char* what, const void* data, int64_t rows, int64_t stride, int64_t groups, int64_t group_stride,
                int64_t bytes) {
@@ -199,7 +223,7 @@ void check_tma(const char* what, const void* data, int64_t rows, int64_t stride,
 
 class Product {
 public:
-    // On SM100 scales are packed words per row, and operands may be FP4.
+    // On SM100 scales are packed words per row, and operands may be FP4. On SM90 B may, and its scales may be such words.
     explicit Product(const GemmProblem& problem, bool sm100 = false) : p_(problem), sm100_(sm100) {
         const bool is_fp8 = p_.operands == OperandType::kFP8;
         const int64_t bytes = is_fp8 ? 1 : 2;
@@ -211,18 +235,25 @@ public:
         if (sm100_ && ((p_.a_is_fp4 && p_.a_mn_major) || (p_.b_is_fp4 && p_.b_mn_major))) {
             throw std::runtime_error("host_ops: MN-major FP4");
         }
-        if (p_.k % 128 != 0 && (p_.a_is_fp4 || p_.b_is_fp4)) throw std::runtime_error("host_ops: FP4 of ragged K");
+        if (sm100_ && p_.k % 128 != 0 && (p_.a_is_fp4 || p_.b_is_fp4)) throw std::runtime_error("host_ops: FP4 of ragged K");
+        if (!sm100_ && (p_.a_is_fp4 || (p_.b_is_fp4 && !p_.sfb_is_packed && p_.gran_k != 32) || (p_.sfb_is_packed && p_.k % 128 != 0))) {
+            throw std::runtime_error("host_ops: FP4 that SM90 does not take");
+        }
         const bool is_1d2d = p_.sfa.gran_mn == 1 && p_.sfb.gran_mn == 128 && p_.gran_k == 128;
-        check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1);
-        if (!is_1d2d || sm100_) check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1);
+        check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1, sm100_, p_.gran_k);
+        if (!is_1d2d || sm100_) {
+            check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1, sm100_ || p_.sfb_is_packed, gran_k_b());
+        }
     }
 
     // The sum over [begin, end) of K; scales are those of K from `sf_begin` on.
     double dot(int64_t group_a, int64_t group_b, int64_t m, int64_t n, int64_t begin, int64_t end) const {
         double sum = 0;
         for (int64_t k = begin; k < end; ++k) {
-            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.a_is_fp4, p_.sfa, group_a) *
-                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.b_is_fp4, p_.sfb, group_b);
+            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.a_is_fp4, p_.sfa, group_a, sm100_,
+                         p_.gran_k) *
+                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.b_is_fp4, p_.sfb, group_b,
+                         sm100_ || p_.sfb_is_packed, gran_k_b());
         }
         return sum;
     }
@@ -246,24 +277,28 @@ public:
     }
 
 private:
-    void check_vector(const char* what, const ScaleTensor& sf, int64_t mn, int64_t groups) const {
+    // SM90's packed scales of FP4 are per 32 of K, whatever A's.
+    int64_t gran_k_b() const { return p_.sfb_is_packed ? 32 : p_.gran_k; }
+
+    void check_vector(const char* what, const ScaleTensor& sf, int64_t mn, int64_t groups, bool packed, int64_t gran_k) const {
         if (sf.gran_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: a scale per block in ") + what);
         if (sf.stride_mn != 1 && mn > 1) throw std::runtime_error(std::string("host_ops: not MN-major: ") + what);
-        const int64_t gran_k = p_.gran_k * (sm100_ ? 4 : 1);
+        if (packed) gran_k *= 4;
         check_tma(what, sf.data, (p_.k + gran_k - 1) / gran_k, sf.stride_k, groups, sf.stride_group, 4);
     }
 
     double value(const void* data, int64_t offset, int64_t mn, int64_t k, int64_t stride, bool mn_major,
-                 bool is_fp4, const ScaleTensor& sf, int64_t group) const {
+                 bool is_fp4, const ScaleTensor& sf, int64_t group, bool packed, int64_t gran_k) const {
         offset += mn_major ? k * stride + mn : mn * stride + k;
         if (p_.operands == OperandType::kBF16) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
         const uint8_t* bytes = static_cast<const uint8_t*>(data);
         const double x = is_fp4 ? e2m1(bytes[offset / 2] >> (offset % 2 * 4) & 15) : e4m3(bytes[offset]);
-        if (sm100_) {
-            const int64_t block = k / p_.gran_k, word = group * sf.stride_group + mn * sf.stride_mn + block / 4 * sf.stride_k;
+        if (packed) {
+            const int64_t block = k / gran_k;
+            const int64_t word = group * sf.stride_group + mn * sf.stride_mn + block / 4 * sf.stride_k;
             return x * cast::scale_at(sf.data, cast::ScaleType::kPackedUE8M0, word, block);
         }
-        return x * sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / p_.gran_k * sf.stride_k];
+        return x * sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / gran_k * sf.stride_k];
     }
 
     double read(const void* data, int64_t offset) const {

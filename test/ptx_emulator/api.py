@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,8 @@ class Module:
 
     def __init__(self, text: str | bytes):
         self._lib = _load()
-        data = text.encode() if isinstance(text, str) else text
-        self._h = self._lib.module_load(data, len(data))
+        self.text = text.encode() if isinstance(text, str) else text
+        self._h = self._lib.module_load(self.text, len(self.text))
         if not self._h:
             _raise()
         self.entries: list[str] = self._lib.module_entries(self._h).decode().split()
@@ -283,6 +283,14 @@ def _register(session: int, arrays: Sequence[Any]) -> None:
             _load().session_region(session, address, size, int(read_only), name.encode())
 
 
+# Each is called before a run with its launches, the packed parameters of each, the registered memory and the options;
+# what it returns is called once the run has ended well. For hardware.py.
+Observer = Callable[
+    [Sequence[Launch], Sequence[Sequence[bytes]], Sequence[Any], Mapping[str, int]], Callable[[], None] | None
+]
+observers: list[Observer] = []
+
+
 def run(launches: Sequence[Launch], **options: int) -> Stats:
     """Runs the launches concurrently on one emulated device."""
     lib = _load()
@@ -292,12 +300,14 @@ def run(launches: Sequence[Launch], **options: int) -> Stats:
             if lib.session_option(session, name.encode(), int(value)):
                 raise ValueError(f"unknown option {name}")
         arrays: list[Any] = []
+        packed: list[list[bytes]] = []
         for la in launches:
             entry = la.module.find(la.entry)
             sizes = la.module.info(entry)["params"]
             if len(sizes) != len(la.args):
                 raise ValueError(f"{entry} has {len(sizes)} parameters, {len(la.args)} given")
             blobs = [_pack(a, n, arrays) for a, n in zip(la.args, sizes, strict=True)]
+            packed.append(blobs)
             arrays.extend(la.buffers)
             values = [C.create_string_buffer(b, len(b)) for b in blobs]
             pointers = (C.c_void_p * max(len(values), 1))(*[C.addressof(b) for b in values])
@@ -308,8 +318,11 @@ def run(launches: Sequence[Launch], **options: int) -> Stats:
             ):
                 _raise()
         _register(session, arrays)
+        ended = [observer(launches, packed, arrays, options) for observer in observers]
         if lib.session_run(session):
             _raise()
+        for tell in filter(None, ended):
+            tell()
         rows = dict(line.split() for line in lib.session_stats(session).decode().splitlines())
         stats = Stats(
             *(int(rows[k]) for k in ("warp_instrs", "thread_instrs", "tensor_ops", "bulk_ops")),

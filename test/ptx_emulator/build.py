@@ -90,9 +90,9 @@ def _build(cxx: str, sources: Sequence[Path], common: Sequence[bytes], lib: Path
     _remove_stale(lib.parent, {*objs, lib})
 
 
-def _remove_stale(cache: Path, keep: set[Path], count: int = 200) -> None:
+def _remove_stale(cache: Path, keep: set[Path], count: int = 1000) -> None:
     """Bounds the cache: of the built files not in `keep`, only the newest `count` stay."""
-    files = [p for p in cache.iterdir() if p.suffix in (".o", ".so", ".ptx") and p not in keep]
+    files = [p for p in cache.iterdir() if p.suffix in (".o", ".so", ".ptx", ".cubin") and p not in keep]
     for p in sorted(files, key=lambda p: p.stat().st_mtime)[:-count]:
         p.unlink(missing_ok=True)
 

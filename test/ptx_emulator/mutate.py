@@ -11,6 +11,7 @@ does this for rows of the library's table and prints what went unnoticed.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -61,28 +62,37 @@ class Mutant:
         return f"{self.kind}, PTX line {self.line}: {self.text}"
 
 
+@functools.lru_cache(maxsize=8)
+def _entry_spans(ptx: str) -> dict[str, tuple[int, int]]:
+    spans: dict[str, tuple[int, int]] = {}
+    head = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.entry\s+([\w$]+)")
+    brace = re.compile(r"[{}]")
+    at = 0
+    while (found := head.search(ptx, at)) is not None:
+        depth, at = 0, ptx.index("{", found.end())
+        for one in brace.finditer(ptx, at):
+            depth += 1 if one.group() == "{" else -1
+            if not depth:
+                at = one.end()
+                break
+        if depth:
+            raise ValueError(f"entry {found[1]} does not end")
+        spans[found[1]] = (found.start(), at)
+    return spans
+
+
 def entry_span(ptx: str, entry: str) -> tuple[int, int]:
     """Where the entry starts (at its linkage directives) and ends (after the closing brace)."""
-    head = re.search(rf"(?:\.(?:visible|weak|extern)\s+)*\.entry\s+{re.escape(entry)}\b", ptx)
-    if head is None:
-        raise KeyError(f"no entry {entry}")
-    depth, at = 0, ptx.index("{", head.end())
-    for brace in re.compile(r"[{}]").finditer(ptx, at):
-        depth += 1 if brace.group() == "{" else -1
-        if not depth:
-            return head.start(), brace.end()
-    raise ValueError(f"entry {entry} does not end")
+    return _entry_spans(ptx)[entry]
 
 
 def extract(ptx: str, entry: str) -> str:
     """The module with no other entry; lines keep their numbers."""
-    start, end = entry_span(ptx, entry)
     out, at = [], 0
-    for name in re.findall(r"\.entry\s+([\w$]+)", ptx):
-        a, b = entry_span(ptx, name)
-        if a != start and a >= at:
-            out += [ptx[at:a], "\n" * ptx.count("\n", a, b)]
-            at = b
+    for name, (start, end) in _entry_spans(ptx).items():
+        if name != entry:
+            out += [ptx[at:start], "\n" * ptx.count("\n", start, end)]
+            at = end
     return "".join([*out, ptx[at:]])
 
 

@@ -138,7 +138,7 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
 
     from deep_gemm_ops import _capi
 
-    from gemm_emulation import run_row
+    from gemm_emulation import pack_ue8m0, run_row
 
     info = _capi.instances()[row]
     split, gran_k = info["split_k"], info["gran_k"]
@@ -156,6 +156,10 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
             gran = (1, gran_n, gran_k)
             a, b = (torch.ones(mn, k).to(torch.float8_e4m3fn) for mn in (m, n))
             sfa, sfb = (torch.ones(-(-k // gran_k), -(-mn // gran)).T for mn, gran in ((m, 1), (n, gran_n)))
+            if info["family"] == "fp8_fp4_gemm":
+                b = torch.full((n, k // 2), 0x22, dtype=torch.uint8)  # ones
+            if info["scaling"] == "ue8m0":
+                sfb = pack_ue8m0(torch.ones(n, k // 32)).T.contiguous().T
         d = torch.empty(m, n, dtype=torch.bfloat16)
         stats = run_row(row, a, sfa, b, sfb, d, gran=gran, num_sms=info["cluster_size"], counters=True)
         assert (d == torch.tensor(k).to(d.dtype)).all(), "wrong result"

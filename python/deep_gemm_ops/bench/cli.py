@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "products", "prenorm", "mqa", "casts", "host", "rows", "layers")
+SUITES = ("gemm", "products", "fp4", "prenorm", "mqa", "mega_moe", "casts", "host", "rows", "layers")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -111,9 +111,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         for suite in options.suites:
-            run[suite] = []
+            records = run.setdefault("products" if suite == "fp4" else suite, [])
             for record, line in _records(suite, options, limits, run):
-                run[suite].append(record)
+                records.append(record)
                 print(line, flush=True)
                 _save(options, run)  # a run that is cut off leaves what it measured
     except suites.DeviceFault as fault:
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str, Any]) -> Iterator[tuple[Any, str]]:
     """Each record of one suite with the line to show for it."""
     from ..testing import cases
-    from . import products, suites
+    from . import fp4, products, suites
 
     quick = options.quick
     shapes = options.shapes or (cases.BENCH_SHAPES[4:6] if quick else cases.BENCH_SHAPES)
@@ -142,8 +142,8 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
                 *problem, repeats=repeats, references=references, kernel_times=options.kernel_times, **variant
             )
             yield record, report.gemm_line(record, run["device"], contenders)
-    elif suite == "products":
-        for product in products.problems(quick):
+    elif suite in ("products", "fp4"):
+        for product in (products if suite == "products" else fp4).problems(quick):
             record = products.product_record(product, limits=limits, repeats=repeats, references=references)
             yield record, report.product_line(record)
     elif suite == "rows":
@@ -163,6 +163,11 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
 
         for record in mqa_logits.mqa_records(limits, repeats=repeats, references=references, quick=quick):
             yield record, report.mqa_line(record, run["device"])
+    elif suite == "mega_moe":
+        from . import mega_moe
+
+        for record in mega_moe.mega_records(limits, repeats=repeats, references=references, quick=quick):
+            yield record, report.product_line(record)
     elif suite == "layers":
         from . import layers
 

@@ -162,7 +162,7 @@ def failures(run: Record) -> list[str]:
     for record in run.get("gemm", []):
         if OURS in record.get("failed", {}):
             lines.append(f"M={record['m']} N={record['n']} K={record['k']}: {record['failed'][OURS]}")
-    for record in run.get("products", []):
+    for record in [*run.get("products", []), *run.get("mega_moe", [])]:
         for name, why in record.get("failed", {}).items():
             if name.startswith(OURS):
                 lines.append(f"{record['op']} {record['shape']} {name}: {why}")
@@ -265,6 +265,8 @@ def text(run: Record) -> str:
     if run.get("products"):
         lines += ["", "products", *map(product_line, run["products"])]
         lines += ["time over ours, geometric means", *product_means(run)]
+    if run.get("mega_moe"):
+        lines += ["", "expert layers", *map(product_line, run["mega_moe"])]
     if run.get("casts"):
         lines += ["", f"{'cast':<26} {'rows':>6} {'cols':>6} {'us':>9} {'GB/s':>6} {'copy':>5}"]
         lines += [cast_line(record, device) for record in run["casts"]]

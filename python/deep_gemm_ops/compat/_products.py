@@ -66,7 +66,9 @@ def _recipe(
     """``[gran_m, gran_n, gran_k]`` of either way to say it; None where the shapes of the scales say it."""
     if recipe_a is not None and recipe_b is not None:
         if recipe_a[1] != recipe_b[1]:
-            raise RuntimeError(f"recipe_a, recipe_b have gran_k {recipe_a[1]} and {recipe_b[1]}, expected the same")
+            if not _is_fp4(b[0]):
+                raise RuntimeError(f"recipe_a, recipe_b have gran_k {recipe_a[1]} and {recipe_b[1]}, expected the same")
+            return [recipe_a[0], recipe_b[0], recipe_a[1], recipe_b[1]]
         return [recipe_a[0], recipe_b[0], recipe_a[1]]
     if recipe is not None:
         return list(recipe)

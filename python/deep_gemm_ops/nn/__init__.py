@@ -3,13 +3,11 @@
 import torch
 
 from .functional import fp8_grouped_linear, fp8_linear, fp8_swiglu_grouped_linear
-from .modules import FP8Linear, FrozenFP8Linear, GroupedExperts, convert, freeze
-
-if torch.distributed.is_available():
-    from . import _sharding  # noqa: F401  (importing it registers the rules)
+from .modules import FP8Linear, FrozenExperts, FrozenFP8Linear, GroupedExperts, convert, freeze
 
 __all__ = [
     "FP8Linear",
+    "FrozenExperts",
     "FrozenFP8Linear",
     "GroupedExperts",
     "convert",
@@ -18,3 +16,9 @@ __all__ = [
     "fp8_swiglu_grouped_linear",
     "freeze",
 ]
+
+if torch.distributed.is_available():
+    from . import _sharding  # noqa: F401  (importing it registers the rules)
+    from .expert_parallel import ExpertParallel  # noqa: F401
+
+    __all__.append("ExpertParallel")

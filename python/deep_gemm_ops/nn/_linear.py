@@ -200,21 +200,6 @@ def _linear_backward(
 def _linear_backward_fake(
     grad: Tensor, x: Tensor | None, weight: Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients of :func:`fp8_linear`, from one read of the output's gradient.
-
-    Args:
-        grad: bfloat16, float16 or float32 ``[..., N]``.
-        x: the input ``[..., K]``; None where the weight's gradient is not wanted.
-        weight: ``[N, K]``; None where the input's gradient is not wanted.
-        x_dtype: dtype of the input's gradient.
-        weight_dtype: dtype of the weight's gradient, rounded once from FP32.
-
-    Returns:
-        The gradients of input and weight; one that is not wanted is an empty tensor.
-
-    Raises:
-        RuntimeError: wrong dtype, shape or device.
-    """
     check_linear_backward("fp8_linear_backward", grad, x, weight)
     grad_x = 0 if weight is None else (*grad.shape[:-1], weight.shape[1])
     grad_weight = 0 if x is None else (grad.shape[-1], x.shape[-1])

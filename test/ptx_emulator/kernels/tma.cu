@@ -56,7 +56,7 @@ __global__ void box_copy(const __grid_constant__ TensorMap in, const __grid_cons
     __syncthreads();
     if (threadIdx.x == 0) mbar_expect(&bar, rows * row_bytes), tma_load_2d(a, &in, x, y, &bar);
     mbar_wait(&bar, 0);
-    auto at = [&](int r, int c, int span) { return swizzled(r, c, row_bytes, span); };
+    auto at = [&](int r, int c, int span) { return swizzled(r, c, max(row_bytes, span), span); };
     int chunks = row_bytes / 16;
     for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x)
         *(int4*)(b + at(i / chunks, i % chunks, OUT)) = *(int4*)(a + at(i / chunks, i % chunks, IN));
@@ -159,4 +159,33 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) st_async(int* out) {
     mbar_wait(&bar, 0);
     out[blockIdx.x * 32 + threadIdx.x] = buf[threadIdx.x];
     cluster_sync();
+}
+
+// A box as it lies in shared memory: loaded over a pattern and copied out, or copied in and stored.
+extern "C" __global__ void load_raw(const __grid_constant__ TensorMap map, int4* out, int chunks, int box_bytes, int x,
+                                    int y) {
+    extern __shared__ __align__(1024) int4 image[];
+    __shared__ uint64_t bar;
+    if (threadIdx.x == 0) mbar_init(&bar, 1), fence_mbar_init();
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x) image[i] = make_int4(-1, -1, -1, -1);
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) mbar_expect(&bar, box_bytes), tma_load_2d(image, &map, x, y, &bar);
+    mbar_wait(&bar, 0);
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x) out[i] = image[i];
+}
+extern "C" __global__ void store_raw(const __grid_constant__ TensorMap map, const int4* in, int chunks, int add, int x,
+                                     int y) {
+    extern __shared__ __align__(1024) int4 image[];
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x) image[i] = in[i];
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        if (add)
+            tma_add_2d(&map, image, x, y);
+        else
+            tma_store_2d(&map, image, x, y);
+        bulk_commit();
+        bulk_wait();
+    }
 }

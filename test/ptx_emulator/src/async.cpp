@@ -76,6 +76,10 @@ Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
         u32 off = smemOffset(w, l, c, a, size);
         if (n) M.global(&w, l, src, n, false);
         from[l] = src;
+        if (n && w.order) {
+            GlobalAccess by = orderGlobalIssue(w, l);
+            orderGlobalLoad(w, by, src, n, "cp.async");
+        }
         smemAsyncWriteBegin(M, &w, c, off, size, "cp.async");
         orderCopyStart(w, l, c, off, size);
         op->lane[size_t(l)] = {c, off, n, src};
@@ -215,6 +219,25 @@ void signal(Machine& M, Cta* c, u32 off, u32 bytes, Cta* d, u32 dst, u32 size, b
     mbarrierTx(M, nullptr, -1, c, off, -i64(bytes), what);
 }
 
+// Tells the happens-before check what a copy that signals this mbarrier reads from global memory,
+TileReads readGlobal(Machine& M, const GlobalAccess& by, Cta* c, u32 off, const char* what) {
+    if (!by.seen) return [](u64, u32) {};
+    Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, what);
+    return [&M, by, what, queue = b.queue, count = u32(b.phase) + 1](u64 address, u32 bytes) {
+        orderGlobalRead(M, by, address, bytes, what);
+        orderGlobalReadDone(M, by, address, bytes, queue, count);
+    };
+}
+// ... and what a bulk store writes.
+void writeGlobal(Machine& M, const GlobalAccess& by, BulkOp& op, const std::vector<TileWrite>& data, bool reduce,
+                 const char* what) {
+    if (!by.seen) return;
+    for (auto& d : data) {
+        orderGlobalWrite(M, by, d.addr, u32(d.data.size()), op.serial, reduce, what);
+        op.written.push_back({d.addr, u32(d.data.size())});
+    }
+}
+
 // Destination CTA of a copy and where its completion is signalled.
 struct Target {
     Cta* cta;
@@ -282,6 +305,9 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             w.held.push_back({op, r, l});
             Warp* pw = &w;
             auto keep = w.cta->cluster->shared_from_this();
+            if (w.order) w.stores.push_back({op, l});
+            op->serial = M.nextStore++;
+            GlobalAccess by = orderGlobalIssue(w, l);
             int rop = int(x.p[4]);
             TmaType rt = TmaType(x.p[5]);
             M.schedule(M.randomDelay(), [=, &M] {
@@ -291,6 +317,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
                 M.schedule(M.randomDelay(), [=, &M] {
                     TensorMap t{};
                     t.type = rt;
+                    writeGlobal(M, by, *op, data, rop >= 0, "cp.async.bulk");
                     tmaReduce(M, t, rop, data);
                     op->done = true;
                     M.wakeGroups(pw->cta, Block::BulkGroup);
@@ -326,6 +353,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
             expectSignal(M, w, l, t.barCta, barOff, "cp.async.bulk");
             t.cta->pendingAsync++;
             const Cta* self = w.cta;
+            GlobalAccess by = sc ? GlobalAccess{} : orderGlobalIssue(w, l);
             M.schedule(M.randomDelay(), [=, &M] {
                 if (sc) {
                     std::memcpy(&t.cta->smem[off], &sc->smem[srcOff], bytes);
@@ -334,6 +362,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
                     Mbarrier& b = mbarrierAt(M, nullptr, -1, t.barCta, barOff, "cp.async.bulk");
                     orderReadDone(sc, srcOff, bytes, b.queue, u32(b.phase) + 1);
                 } else {
+                    readGlobal(M, by, t.barCta, barOff, "cp.async.bulk")(src, bytes);
                     std::memcpy(&t.cta->smem[off], (const void*)src, bytes);
                 }
                 smemAsyncWriteEnd(t.cta, off, bytes);
@@ -383,9 +412,11 @@ Status tensorLoadExec(Warp& w, const Inst& in, u32 m) {
             const Cta* self = w.cta;
             std::array<i32, 5> co;
             std::copy_n(coord, 5, co.begin());
+            GlobalAccess by = orderGlobalIssue(w, l);
             M.schedule(M.randomDelay(), [=, &M] {
                 try {
-                    tmaLoadTile(M, t, co.data(), g.cta, off);
+                    tmaLoadTile(M, t, co.data(), g.cta, off,
+                                readGlobal(M, by, g.barCta, barOff, "cp.async.bulk.tensor"));
                 } catch (EmuError& e) {
                     throw EmuError(
                         e.kind, std::string(e.what()) +
@@ -414,12 +445,16 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
         std::array<i32, 5> co{};
         for (size_t k = 0; k < x.s2.size(); k++) co[k] = i32(w.lane32(x.s2[k], l));
         checkInnermost(M, w, l, t, co[0]);
+        // An H200 stops with an illegal instruction; loads may start there.
+        if (co[0] < 0) M.fault(&w, l, "tma_coordinate", strf("tensor store to a box that starts at column %d", co[0]));
         u32 bytes = tmaBoxBytes(t);
         if (srcA % 128) M.fault(&w, l, "misaligned", strf("tensor copy source %#x is not 128-byte aligned", srcA));
         Cta* c = ctaOfSmem(w, l, srcA);
         u32 off = smemOffset(w, l, c, srcA, bytes);
-        smemAsyncRead(M, &w, c, off, bytes, "cp.async.bulk.tensor store");
-        orderAsyncRead(w, l, c, off, bytes, "cp.async.bulk.tensor store");
+        tmaBoxPieces(t, off, [&](u32 at, u32 n) {
+            smemAsyncRead(M, &w, c, at, n, "cp.async.bulk.tensor store");
+            orderAsyncRead(w, l, c, at, n, "cp.async.bulk.tensor store");
+        });
         countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, bytes);
         M.stats.bulkOps++;
         auto op = std::make_shared<BulkOp>();
@@ -429,6 +464,9 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
         w.held.push_back({op, r, l});
         Warp* pw = &w;
         auto keep = w.cta->cluster->shared_from_this();
+        if (w.order) w.stores.push_back({op, l});
+        op->serial = M.nextStore++;
+        GlobalAccess by = orderGlobalIssue(w, l);
         int rop = int(x.p[4]);
         M.schedule(M.randomDelay(), [=, &M] {
             auto data = std::make_shared<std::vector<TileWrite>>(tmaGatherTile(M, t, co.data(), c, off));
@@ -436,6 +474,7 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
             M.wakeGroups(pw->cta, Block::BulkGroup);
             M.schedule(M.randomDelay(), [=, &M] {
                 try {
+                    writeGlobal(M, by, *op, *data, rop >= 0, "cp.async.bulk.tensor");
                     tmaReduce(M, t, rop, *data);
                 } catch (EmuError& e) {
                     throw EmuError(e.kind,
@@ -480,6 +519,12 @@ Status bulkWaitExec(Warp& w, const Inst& in, u32 m) {
             orderReadDone(w, l, h.r.cta, h.r.begin, h.r.end - h.r.begin);
             return true;
         });
+        if (!in.n)
+            std::erase_if(w.stores, [&](Warp::Store& s) {
+                if (!s.op->done || s.lane != l || pendingOp(s.op)) return false;
+                for (auto& [address, bytes] : s.op->written) orderGlobalWaited(w, l, address, bytes, s.op->serial);
+                return true;
+            });
     });
     return Status::Next;
 }
@@ -777,6 +822,7 @@ void asyncAtWarpExit(Warp& w) {
         releaseReads(h.r);
     }
     w.held.clear();
+    w.stores.clear();
 }
 
 }  // namespace ptx_emulator

@@ -178,45 +178,64 @@ void buildBar(Decoder& d, const Stmt& s, Inst& in) {
     if (tail) in.p = d.predSrc(s.ops[k], s);
 }
 
-Status fenceExec(Warp& w, const Inst&, u32 m) {
-    orderFence(w, m);
+// in.n: Scope
+Status fenceExec(Warp& w, const Inst& in, u32 m) {
+    orderFence(w, m, Scope(in.n));
+    if (Scope(in.n) != Scope::Cta) {
+        u64 now = ++w.m->seq;
+        forLanes(m, [&](int l) { w.clusterFenceTime[l] = now; });
+    }
     return Status::Next;
 }
-Status fenceProxyExec(Warp& w, const Inst&, u32 m) {
-    fenceProxyAsync(w, m);
+// in.n bit 0: shared memory, bit 1: global memory
+Status fenceProxyExec(Warp& w, const Inst& in, u32 m) {
+    if (in.n & 1) {
+        u64 now = ++w.m->seq;
+        forLanes(m, [&](int l) { w.fenceTime[l] = now; });
+    }
+    orderProxyFence(w, m, in.n & 1, in.n & 2);
     return Status::Next;
 }
 Status fenceInitExec(Warp& w, const Inst&, u32 m) {
-    orderFence(w, m);
+    orderFence(w, m, Scope::Cluster);
     u64 now = ++w.m->seq;
     forLanes(m, [&](int l) { w.initFenceTime[l] = now; });
     return Status::Next;
 }
-Status fenceClusterExec(Warp& w, const Inst&, u32 m) {
-    orderFence(w, m);
-    u64 now = ++w.m->seq;
-    forLanes(m, [&](int l) { w.clusterFenceTime[l] = now; });
+Status fenceOtherProxyExec(Warp& w, const Inst& in, u32 m) {
+    orderFence(w, m, Scope(in.n));
     return Status::Next;
 }
+Scope scopeOf(const Stmt& s) {
+    return s.has("cta")       ? Scope::Cta
+           : s.has("cluster") ? Scope::Cluster
+           : s.has("gpu") || s.has("gl") ? Scope::Gpu
+                                         : Scope::Sys;
+}
 void buildFence(Decoder&, const Stmt& s, Inst& in) {
-    in.fn = s.has("mbarrier_init") ? fenceInitExec : !s.has("proxy") && !s.has("cta") ? fenceClusterExec : fenceExec;
-    // fence.proxy.async orders shared memory unless restricted to .global.
-    bool proxy = false;
-    for (auto& o : s.op) proxy |= o == "async" || o.rfind("async.", 0) == 0 || o.rfind("async::", 0) == 0;
-    if (s.has("proxy") && proxy && !s.has("global")) in.fn = fenceProxyExec;
+    in.n = u8(scopeOf(s));
+    if (s.has("mbarrier_init")) {
+        in.fn = fenceInitExec;
+    } else if (!s.has("proxy")) {
+        in.fn = fenceExec;
+    } else {
+        // fence.proxy.async orders all memory unless restricted to .global or .shared.
+        bool proxy = false, shared = false;
+        for (auto& o : s.op) {
+            proxy |= o == "async" || o.rfind("async.", 0) == 0 || o.rfind("async::", 0) == 0;
+            shared |= o.rfind("shared", 0) == 0;
+        }
+        in.fn = proxy ? fenceProxyExec : fenceOtherProxyExec;
+        if (proxy) in.n = u8((s.has("global") ? 0 : 1) | (shared ? 0 : 2));
+    }
 }
 
 PTX_OP("bar", buildBar);
 PTX_OP("barrier", buildBar);
 PTX_OP("fence", buildFence);
+PTX_OP("membar", buildFence);
 
 }  // namespace
-
-void fenceProxyAsync(Warp& w, u32 m) {
-    u64 now = ++w.m->seq;
-    forLanes(m, [&](int l) { w.fenceTime[l] = now; });
-    orderProxyFence(w, m);
-}
 
 // Exited threads no longer take part in barriers without an explicit count.
 void barriersAfterExit(Machine& m, Warp& w) {

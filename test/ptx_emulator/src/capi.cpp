@@ -111,8 +111,8 @@ int ptx_emulator_session_option(ptx_emulator_session* s, const char* name, int64
         o.checkOrder = v;
     else if (n == "counters")
         o.counters = v;
-    else if (n == "hopper_fp8_accumulate")
-        o.hopperFp8 = v;
+    else if (n == "hopper_sums")
+        o.hopper = v;
     else if (n == "max_delay")
         o.maxDelay = u32(v);
     else if (n == "max_slice")

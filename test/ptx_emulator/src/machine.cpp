@@ -165,6 +165,7 @@ bool Machine::startCluster(Launch& l) {
     auto cl = std::make_shared<Cluster>();
     cl->launch = &l;
     cl->index = u32(idx);
+    cl->number = nextCluster++;
     u32 nx = l.grid[0] / l.cluster[0], ny = l.grid[1] / l.cluster[1];
     cl->id[0] = u32(idx % nx), cl->id[1] = u32(idx / nx % ny), cl->id[2] = u32(idx / nx / ny);
     const Kernel& k = *l.kernel;
@@ -263,6 +264,7 @@ void Machine::finishCta(Cta* c) {
     // Storage goes away between slices, when no reference is held.
     schedule(0, [this, cl] {
         auto it = std::find_if(clusters.begin(), clusters.end(), [&](auto& p) { return p.get() == cl; });
+        if (it != clusters.end() && opt.checkOrder) orderExited(*this, *cl);
         if (it != clusters.end()) clusters.erase(it);
         startClusters();
     });

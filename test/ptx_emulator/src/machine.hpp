@@ -134,6 +134,8 @@ struct WgmmaOp {
 
 struct BulkOp {
     bool readDone = false, done = false;
+    u32 serial = 0;                               // of the happens-before check, with
+    std::vector<std::pair<u64, u32>> written = {};  // ... the global memory that a store has written
 };
 struct LaneAsync {  // per-thread async groups
     std::vector<std::shared_ptr<BulkOp>> open;
@@ -165,6 +167,12 @@ struct Warp {
         int lane;
     };
     std::vector<HeldRead> held;
+    // Bulk stores to global memory that the thread has not waited for.
+    struct Store {
+        std::shared_ptr<BulkOp> op;
+        int lane;
+    };
+    std::vector<Store> stores;
     std::list<WgmmaOp> wgmma;  // issued, not covered by a wait_group
     u64 wgmmaGroups = 0, wgmmaSerial = 0;
     // Registers that plain moves copied from accumulators in flight: (slot, serial).
@@ -234,6 +242,7 @@ struct Launch;
 struct Cluster : std::enable_shared_from_this<Cluster> {
     Launch* launch = nullptr;
     u32 index = 0;
+    u32 number = 0;  // among all launches
     u32 id[3];
     std::vector<std::unique_ptr<Cta>> ctas;
     u32 liveThreads = 0;
@@ -274,7 +283,7 @@ struct Options {
     bool checkOrder = true;   // happens-before, ordering.hpp
     bool counters = false;
     bool reorderCommits = false;  // arrivals of tcgen05.commit in any order
-    bool hopperFp8 = false;
+    bool hopper = false;          // sums of tensor cores as Hopper rounds them
     bool strictRegs = false;
     u32 maxDelay = 20000;  // longest asynchronous delay in warp instructions
     u32 maxSlice = 400;
@@ -306,7 +315,8 @@ struct Machine {
     std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
     std::mt19937_64 rng;
     u64 time = 0, eventOrder = 0, seq = 1;
-    u32 usedSms = 0, nextThread = 1;
+    u32 usedSms = 0, nextThread = 1, nextCluster = 1, nextStore = 1;
+    GlobalOrder globalOrder;
     std::vector<bool> smBusy;
     Stats stats;
     std::map<std::string, u64> warnings;  // text -> count
@@ -379,7 +389,6 @@ void wgmmaRegisterCheck(Warp& w, const Inst& in);
 void wgmmaTrackAccesses(Warp& w, const Ext& x);
 void tmemAtCtaExit(Machine& m, Cta* c);
 void tmemRegisterCheck(Warp& w, const Inst& in);
-void fenceProxyAsync(Warp& w, u32 m);
 
 std::unique_ptr<Kernel> decode(Module& mod, const std::string& entry);
 std::unique_ptr<Module> loadModule(std::string_view text);

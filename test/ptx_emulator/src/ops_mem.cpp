@@ -12,6 +12,8 @@ struct MemMods {
     Space space = Space::Generic;
     bool cluster = false, polled = false;
     int vec = 1;
+    Sem sem = Sem::Weak;
+    Scope scope = Scope::Sys;  // of volatile accesses
 };
 MemMods memMods(const Stmt& s) {
     MemMods r;
@@ -35,11 +37,18 @@ MemMods memMods(const Stmt& s) {
             r.vec = 4;
         else if (o == "v8")
             r.vec = 8;
-        else if (o == "volatile" || o == "acquire" || o == "release" || o == "relaxed" || o == "mmio")
-            r.polled = true;
+        else if (o == "cta" || o == "cluster" || o == "gpu" || o == "sys")
+            r.scope = o == "cta" ? Scope::Cta : o == "cluster" ? Scope::Cluster : o == "gpu" ? Scope::Gpu : Scope::Sys;
+        else if (o == "volatile" || o == "relaxed" || o == "mmio")
+            r.polled = true, r.sem = Sem::Relaxed;
+        else if (o == "acquire" || o == "release" || o == "acq_rel")
+            r.polled = true, r.sem = o == "acquire" ? Sem::Acquire : o == "release" ? Sem::Release : Sem::AcqRel;
     }
     return r;
 }
+// Where the modifiers are kept for the happens-before check.
+constexpr size_t kSem = 8, kScope = 9;
+void keepOrder(Ext& x, const MemMods& mm) { x.p[kSem] = i64(mm.sem), x.p[kScope] = i64(mm.scope); }
 
 inline u64 laneAddress(const u8* a, const Inst& in, int l) {
     return (in.sa == 8 ? ((const u64*)a)[l] : ((const u32*)a)[l]) + u64(in.imm);
@@ -114,6 +123,7 @@ Status load(Warp& w, const Inst& in, u32 m) {
             orderStrong(w, in, m, true, false);
         else
             orderAccess(w, in, m, bytes, false);
+        if (sp != Space::Shared) orderGlobal(w, in, m, bytes, true, false, Sem(x.p[kSem]), Scope(x.p[kScope]));
     }
     for (u32 e = 0; e < n; e++) {
         u8* d = w.reg(x.dst[e]);
@@ -151,6 +161,7 @@ Status store(Warp& w, const Inst& in, u32 m) {
             orderStrong(w, in, m, false, true);
         else
             orderAccess(w, in, m, bytes, true);
+        if (sp != Space::Shared) orderGlobal(w, in, m, bytes, false, true, Sem(x.p[kSem]), Scope(x.p[kScope]));
     }
     return Status::Next;
 }
@@ -168,6 +179,7 @@ void buildLd(Decoder& d, const Stmt& s, Inst& in) {
     in.q = mm.polled;
     in.space = u8(mm.space);
     Ext& x = d.ext(in);
+    keepOrder(x, mm);
     const Operand& D = s.ops[0];
     std::vector<Operand> elems = D.kind == Operand::Vec ? D.elems : std::vector<Operand>{D};
     if (elems.size() != size_t(mm.vec)) d.fail(s, "vector size mismatch");
@@ -235,6 +247,7 @@ void buildSt(Decoder& d, const Stmt& s, Inst& in) {
     in.q = mm.polled;
     in.space = u8(mm.space);
     Ext& x = d.ext(in);
+    keepOrder(x, mm);
     d.address(in.a, in.sa, in.imm, s.ops[0], s);
     const Operand& S = s.ops[1];
     std::vector<Operand> elems = S.kind == Operand::Vec ? S.elems : std::vector<Operand>{S};
@@ -344,6 +357,13 @@ Status atomExec(Warp& w, const Inst& in, u32 m) {
     u32 bytes = in.sb;
     if (w.counters) [[unlikely]]
         countAccess(w, in, m, bytes * in.n, true);
+    // Bounds come first; the result may go to the register of the address.
+    forLanes(m, [&](int l) { resolve(w, l, Space(in.space), laneAddress(a, in, l), bytes * in.n, true); });
+    if (w.order) {
+        orderStrong(w, in, m, true, true);
+        if (Space(in.space) != Space::Shared)
+            orderGlobal(w, in, m, bytes * in.n, true, true, Sem(x.p[kSem]), Scope(x.p[kScope]));
+    }
     forLanes(m, [&](int l) {
         u8* p = resolve(w, l, Space(in.space), laneAddress(a, in, l), bytes * in.n, true);
         for (u32 e = 0; e < in.n; e++) {
@@ -359,7 +379,6 @@ Status atomExec(Warp& w, const Inst& in, u32 m) {
             }
         }
     });
-    if (w.order) orderStrong(w, in, m, true, true);
     return Status::Yield;
 }
 void buildAtom(Decoder& d, const Stmt& s, Inst& in, bool ret) {
@@ -380,6 +399,9 @@ void buildAtom(Decoder& d, const Stmt& s, Inst& in, bool ret) {
     u32 st = in.sb == 16 ? 16 : in.sb == 8 ? 8 : 4;
     size_t k = 0;
     Ext& x = d.ext(in);
+    if (mm.sem == Sem::Weak) mm.sem = Sem::Relaxed;
+    if (!s.has("sys")) mm.scope = std::min(mm.scope, Scope::Gpu);
+    keepOrder(x, mm);
     if (ret) d.dstList(x.dst, s.ops[k++], s, st);
     d.address(in.a, in.sa, in.imm, s.ops[k++], s);
     d.srcList(x.s0, s.ops[k++], s, st);

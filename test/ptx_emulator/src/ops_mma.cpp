@@ -134,7 +134,10 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
                                   : halfToFloat(u16(w.lane32(x.s2[i / 2], int(l)) >> (16 * (i % 2))));
         }
     }
-    matmulAdd(16, 8, K, A, B, C);
+    if (w.m->opt.hopper && x.p[3] == 0 && elemBytes(ea) > 1)
+        hopperMatmulAdd(ea, eb, 16, 8, K, A, B, C);
+    else
+        matmulAdd(16, 8, K, A, B, C);
     for (u32 l = 0; l < kWarp; l++)
         for (u32 i = 0; i < 4; i++) {
             double v = C[(l / 4 + 8 * (i / 2)) * 8 + 2 * (l % 4) + i % 2];

@@ -384,15 +384,6 @@ PTX_OP("call", buildCall);
 PTX_OP("setmaxnreg", buildSetmaxnreg);
 PTX_OP("nanosleep", [](Decoder&, const Stmt&, Inst& in) { in.fn = nanosleepExec; });
 PTX_OP("griddepcontrol", [](Decoder&, const Stmt&, Inst& in) { in.fn = nopExec; });
-PTX_OP("membar", [](Decoder&, const Stmt& s, Inst& in) {
-    in.fn = nopExec;
-    if (!s.has("cta"))
-        in.fn = [](Warp& w, const Inst&, u32 m) {
-            u64 now = ++w.m->seq;
-            forLanes(m, [&](int l) { w.clusterFenceTime[l] = now; });
-            return Status::Next;
-        };
-});
 PTX_OP("pmevent", [](Decoder&, const Stmt&, Inst& in) { in.fn = nopExec; });
 
 }  // namespace

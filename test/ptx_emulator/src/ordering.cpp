@@ -18,29 +18,49 @@ void raise(Clock::Entry& e, u32 some, u32 mask) {
 }
 void join(Clock::Entry& e, const Clock::Entry& o) {
     e.all = std::max(e.all, o.all);
+    e.fenced = std::max(e.fenced, o.fenced);
     raise(e, o.some, o.mask);
 }
 bool covers(const Clock::Entry& e, const Clock::Entry& o) {
-    return e.all >= o.all && (o.some <= e.all || (e.some >= o.some && !(o.mask & ~e.mask)));
+    return e.all >= o.all && e.fenced >= o.fenced && (o.some <= e.all || (e.some >= o.some && !(o.mask & ~e.mask)));
 }
-bool covers(const Clock& c, const Clock& o) {
+bool covers(const Clock::View& c, const Clock::View& o) {
     for (size_t i = 0; i < o.warps.size(); i++)
         if (i >= c.warps.size() || !covers(c.warps[i], o.warps[i])) return false;
     for (size_t i = 0; i < o.queues.size(); i++)
         if (o.queues[i] && (i >= c.queues.size() || c.queues[i] < o.queues[i])) return false;
     return true;
 }
+bool covers(const Clock& c, const Clock& o) {
+    if (!covers(c.here, o.here)) return false;
+    for (auto& [cluster, view] : o.clusters) {
+        auto it = c.clusters.find(cluster);
+        if (it == c.clusters.end() || !covers(it->second, view)) return false;
+    }
+    return true;
+}
 }  // namespace
 
-void Clock::join(const Clock& o) {
+void Clock::View::join(const View& o) {
     if (warps.size() < o.warps.size()) warps.resize(o.warps.size());
     for (size_t i = 0; i < o.warps.size(); i++) ptx_emulator::join(warps[i], o.warps[i]);
     if (queues.size() < o.queues.size()) queues.resize(o.queues.size());
     for (size_t i = 0; i < o.queues.size(); i++) queues[i] = std::max(queues[i], o.queues[i]);
 }
+void Clock::join(const Clock& o) {
+    here.join(o.here);
+    for (auto& [cluster, view] : o.clusters) clusters[cluster].join(view);
+}
 void Clock::see(u32 queue, u32 count) {
-    if (queue >= queues.size()) queues.resize(queue + 1);
-    queues[queue] = std::max(queues[queue], count);
+    if (queue >= here.queues.size()) here.queues.resize(queue + 1);
+    here.queues[queue] = std::max(here.queues[queue], count);
+}
+
+bool seen(const Clock::Entry& e, Access a) {
+    if (e.all >= a.time()) return true;
+    if (e.some < a.time() || a.lane() == Access::kAllLanes) return false;
+    // Of an access by several lanes nobody knows which: more than one must have synchronised.
+    return a.lane() < kWarp ? e.mask >> a.lane() & 1 : (e.mask & (e.mask - 1)) != 0;
 }
 
 SmemOrder::SmemOrder(u32 bytes, u32 warps)
@@ -61,7 +81,7 @@ void orderStart(Cluster* cl) {
             w->order->index = u32(c->rank * perCta + w->id);
             w->order->sets.resize(1);
             w->order->sets[0].mask = ~0u;
-            w->order->sets[0].seen.warps.resize(cl->ctas.size() * perCta);
+            w->order->sets[0].seen.here.warps.resize(cl->ctas.size() * perCta);
             w->order->sites.resize(256);
         }
     }
@@ -73,25 +93,30 @@ void orderRelease(Warp& w, u32 lanes, Clock& into) {
     for (auto& s : o.sets)
         if (u32 m = s.mask & lanes) {
             into.join(s.seen);
-            raise(into.warps[o.index], o.now, m);
+            raise(into.here.warps[o.index], o.now, m);
         }
-    if (!(w.live & ~lanes)) raise(into.warps[o.index], o.now, ~0u);
+    if (!(w.live & ~lanes)) raise(into.here.warps[o.index], o.now, ~0u);
     o.now++;
 }
 
-void orderFence(Warp& w, u32 lanes) {
+void orderFence(Warp& w, u32 lanes, Scope scope) {
     if (!w.order) return;
     WarpOrder& o = *w.order;
+    for (size_t i = 0, n = o.sets.size(); i < n; i++)
+        if (o.sets[i].mask & lanes) {
+            Clock c = o.sets[i].relaxed;
+            orderAcquire(w, o.sets[i].mask & lanes, c);
+        }
     Clock c;
     orderRelease(w, lanes, c);
     for (auto& s : o.sets)
-        if (s.mask & lanes) s.fenced = c;
+        if (s.mask & lanes) s.fenced = c, s.fencedScope = scope;
 }
 
 void orderIssue(Warp& w, int lane, Clock& into) {
     if (!w.order) return;
     Clock seen = w.order->of(lane).seen;
-    seen.warps[w.order->index] = {};
+    seen.here.warps[w.order->index] = {};
     into.join(seen);
 }
 
@@ -100,19 +125,25 @@ void orderReleaseRelaxed(Warp& w, u32 lanes, Clock& into) {
         if (s.mask & lanes) into.join(s.fenced);
 }
 
-void orderAcquire(Warp& w, u32 lanes, const Clock& c) {
+namespace {
+// Sets of lanes that will know c, and others that will not.
+void learn(Warp& w, u32 lanes, const Clock& c, Clock WarpOrder::Lanes::* where) {
     WarpOrder& o = *w.order;
     for (size_t i = 0, n = o.sets.size(); i < n; i++) {
-        if (!(o.sets[i].mask & lanes) || covers(o.sets[i].seen, c)) continue;
+        if (!(o.sets[i].mask & lanes) || covers(o.sets[i].*where, c)) continue;
         if (u32 rest = o.sets[i].mask & ~lanes; rest & w.live) {
             WarpOrder::Lanes copy = o.sets[i];
             copy.mask = rest;
             o.sets[i].mask &= lanes;
             o.sets.push_back(std::move(copy));
         }
-        o.sets[i].seen.join(c);
+        (o.sets[i].*where).join(c);
     }
 }
+}  // namespace
+
+void orderAcquire(Warp& w, u32 lanes, const Clock& c) { learn(w, lanes, c, &WarpOrder::Lanes::seen); }
+void orderRelaxedRead(Warp& w, u32 lanes, const Clock& c) { learn(w, lanes, c, &WarpOrder::Lanes::relaxed); }
 
 void orderWarpSync(Warp& w, u32 lanes) {
     WarpOrder& o = *w.order;
@@ -130,6 +161,8 @@ void orderWarpSync(Warp& w, u32 lanes) {
         }
         s.seen.join(o.sets[i].seen);
         s.fenced.join(o.sets[i].fenced);
+        s.fencedScope = std::max(s.fencedScope, o.sets[i].fencedScope);
+        s.relaxed.join(o.sets[i].relaxed);
         s.tensorFenced.join(o.sets[i].tensorFenced);
         joined |= m;
         o.sets[i].mask &= ~lanes;
@@ -141,7 +174,7 @@ void orderWarpSync(Warp& w, u32 lanes) {
         }
     }
     s.mask |= joined;
-    raise(s.seen.warps[o.index], o.now++, all ? ~0u : joined);
+    raise(s.seen.here.warps[o.index], o.now++, all ? ~0u : joined);
     if (all) {
         if (first) std::swap(o.sets[0], o.sets[first]);
         o.sets.resize(1);
@@ -187,26 +220,19 @@ std::string describe(Warp& w, Access a) {
                     describe(w, a).c_str()));
 }
 
-bool seen(const Clock::Entry& e, Access a) {
-    if (e.all >= a.time()) return true;
-    if (e.some < a.time() || a.lane() == Access::kAllLanes) return false;
-    // Of an access by several lanes nobody knows which: more than one must have synchronised.
-    return a.lane() < kWarp ? e.mask >> a.lane() & 1 : (e.mask & (e.mask - 1)) != 0;
-}
-
 // Is `a` ordered before what `lane` (-1: the warp) does now?
 bool known(WarpOrder& o, WarpOrder::Lanes& s, int lane, Access a) {
     if (!a || a.bits == s.known) return true;
     if (a.who() == Access::kNotWaited) return false;
     bool ok;
     if (a.isQueue()) {
-        ok = a.queue() < s.seen.queues.size() && s.seen.queues[a.queue()] >= a.time();
+        ok = a.queue() < s.seen.here.queues.size() && s.seen.here.queues[a.queue()] >= a.time();
     } else {
         if (a.warp() == o.index &&
             (lane < 0 || u32(lane) == a.lane() || (a.instr() && a.time() == o.now && a.instr() == o.instr) ||
              (a.instr() && a.lane() >= kWarp)))
             return true;  // program order, the same instruction, or a store of several lanes, this one or its like
-        const Clock::Entry& e = s.seen.warps[a.warp()];
+        const Clock::Entry& e = s.seen.here.warps[a.warp()];
         ok = seen(e, a);
         if (a.warp() == o.index) return ok;
     }
@@ -255,7 +281,7 @@ struct Checker {
         auto column = [&](u32 warp, const u32* p, u32 size) {
             u32 from = off / size, to = (end - 1) / size + 1, top = 0;
             for (u32 i = from; i < to; i++) top = std::max(top, p[i]);
-            if (!top || (l.seen.warps[base + warp].all >= top >> 6)) return;
+            if (!top || (l.seen.here.warps[base + warp].all >= top >> 6)) return;
             for (u32 i = from; i < to; i++)
                 if (p[i] && !(partial && (p[i] & 63) == kPartOfWord) && !known(o, l, lane, readBy(base + warp, p[i])))
                     race(w, lane, c, std::max(off, i * size), what, "the read", readBy(base + warp, p[i]));
@@ -290,14 +316,6 @@ struct Checker {
     }
 };
 
-void note(Warp& w) {
-    WarpOrder& o = *w.order;
-    o.dirty = true;
-    std::pair<u32, u32> site{o.now, w.pc};
-    if (o.siteCount && o.sites[(o.siteCount - 1) % o.sites.size()] == site) return;
-    o.sites[o.siteCount++ % o.sites.size()] = site;
-}
-
 // Shared memory that a lane's address names; false when the access itself will fail.
 bool locate(Warp& w, const Inst& in, int l, u32 bytes, Cta*& c, u32& off) {
     const u8* a = w.src(in.a);
@@ -311,15 +329,39 @@ bool locate(Warp& w, const Inst& in, int l, u32 bytes, Cta*& c, u32& off) {
 }
 }  // namespace
 
+void orderNote(Warp& w) {
+    WarpOrder& o = *w.order;
+    o.dirty = true;
+    std::pair<u32, u32> site{o.now, w.pc};
+    if (o.siteCount && o.sites[(o.siteCount - 1) % o.sites.size()] == site) return;
+    o.sites[o.siteCount++ % o.sites.size()] = site;
+}
+
 // ------------------------------------------------------------------------- proxy fences --
-void orderProxyFence(Warp& w, u32 lanes) {
+void orderProxyFence(Warp& w, u32 lanes, bool shared, bool global) {
     if (!w.order) return;
     WarpOrder& o = *w.order;
     o.dirty = true;
+    if (global) {
+        // All that the thread has seen, and what it has written itself.
+        auto fence = [](Clock::Entry& e) { e.fenced = std::max({e.fenced, e.all, e.some}); };
+        for (auto& s : o.sets) {
+            if (!(s.mask & lanes)) continue;
+            for (auto& e : s.seen.here.warps) fence(e);
+            for (auto& [cluster, view] : s.seen.clusters)
+                for (auto& e : view.warps) fence(e);
+            s.seen.here.warps[o.index].fenced = o.now;
+        }
+    }
+    if (!shared) {
+        if (global) o.now++;
+        return;
+    }
     if (o.fences.size() == WarpOrder::kFences) o.fences.pop_front();
     o.fences.push_back({w.m->seq, o.now, lanes, {}});
     for (auto& s : o.sets)
         if (s.mask & lanes) o.fences.back().seen.join(s.seen);
+    if (global) o.now++;
 }
 
 bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane, u64 seq, bool strict) {
@@ -330,7 +372,7 @@ bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane
         Access fence = Access::byWarp(theirs.index, f.time, u32(lane), 0, 15);
         if (&reader == &writer) return true;
         for (auto& s : mine.sets)
-            if (seen(s.seen.warps[theirs.index], fence)) return true;
+            if (seen(s.seen.here.warps[theirs.index], fence)) return true;
     }
     if (forgotten(theirs)) return true;
     if (strict) return false;
@@ -341,8 +383,8 @@ bool orderFenced(Warp& reader, Cta* c, u32 granule, const Warp& writer, int lane
         for (u32 i = 0; i < 4 && all; i++) {
             Access a = words[i];
             if (!a || (!a.isQueue() && a.warp() == mine.index)) continue;
-            all = a.isQueue() ? a.queue() < f.seen.queues.size() && f.seen.queues[a.queue()] >= a.time()
-                              : a.who() != Access::kNotWaited && seen(f.seen.warps[a.warp()], a);
+            all = a.isQueue() ? a.queue() < f.seen.here.queues.size() && f.seen.here.queues[a.queue()] >= a.time()
+                              : a.who() != Access::kNotWaited && seen(f.seen.here.warps[a.warp()], a);
         }
         if (all) return true;
     }
@@ -362,25 +404,31 @@ void orderTensorFence(Warp& w, u32 lanes, bool after) {
     if (o.tensorFences.size() == WarpOrder::kFences) o.tensorFences.pop_front();
     o.tensorFences.push_back({++o.tensorSeq, o.now, lanes, {}});
 }
-u64 orderTensorLoad(Warp& w) { return w.order ? ++w.order->tensorSeq : 0; }
+u64 orderTensorUse(Warp& w) { return w.order ? ++w.order->tensorSeq : 0; }
 
 bool orderTensorWritten(Warp& w, u32 queue, u32 commit) {
     if (!w.order) return true;
     for (auto& s : w.order->sets)
-        if ((s.mask & w.live) && (queue >= s.tensorFenced.queues.size() || s.tensorFenced.queues[queue] < commit))
+        if ((s.mask & w.live) && (queue >= s.tensorFenced.here.queues.size() || s.tensorFenced.here.queues[queue] < commit))
             return false;
     return true;
 }
-bool orderTensorRead(Warp& w, int lane, const Warp& reader, u64 seq) {
-    if (!w.order || &w == &reader) return true;
-    const WarpOrder& theirs = *reader.order;
+bool orderTensorUsed(Warp& w, int lane, const Warp& other, u64 seq) {
+    if (!w.order || &w == &other) return true;
+    const WarpOrder& theirs = *other.order;
     if (theirs.tensorFences.size() == WarpOrder::kFences && theirs.tensorFences[0].seq > seq) return true;
-    const Clock& known = w.order->of(lane).tensorFenced;
-    if (theirs.index >= known.warps.size()) return false;
+    const Clock& known = w.order->of(lane < 0 ? std::countr_zero(w.live) : lane).tensorFenced;
+    if (theirs.index >= known.here.warps.size()) return false;
     for (auto& f : theirs.tensorFences)
-        if (f.seq > seq && seen(known.warps[theirs.index], Access::byWarp(theirs.index, f.time, Access::kAllLanes, 0, 15)))
+        if (f.seq > seq && seen(known.here.warps[theirs.index], Access::byWarp(theirs.index, f.time, Access::kAllLanes, 0, 15)))
             return true;
     return false;
+}
+
+bool orderSeen(Warp& w, Access a) {
+    for (auto& s : w.order->sets)
+        if ((s.mask & w.live) && !known(*w.order, s, -1, a)) return false;
+    return true;
 }
 
 // ---------------------------------------------------------------------------- accesses --
@@ -397,7 +445,7 @@ void orderAccess(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool write) {
     u32 firstLane = u32(std::countr_zero(lanes));
     if (!locate(w, in, int(firstLane), bytes, c, off)) return;
     o.instr = o.instr % 255 + 1;
-    note(w);
+    orderNote(w);
     // One word wanted by the whole warp counts once, for all lanes.
     bool uniform = lanes == w.live && (lanes & (lanes - 1));
     u32 first = off;
@@ -477,7 +525,7 @@ void orderReadDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes) {
     if (!w.order) return;
     WarpOrder& o = *w.order;
     SmemOrder& s = *c->order;
-    note(w);
+    orderNote(w);
     u32 from = off / 16, to = (off + bytes - 1) / 16;
     u32 code = lane < 0 ? Access::kAllLanes : u32(lane);
     for (u32 i = off / 1024; i <= (off + bytes - 1) / 1024; i++) {
@@ -503,7 +551,7 @@ void orderAsyncRead(Warp& w, Cta* c, const std::vector<u32>& granules, size_t fi
 }
 void orderReadDone(Warp& w, Cta* c, const std::vector<u32>& granules) {
     if (!w.order) return;
-    note(w);
+    orderNote(w);
     u32* p = c->order->granuleRead[w.id].get(c->order->granules);
     u32 stamp = w.order->now << 6 | Access::kAllLanes;
     for (u32 g : granules) {
@@ -544,7 +592,7 @@ void orderCopyStart(Warp& w, int lane, Cta* c, u32 off, u32 bytes) {
     auto& s = k.o.of(lane);
     k.writes(s, lane, off, off + bytes);
     k.reads(s, lane, off, off + bytes);
-    note(w);
+    orderNote(w);
     stampWords(c, off, bytes, Access::notWaited(u32(lane)));
 }
 void orderCopyDone(Warp& w, int lane, Cta* c, u32 off, u32 bytes) {
@@ -566,8 +614,8 @@ void orderExit(Machine& m, Cta* c) {
     for (auto& w : c->warps)
         for (auto& s : w->order->sets) last.join(s.seen);
     for (auto& [who, a] : c->touched) {
-        bool ok = a.isQueue() ? a.queue() < last.queues.size() && last.queues[a.queue()] >= a.time()
-                              : seen(last.warps[a.warp()], a);
+        bool ok = a.isQueue() ? a.queue() < last.here.queues.size() && last.here.queues[a.queue()] >= a.time()
+                              : seen(last.here.warps[a.warp()], a);
         if (!ok)
             m.faultAt(c, "dsmem_exited",
                       strf("the CTA exits without being ordered after the use of its shared memory or mbarriers by %s",

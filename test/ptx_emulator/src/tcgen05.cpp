@@ -65,12 +65,25 @@ Status allocExec(Warp& w, const Inst& in, u32 m) {
         t.owner[col] = id;
         for (u32 l = 0; l < kTmemLanes; l++) t.init[l * kTmemCols + col] = 0;
         t.written[col] = {};
-        t.loaded[col] = {};
+        t.loaded[col] = t.stored[col] = {};
     }
     u64 addr = (in.sa == 8 ? w.lane64(in.a, 0) : w.lane32(in.a, 0)) + u64(in.imm);
     std::memcpy(resolve(w, 0, Space(in.space), addr, 4, true), &base, 4);
     if (w.order) orderAccess(w, in, 1, 4, true);
     return Status::Next;
+}
+// Everything that uses a column has to be ordered before it is freed.
+void checkFree(Warp& w, const Tmem& t, u32 k) {
+    const Tmem::Write& write = t.written[k];
+    if (write.queue != ~0u && !orderSeen(w, ptx_emulator::Access::byQueue(write.queue, write.commit)))
+        w.m->fault(&w, -1, "race",
+                   strf("tcgen05.dealloc of column %u is not ordered after the tcgen05 operation that wrote it", k));
+    for (auto* uses : {&t.loaded[k], &t.stored[k]})
+        for (auto& u : *uses)
+            if (u.warp && u.warp != &w && !orderSeen(w, u.at))
+                w.m->fault(&w, -1, "race",
+                           strf("tcgen05.dealloc of column %u is not ordered after its %s by warp %u", k,
+                                uses == &t.loaded[k] ? "load" : "store", u.warp->id));
 }
 Status deallocExec(Warp& w, const Inst& in, u32 m) {
     if (m != w.live) return converge(w);
@@ -89,6 +102,7 @@ Status deallocExec(Warp& w, const Inst& in, u32 m) {
         if (t.writers[k] || t.readers[k])
             M.fault(&w, -1, "tmem_inflight",
                     strf("tcgen05.dealloc of column %u while a tcgen05 operation may still use it", k));
+        if (w.order) checkFree(w, t, k);
         t.owner[k] = 0;
     }
     M.wakeGroups(w.cta, Block::Tmem);
@@ -138,6 +152,22 @@ Access accessOf(Warp& w, const Inst& in, int shape) {
     return {quarter * 32 + lane % 32, addr & 0xffff};
 }
 
+// Lane l (-1: the warp) is about to use columns that another warp may have stored.
+constexpr u32 kAllQuarters = 4;
+void checkStored(Machine& m, Warp& w, int l, Cta* c, u32 col, u32 n, u32 quarter, const char* what) {
+    if (!m.opt.checkFences || !w.order) return;
+    for (u32 k = col; k < std::min(col + n, kTmemCols); k++)
+        for (u32 q = 0; q < 4; q++) {
+            auto& s = tmemOf(c).stored[k][q];
+            if ((quarter == kAllQuarters || quarter == q) && s.warp && !orderTensorUsed(w, l, *s.warp, s.seq))
+                m.fault(&w, l, "tcgen05_fence",
+                        strf("%s column %u, which warp %u of CTA rank %u has stored, without "
+                             "tcgen05.fence::before_thread_sync there and ::after_thread_sync here around what orders "
+                             "the two",
+                             what, k, s.warp->id, c->rank));
+        }
+}
+
 // p[0] shape, p[1] repeats, p[2] pack/unpack 16b, p[3] split
 Status ldExec(Warp& w, const Inst& in, u32 m) {
     if (m != w.live) return converge(w);
@@ -157,14 +187,16 @@ Status ldExec(Warp& w, const Inst& in, u32 m) {
                     strf("tcgen05.ld of column %u while a tcgen05.mma or tcgen05.cp that writes it may be in flight",
                          k));
     if (M.opt.checkFences && w.order) {
-        u64 seq = orderTensorLoad(w);
+        u64 seq = orderTensorUse(w);
+        ptx_emulator::Access at = orderStamp(w, -1);
         for (u32 k = a.col; k < std::min(a.col + cols, kTmemCols); k++) {
             if (t.written[k].queue != ~0u && !orderTensorWritten(w, t.written[k].queue, t.written[k].commit))
                 M.fault(&w, -1, "tcgen05_fence",
                         strf("tcgen05.ld of column %u, which a tcgen05 operation wrote, without a "
                              "tcgen05.fence::after_thread_sync since its commit was waited for",
                              k));
-            t.loaded[k][w.id % 4] = {&w, seq};
+            checkStored(M, w, -1, w.cta, k, 1, w.id % 4, "tcgen05.ld of");
+            t.loaded[k][w.id % 4] = {&w, seq, at};
         }
     }
     for (u32 r = 0; r < x.dst.size(); r++) {
@@ -203,6 +235,11 @@ Status stExec(Warp& w, const Inst& in, u32 m) {
             if (t.writers[k] || t.readers[k])
                 M.fault(&w, -1, "tmem_inflight",
                         strf("tcgen05.st to column %u while a tcgen05 operation that uses it may be in flight", k));
+    if (M.opt.checkFences && w.order) {
+        u64 seq = orderTensorUse(w);
+        ptx_emulator::Access at = orderStamp(w, -1);
+        for (u32 k = a.col; k < a.col + cols; k++) t.stored[k][w.id % 4] = {&w, seq, at};
+    }
     for (u32 r = 0; r < x.s0.size(); r++)
         for (u32 l = 0; l < kWarp; l++)
             for (u32 h = 0; h < factor; h++) {
@@ -222,19 +259,20 @@ Status fenceExec(Warp& w, const Inst& in, u32 m) {
     orderTensorFence(w, m, in.n);
     return Status::Next;
 }
-// An operation of lane l is about to write columns that a thread may have loaded.
+// An operation of lane l is about to write columns that a thread may have loaded, or stored.
 void checkLoaded(Machine& m, Warp& w, int l, Cta* c, u32 col, u32 n, const char* what) {
     if (!m.opt.checkFences || !w.order) return;
     for (u32 k = col; k < col + n; k++)
         for (auto& r : tmemOf(c).loaded[k]) {
-            if (r.warp && !orderTensorRead(w, l, *r.warp, r.seq))
+            if (r.warp && !orderTensorUsed(w, l, *r.warp, r.seq))
                 m.fault(&w, l, "tcgen05_fence",
-                        strf("%s writes column %u, which warp %u of CTA rank %u has loaded, without "
+                        strf("%s column %u, which warp %u of CTA rank %u has loaded, without "
                              "tcgen05.fence::before_thread_sync there and ::after_thread_sync here around what orders "
                              "the two",
                              what, k, r.warp->id, c->rank));
             r = {};
         }
+    checkStored(m, w, l, c, col, n, kAllQuarters, what);
 }
 
 // --- the pipe ----------------------------------------------------------------------
@@ -361,7 +399,7 @@ Status cpExec(Warp& w, const Inst& in, u32 m) {
                     granules.push_back(at / 16);
                     std::memcpy(&(*data)[(r * bytes + b) / 4], &c->smem[at], 16);
                 }
-            checkLoaded(M, w, l, c, col, bytes / 4, "tcgen05.cp");
+            checkLoaded(M, w, l, c, col, bytes / 4, "tcgen05.cp writes");
             holdUntilCommit(M, w.cta, c, std::move(granules), col, bytes / 4, 0, 0);
             orderIssue(w, l, tmemOf(w.cta).issued);
             push(M, w.cta, [=] {
@@ -633,7 +671,12 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
                 checkColumns(M, &w, c, o->sfa & 0xffff, (o->rows + 31) / 32, "tcgen05.mma scale factors of A");
                 checkColumns(M, &w, c, o->sfb & 0xffff, (o->n + 31) / 32, "tcgen05.mma scale factors of B");
             }
-            checkLoaded(M, w, l, c, o->dCol, dCols, "tcgen05.mma");
+            checkLoaded(M, w, l, c, o->dCol, dCols, "tcgen05.mma writes");
+            checkStored(M, w, l, c, aCol, aCols, kAllQuarters, "tcgen05.mma reads");
+            if (o->blockScale)
+                for (u32 sf : {o->sfa & 0xffff, o->sfb & 0xffff})
+                    checkStored(M, w, l, c, sf, ((sf == (o->sfa & 0xffff) ? o->rows : o->n) + 31) / 32, kAllQuarters,
+                                "tcgen05.mma reads");
             holdUntilCommit(M, w.cta, c, std::move(granules), o->dCol, dCols, aCol, aCols);
             orderIssue(w, l, tmemOf(w.cta).issued);
         }

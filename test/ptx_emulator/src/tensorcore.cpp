@@ -93,19 +93,51 @@ void matmulAdd(u32 m, u32 n, u32 k, const double* a, const double* b, double* c)
     }
 }
 
-float hopperFp8Dot(const double* a, const double* b, u32 stride, u32 k, double c) {
-    double p[64], big = std::fabs(c);
-    for (u32 i = 0; i < k; i++) p[i] = a[i] * b[size_t(i) * stride], big = std::max(big, std::fabs(p[i]));
-    if (big == 0 || !std::isfinite(big)) {
-        double s = c;
-        for (u32 i = 0; i < k; i++) s += p[i];
-        return float(s);
+// The K products and the accumulator are aligned to the largest exponent among them, a product's being the sum of its
+// factors' (not normalised; zeros do not count), and cut to 13 fraction bits below it, with FP8 operands, or 25.  Their
+// sum, taken exactly, is cut to an FP32 number, with FP8 operands of 13 fraction bits.  All cuts are towards zero.
+void hopperMatmulAdd(Elem ea, Elem eb, u32 m, u32 n, u32 k, const double* a, const double* b, double* c) {
+    const bool fp8 = elemBytes(ea) == 1;
+    const int kept = fp8 ? 13 : 25, resultBits = fp8 ? 13 : 23;
+    constexpr int kZero = -100000;
+    // The exponent that a number's code has, which for subnormal numbers is that of the smallest normal one.
+    auto exponent = [](double x, int least) {
+        return x == 0 ? kZero : std::max(int(std::bit_cast<u64>(x) >> 52 & 0x7ff) - 1023, least);
+    };
+    auto least = [](Elem e) {
+        return e == Elem::E4M3 ? -6 : e == Elem::E5M2 || e == Elem::F16 ? -14 : -126;
+    };
+    auto power = [](int e) { return std::bit_cast<double>(u64(e + 1023) << 52); };
+    int expA[32], expB[32 * 256], top[256];
+    double scale[256], sum[256];
+    for (u32 i = 0; i < k * n; i++) expB[i] = exponent(b[i], least(eb));
+    for (u32 r = 0; r < m; r++) {
+        const double* row = a + size_t(r) * k;
+        double* out = c + size_t(r) * n;
+        for (u32 q = 0; q < k; q++) expA[q] = exponent(row[q], least(ea));
+        for (u32 j = 0; j < n; j++) top[j] = exponent(out[j], -126);
+        for (u32 q = 0; q < k; q++)
+            for (u32 j = 0; j < n; j++) top[j] = std::max(top[j], expA[q] + expB[q * n + j]);
+        for (u32 j = 0; j < n; j++) {
+            scale[j] = power(kept - std::max(top[j], -900));
+            sum[j] = std::trunc(out[j] * scale[j]);
+        }
+        for (u32 q = 0; q < k; q++)
+            for (u32 j = 0; j < n; j++) sum[j] += std::trunc(row[q] * b[q * n + j] * scale[j]);
+        for (u32 j = 0; j < n; j++) {
+            if (!std::isfinite(sum[j])) {
+                double plain = out[j];
+                for (u32 q = 0; q < k; q++) plain += row[q] * b[q * n + j];
+                out[j] = std::isnan(plain) ? asFloat(0x7fffffff) : plain;
+            } else if (sum[j] == 0) {
+                out[j] = 0;
+            } else {
+                double v = sum[j] / scale[j];
+                double unit = power(std::max(exponent(v, -126), -126) - resultBits);
+                out[j] = std::trunc(v / unit) * unit;
+            }
+        }
     }
-    int e;
-    std::frexp(big, &e);
-    double unit = std::ldexp(1.0, e - 1 - 13), sum = std::trunc(c / unit);
-    for (u32 i = 0; i < k; i++) sum += std::trunc(p[i] / unit);
-    return float(sum * unit);
 }
 
 namespace {

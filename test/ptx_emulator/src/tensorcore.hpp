@@ -20,10 +20,8 @@ void decodeElems(Elem e, const u8* p, u32 count, double* out);
 // to the accumulator are carried out in double; the caller rounds once.
 void matmulAdd(u32 m, u32 n, u32 k, const double* a, const double* b, double* c);
 
-// Models the narrow FP8 accumulation of Hopper: every product and the
-// accumulator are aligned to the largest exponent and truncated to 13 fraction
-// bits before the sum.
-float hopperFp8Dot(const double* a, const double* b, u32 bStride, u32 k, double c);
+// The same as the tensor cores of Hopper do it, bit for bit as an H200 has answered: see the definition.
+void hopperMatmulAdd(Elem ea, Elem eb, u32 m, u32 n, u32 k, const double* a, const double* b, double* c);
 
 // Shared-memory matrix descriptor, PTX ISA "Matrix Descriptor Format".
 struct SmemDesc {

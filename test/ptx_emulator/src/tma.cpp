@@ -30,6 +30,13 @@ u32 rowSmemBytes(const TensorMap& t) { return unpacked(t.type) ? t.box[0] : t.bo
 u32 swizzleSpan(TmaSwizzle s) {
     return s == TmaSwizzle::None ? 0 : s == TmaSwizzle::B32 ? 32 : s == TmaSwizzle::B64 ? 64 : 128;
 }
+// Rows of a box narrower than the swizzle's span are as far apart as that, as an H200 lays them out.
+u32 rowPitch(const TensorMap& t) { return std::max(rowSmemBytes(t), swizzleSpan(t.swizzle)); }
+u32 boxRows(const TensorMap& t) {
+    u32 n = 1;
+    for (u32 i = 1; i < t.rank; i++) n *= (t.box[i] + t.elementStride[i] - 1) / t.elementStride[i];
+    return n;
+}
 }  // namespace
 
 std::string encodeTiled(void* map, int type, u32 rank, u64 address, const u64* dims, const u64* strides, const u32* box,
@@ -83,16 +90,19 @@ TensorMap readTensorMap(Warp& w, int lane, u64 a) {
     return t;
 }
 
-u32 tmaBoxBytes(const TensorMap& t) {
-    u32 n = rowSmemBytes(t);
-    for (u32 i = 1; i < t.rank; i++) n *= (t.box[i] + t.elementStride[i] - 1) / t.elementStride[i];
-    return n;
+u32 tmaBoxBytes(const TensorMap& t) { return boxRows(t) * rowPitch(t); }
+
+void tmaBoxPieces(const TensorMap& t, u32 offset, const std::function<void(u32, u32)>& piece) {
+    u32 bytes = rowSmemBytes(t), pitch = rowPitch(t);
+    if (bytes == pitch) return piece(offset, tmaBoxBytes(t));
+    for (u32 r = 0; r < boxRows(t); r++)
+        for (u32 k = 0; k < bytes; k += 16) piece(tmaSwizzleOffset(t.swizzle, offset + r * pitch + k), 16);
 }
 
-// Completion counts the bytes that carry data: padding of unpacked sub-byte
-// types is not included (shipped kernels expect exactly that).
+// Completion counts the bytes that carry data: padding between rows or of unpacked sub-byte types is not included (which
+// an H200 confirms for the former, shipped kernels expect of the latter).
 u32 tmaTxBytes(const TensorMap& t) {
-    u32 n = tmaBoxBytes(t);
+    u32 n = boxRows(t) * rowSmemBytes(t);
     return unpacked(t.type) ? n * elementBits(t.type) / 8 : n;
 }
 
@@ -163,7 +173,12 @@ void nanFill(const TensorMap& t, u8* p, u32 bytes) {
 }
 }  // namespace
 
-void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr) {
+void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr, const TileReads& reads) {
+    auto source = [&](u64 a, u32 bytes) {
+        const u8* p = m.global(nullptr, -1, a, bytes, false);
+        if (reads) reads(a, bytes);
+        return p;
+    };
     u32 bits = elementBits(t.type), rowBytes = rowSmemBytes(t);
     RowSpan span = innerSpan(t, coord[0]);
     std::vector<u8> row(rowBytes);
@@ -176,21 +191,21 @@ void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32
                 for (u32 k = 0, x = 0; x < t.box[0]; x += t.elementStride[0], k++) {
                     if (x < span.lo || x >= span.hi) continue;
                     u64 a = rowAddr + u64(i64(coord[0]) + x) * eb;
-                    std::memcpy(&row[k * eb], m.global(nullptr, -1, a, eb, false), eb);
+                    std::memcpy(&row[k * eb], source(a, eb), eb);
                 }
             } else if (!unpacked(t.type)) {
                 u32 begin = span.lo * bits / 8, bytes = (span.hi - span.lo) * bits / 8;
                 u64 a = rowAddr + u64((i64(coord[0]) + span.lo) * i64(bits) / 8);
-                std::memcpy(&row[begin], m.global(nullptr, -1, a, bytes, false), bytes);
+                std::memcpy(&row[begin], source(a, bytes), bytes);
             } else {
                 for (u32 x = span.lo; x < span.hi; x += 16) {  // 16 elements per slot
                     u32 bytes = 16 * bits / 8;
                     u64 a = rowAddr + u64((i64(coord[0]) + x) * i64(bits) / 8);
-                    std::memcpy(&row[x], m.global(nullptr, -1, a, bytes, false), bytes);
+                    std::memcpy(&row[x], source(a, bytes), bytes);
                 }
             }
         }
-        u32 base = smemAddr + index * rowBytes;
+        u32 base = smemAddr + index * rowPitch(t);
         for (u32 k = 0; k < rowBytes; k += 16)
             std::memcpy(&dst->smem[tmaSwizzleOffset(t.swizzle, base + k)], &row[k], std::min(16u, rowBytes - k));
     });
@@ -206,10 +221,12 @@ std::vector<TileWrite> tmaGatherTile(Machine& m, const TensorMap& t, const i32* 
     std::vector<u8> row(rowBytes);
     eachRow(t, coord, [&](u32 index, u64 rowAddr, bool ok) {
         if (!ok || span.hi <= span.lo) return;
-        u32 base = smemAddr + index * rowBytes;
+        u32 base = smemAddr + index * rowPitch(t);
         for (u32 k = 0; k < rowBytes; k += 16)
             std::memcpy(&row[k], &src->smem[tmaSwizzleOffset(t.swizzle, base + k)], std::min(16u, rowBytes - k));
-        u32 begin = span.lo * bits / 8, bytes = (span.hi - span.lo) * bits / 8;
+        // Elements beyond the tensor are left out by units of 16 bytes, as an H200 does: a row that ends within one is
+        // written up to the unit's end.
+        u32 begin = span.lo * bits / 8, bytes = std::min(alignUp(span.hi * bits / 8, 16), rowBytes) - begin;
         u64 a = rowAddr + u64((i64(coord[0]) + span.lo) * i64(bits) / 8);
         out.push_back({a, std::vector<u8>(row.begin() + begin, row.begin() + begin + bytes)});
     });

@@ -48,14 +48,18 @@ std::string encodeTiled(void* map, int type, u32 rank, u64 address, const u64* d
 
 TensorMap readTensorMap(Warp& w, int lane, u64 genericAddress);
 
-u32 tmaBoxBytes(const TensorMap& t);  // bytes the box occupies in shared memory
+u32 tmaBoxBytes(const TensorMap& t);  // bytes the box occupies in shared memory, with padding between its rows
+// piece(offset, bytes) for what a box at this offset has data in.
+void tmaBoxPieces(const TensorMap& t, u32 offset, const std::function<void(u32, u32)>& piece);
 // Whether a box that starts at this innermost coordinate starts on a multiple of 16 bytes.
 bool tmaStartAligned(const TensorMap& t, i32 innermost);
 u32 tmaTxBytes(const TensorMap& t);   // bytes reported to the mbarrier
 u32 tmaSwizzleOffset(TmaSwizzle s, u32 smemAddress);
 
 // One contiguous run of a box row: gmem address and smem address (unswizzled).
-void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr);
+// reads(address, bytes) is told of each piece of global memory before it is read.
+using TileReads = std::function<void(u64, u32)>;
+void tmaLoadTile(Machine& m, const TensorMap& t, const i32* coord, Cta* dst, u32 smemAddr, const TileReads& reads);
 // Gathers the in-bounds part of the tile from shared memory; apply() writes it.
 struct TileWrite {
     u64 addr;

@@ -13,16 +13,18 @@ struct Tmem {
     std::array<u16, kTmemCols> writers{};  // tcgen05.mma/cp issued but not known complete
     std::array<u16, kTmemCols> readers{};  // A operands of such tcgen05.mma
     std::vector<std::string> allocators;   // by allocation id - 1: the warp and its instruction, for reports
-    // For the check of tcgen05.fence, by column: the commit that ended the last write, and the last load of each quarter.
+    // For the checks of order, by column: the commit that ended the last write, the last load and the last store of each
+    // quarter.
     struct Write {
         u32 queue = ~0u, commit = 0;
     };
-    struct Read {
+    struct Use {
         const Warp* warp = nullptr;
         u64 seq = 0;
+        Access at;
     };
     std::array<Write, kTmemCols> written{};
-    std::array<std::array<Read, 4>, kTmemCols> loaded{};
+    std::array<std::array<Use, 4>, kTmemCols> loaded{}, stored{};
     u16 nextId = 1;
     bool relinquished = false;
     // tcgen05.mma, .cp and .commit of one CTA execute in issue order.

@@ -101,13 +101,10 @@ Status mmaExec(Warp& w, const Inst& in, u32 m) {
     } else {
         std::fill_n(C, 16 * N, 0.0);
     }
-    bool fp8 = ea == Elem::E4M3 || ea == Elem::E5M2;
-    if (M.opt.hopperFp8 && fp8) {
-        for (u32 i = 0; i < 16; i++)
-            for (u32 n = 0; n < N; n++) C[i * N + n] = hopperFp8Dot(&A[i * K], &Bt[n], N, K, C[i * N + n]);
-    } else {
+    if (M.opt.hopper && x.p[8] == 0)
+        hopperMatmulAdd(ea, eb, 16, N, K, A, Bt, C);
+    else
         matmulAdd(16, N, K, A, Bt, C);
-    }
     if (x.p[8] == 0)
         each([&](u32 i, u32 l, u32 at) { reg[i][l] = asBits(float(C[at])); });
     else if (x.p[8] == 2)

@@ -1,0 +1,143 @@
+"""Mega MoE on one rank beside the same layer made of operators: indexing, grouped products, SwiGLU, addition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import deep_gemm_ops
+
+from .. import mega_moe
+from ..testing import bench as timing
+from ..testing.numeric import compare
+from . import suites
+from .report import OURS
+
+__all__ = ["mega_records"]
+
+Record = dict[str, Any]
+
+#: The experts of one rank among those of eight.
+LOCAL_EXPERTS, EXPERTS, TOPK = 32, 256, 8
+#: Of y against a reference in float32 with the same roundings.
+TOLERANCE = 2e-2
+
+
+class Layer(NamedTuple):
+    tokens: int
+    intermediate: int
+    hidden: int = 7168
+
+    @property
+    def label(self) -> str:
+        return f"{self.tokens} tokens, {LOCAL_EXPERTS} of {EXPERTS} x {self.intermediate} x {self.hidden}"
+
+
+LAYERS = [Layer(tokens, intermediate) for intermediate in (2048, 3072) for tokens in (1, 32, 512, 8192)]
+
+
+def mega_records(
+    limits: timing.DeviceLimits, *, repeats: int = 20, references: bool = True, quick: bool = False
+) -> Iterator[Record]:
+    """Check and time each layer: in one kernel, and operator by operator."""
+    for layer in LAYERS[1:4:2] if quick else LAYERS:
+        yield _measure(layer, limits, repeats, references)
+
+
+class _Problem:
+    """One rank's inputs and weights; choices of other ranks' experts are masked, about seven of eight."""
+
+    def __init__(self, layer: Layer) -> None:
+        generator = torch.Generator(suites.DEVICE).manual_seed(0)
+        on_gpu: dict[str, Any] = {"device": suites.DEVICE, "generator": generator}
+        tokens, hidden, intermediate = layer.tokens, layer.hidden, layer.intermediate
+        choices = torch.rand(tokens, EXPERTS, **on_gpu).topk(TOPK, dim=1).indices
+        choices[0, 0] = 0  # some work, however few tokens there are
+        choices[0, 1:] = choices[0, 1:].clamp(min=LOCAL_EXPERTS)
+        self.topk_idx = choices.where(choices < LOCAL_EXPERTS, -1)
+        self.topk_weights = torch.rand(tokens, TOPK, **on_gpu)
+        self.x, self.x_sf = deep_gemm_ops.per_token_cast_to_fp8(torch.randn(tokens, hidden, **on_gpu).bfloat16())
+
+        def weights(rows: int, cols: int) -> mega_moe.WeightsFP8:
+            casts = [
+                deep_gemm_ops.per_block_cast_to_fp8((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16())
+                for _ in range(LOCAL_EXPERTS)
+            ]
+            values = torch.stack([values.view(torch.uint8) for values, _ in casts]).view(torch.float8_e4m3fn)
+            return values, torch.stack([scales for _, scales in casts])
+
+        self.plain = (weights(2 * intermediate, hidden), weights(hidden, intermediate))
+        self.l1, self.l2 = deep_gemm_ops.transform_weights_for_mega_moe(*self.plain)
+        sizes = (LOCAL_EXPERTS, tokens, TOPK, hidden, intermediate)
+        self.buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(None, *sizes, device=suites.DEVICE)
+        self.y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=suites.DEVICE)
+        self.buffer.x.view(torch.uint8).copy_(self.x.view(torch.uint8))
+        self.buffer.x_sf.copy_(self.x_sf)
+        self.buffer.topk_idx.copy_(self.topk_idx)
+        self.buffer.topk_weights.copy_(self.topk_weights)
+        self.rows = int((self.topk_idx >= 0).sum())
+        self.mean = -(-self.rows // LOCAL_EXPERTS)
+        used = int(self.topk_idx[self.topk_idx >= 0].unique().numel())
+        self.flops = 2 * self.rows * 3 * hidden * intermediate
+        self.bytes = used * 3 * hidden * intermediate + self.rows * (3 * hidden + 2 * intermediate)
+
+    def fused(self, i: int) -> torch.Tensor:
+        return deep_gemm_ops.fp8_mega_moe(self.y, self.l1, self.l2, self.buffer, expected_m=self.mean)
+
+    def by_operators(self, i: int) -> torch.Tensor:
+        """How many rows there are is known here, which saves these operators from padding to the worst case."""
+        flat = self.topk_idx.flatten()
+        order = flat.where(flat >= 0, LOCAL_EXPERTS).argsort(stable=True)[: self.rows]
+        tokens = order // TOPK
+        experts = torch.arange(LOCAL_EXPERTS, device=flat.device)
+        ends = (flat[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
+        x = self.x.view(torch.uint8).index_select(0, tokens).view(self.x.dtype)
+        product = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous
+        options: dict[str, Any] = {"layout": "offsets", "expected_m": self.mean}
+        both = product(x, self.x_sf.index_select(0, tokens), *self.plain[0], ends, **options)
+        factors = self.topk_weights.flatten().index_select(0, order)
+        h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors)
+        results = product(h, h_sf, *self.plain[1], ends, **options)
+        return torch.zeros_like(self.y).index_add_(0, tokens, results)
+
+    def expected(self) -> torch.Tensor:
+        (l1, l1_sf), (l2, l2_sf) = self.l1, self.l2
+        inputs = (self.x_sf, self.topk_idx, self.topk_weights)
+        y = torch.zeros(self.y.shape, device=self.y.device)
+        for expert in range(LOCAL_EXPERTS):  # all at once, its results would take too much memory
+            token, choice = (self.topk_idx == expert).nonzero(as_tuple=True)
+            one = [t[token] for t in (self.x.view(torch.uint8), *inputs)]
+            one[0] = one[0].view(self.x.dtype)
+            one[2] = one[2].where(torch.arange(TOPK, device=y.device) == choice[:, None], -1)
+            at = slice(expert, expert + 1)
+            results = mega_moe.reference_experts(*one, l1[at], l1_sf[at], l2[at], l2_sf[at], first_expert=expert)
+            y.index_add_(0, token, results.float().sum(1))
+        return y
+
+
+def _measure(layer: Layer, limits: timing.DeviceLimits, repeats: int, references: bool) -> Record:
+    problem = _Problem(layer)
+    record: Record = {"op": "fp8_mega_moe", "shape": layer.label, "bytes": problem.bytes, "flops": problem.flops}
+    record |= {"times": {}, "failed": {}, "errors": {}}
+    floor_us = 10.0 + max(problem.flops / limits.fp8_tflops * 1e-6, problem.bytes / limits.copy_gbps * 1e-3)
+    contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.fused}
+    if references:
+        contenders[f"{OURS} operators"] = problem.by_operators
+    expected = problem.expected()
+    for name in list(contenders):
+        try:
+            verdict = compare(contenders[name](0), expected, tol=TOLERANCE)
+            record["errors"][name] = verdict.rel_error
+            wrong = "" if verdict.ok else f"wrong result: {verdict.describe()}"
+        except Exception as why:
+            wrong = suites._note(f"{layer.label} {name}", why)
+        if wrong:
+            record["failed"][name] = wrong
+            del contenders[name]
+    samples = timing.time_interleaved(
+        contenders, calls=max(1, round(1000 / floor_us)), sets=1, l2_bytes=limits.l2_bytes, repeats=repeats
+    )
+    record["times"] = {name: suites.summary(values) for name, values in samples.items()}
+    return record

@@ -1,0 +1,67 @@
+"""AOTInductor packages of exported programs, for serving from C++ without Python.
+
+``torch._inductor.aoti_compile_and_package`` writes an argument that was left at its schema's default into the package
+as that default is stored, and of a dtype a number is stored. The loader refuses a number where it expects a dtype, so
+programs with operators of this library are compiled, but do not load (PyTorch 2.13).
+:func:`aoti_compile_and_package` writes such arguments out before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from ._library import NAMESPACE
+
+__all__ = ["aoti_compile_and_package"]
+
+_OPTION = "post_grad_custom_post_pass"
+
+
+class _WriteOutDtypes(CustomGraphPass):
+    """Gives each of the library's operators the dtype that it has by default as an explicit argument."""
+
+    def __init__(self, following: Callable[[torch.fx.Graph], None] | None) -> None:
+        self.following = following
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != NAMESPACE:
+                continue
+            for argument in node.target._schema.arguments:
+                if str(argument.real_type) == "ScalarType" and argument.name not in node.kwargs:
+                    # The only dtypes that operators take are those of their results.
+                    node.update_kwarg(argument.name, node.meta["val"].dtype)
+        if self.following is not None:
+            self.following(graph)
+
+    def uuid(self) -> Any:
+        return __name__, self.following.uuid() if isinstance(self.following, CustomGraphPass) else self.following
+
+
+def aoti_compile_and_package(
+    program: torch.export.ExportedProgram,
+    *,
+    package_path: str | os.PathLike[str] | None = None,
+    inductor_configs: dict[str, Any] | None = None,
+) -> str:
+    """``torch._inductor.aoti_compile_and_package`` for programs with operators of this library.
+
+    Args:
+        program: what ``torch.export.export`` returns, of a model that is made of the library's operators and PyTorch's
+            alone, such as one that ``nn.freeze`` has been applied to: there is no Python where the package runs.
+        package_path: the file to write, ending in ".pt2".
+        inductor_configs: Inductor's options.
+
+    Returns:
+        The path of the package. ``AOTIModelPackageLoader`` runs it from C++ in any process that has loaded
+        ``libdeep_gemm_ops.so``, which lies in the package's folder: see ``examples/aoti``.
+    """
+    configs = dict(inductor_configs or {})
+    configs[_OPTION] = _WriteOutDtypes(configs.get(_OPTION))
+    path = None if package_path is None else os.fspath(package_path)
+    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)

@@ -1,0 +1,150 @@
+#include "mega_moe.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <tuple>
+
+#include "../sm90/mega_moe_dispatch.h"
+#include "../sm90/mega_moe_traits.h"
+#include "knobs.h"
+
+namespace deep_gemm {
+
+namespace {
+
+using sm90::kMegaBlockBytes;
+using sm90::kMegaTileRows;
+using sm90::MegaMoeLayout;
+
+#if DG_WITH_SM90
+const void* layer_kernel(const MegaMoeLayout& layout) { return sm90::mega_moe_kernel(layout.block_tokens, layout.is_bf16); }
+const void* check_kernel() { return sm90::mega_moe_check_kernel(); }
+#else
+const void* layer_kernel(const MegaMoeLayout&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+const void* check_kernel() { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+#endif
+
+// A number for each kernel that no row of a table has, for the launcher's notes about kernels.
+constexpr int kFirstRow = 300;
+
+int row_of(const MegaMoeLayout& layout) { return kFirstRow + 2 * layout.block_tokens + layout.is_bf16; }
+
+std::string kernel_name(int row) {
+    if (row == kFirstRow) return "sm90_mega_moe_check";
+    const int tokens = (row - kFirstRow) / 2, is_bf16 = (row - kFirstRow) % 2;
+    return "sm90_mega_moeILi" + std::to_string(tokens) + "ELb" + std::to_string(is_bf16) + "E";
+}
+
+void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
+    static std::mutex mutex;
+    static std::set<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>> printed;
+    std::lock_guard lock(mutex);
+    if (!printed.insert({problem.num_tokens, problem.hidden, problem.intermediate, problem.num_experts, problem.rank}).second) {
+        return;
+    }
+    std::fprintf(stderr,
+                 "deep_gemm: Mega MoE, rank %lld of %lld, %lld tokens, %lld experts, hidden = %lld, intermediate = %lld: "
+                 "%s, grid %d\n",
+                 static_cast<long long>(problem.rank), static_cast<long long>(problem.num_ranks),
+                 static_cast<long long>(problem.num_tokens), static_cast<long long>(problem.num_experts),
+                 static_cast<long long>(problem.hidden), static_cast<long long>(problem.intermediate),
+                 kernel_name(launch.row).c_str(), launch.grid);
+}
+
+}  // namespace
+
+MegaMoeShape shape_of(const MegaMoeProblem& problem) {
+    MegaMoeShape shape = {};
+    shape.num_ranks = static_cast<int>(problem.num_ranks);
+    shape.num_experts = static_cast<int>(problem.num_experts);
+    shape.max_tokens = static_cast<int>(problem.max_tokens);
+    shape.topk = static_cast<int>(problem.topk);
+    shape.hidden = static_cast<int>(problem.hidden);
+    shape.intermediate = static_cast<int>(problem.intermediate);
+    shape.is_bf16 = problem.is_bf16 != 0;
+    return shape;
+}
+
+int mega_moe_block_tokens(const MegaMoeProblem& problem) {
+    const double all = static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk);
+    const double mean = problem.expected_m >= 0 ? static_cast<double>(problem.expected_m)
+                                                : all / static_cast<double>(problem.num_experts);
+    // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
+    return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : 128;
+}
+
+void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend) {
+    const MegaMoeShape shape = shape_of(problem);
+    const MegaMoeOffsets offsets(shape);
+    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.is_bf16};
+    uint8_t* const buffer = reinterpret_cast<uint8_t*>(problem.buffers[problem.rank]);
+    const EncodeTiledFunction encode = backend.encode_tiled();
+    const CUtensorMapDataType type = shape.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    const int bytes = shape.element_bytes(), block_k = kMegaBlockBytes / bytes;
+
+    MegaMoeParams params = {.offsets = offsets};
+    const auto operand_map = [&](const void* data, int64_t rows, int64_t k, int box_rows) {
+        return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, block_k);
+    };
+    const int64_t experts = shape.local_experts(), pool_rows = shape.pool_rows();
+    params.l1_map = operand_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden, kMegaTileRows);
+    params.l2_map = operand_map(problem.l2, experts * shape.hidden, shape.intermediate, kMegaTileRows);
+    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, layout.block_tokens);
+    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, layout.block_tokens);
+    if (!shape.is_bf16) {
+        const auto scales_map = [&](int64_t offset, int64_t k) {
+            const MatrixView view{buffer + offset, k / kMegaMoeGranK, pool_rows, pool_rows, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+            return make_tensor_map(encode, view, 1, layout.block_tokens, false);
+        };
+        params.x_sf_map = scales_map(offsets.pool_x_sf, shape.hidden);
+        params.h_sf_map = scales_map(offsets.pool_h_sf, shape.intermediate);
+    }
+    params.l1_sf = problem.l1_sf;
+    params.l2_sf = problem.l2_sf;
+    params.shape = shape;
+    params.buffer = buffer;
+    for (int64_t rank = 0; rank < problem.num_ranks; ++rank) {
+        params.peers[rank] = reinterpret_cast<uint8_t*>(problem.buffers[rank]);
+    }
+    params.y = problem.y;
+    params.y_stride = problem.y_stride;
+    params.stats = problem.stats;
+    params.timeout_ns = static_cast<uint64_t>(problem.timeout_ns);
+    params.rank = static_cast<int>(problem.rank);
+    params.num_tokens = static_cast<int>(problem.num_tokens);
+    // A block's second linear begins when all CTAs have had a task since the last tile of its first one was taken.
+    const int first_tiles = shape.intermediate / 128;
+    params.lag = (num_sms + first_tiles - 1) / first_tiles + 1;
+    params.clamped = problem.clamped != 0;
+    params.clamp = problem.clamp;
+
+    KernelLaunch launch = {};
+    launch.kernel = layer_kernel(layout);
+    launch.name = &kernel_name;
+    launch.symbol = &kernel_name;
+    launch.row = row_of(layout);
+    launch.grid = num_sms;
+    launch.block = sm90::kMegaThreads;
+    launch.cluster = 1;
+    launch.shared_bytes = layout.shared_bytes();
+    launch.params = &params;
+    launch.params_bytes = sizeof(params);
+    launch.pdl = pdl;
+    if (print_configs()) print_config(problem, launch);
+    backend.launch(launch);
+
+    const MegaMoeCheckParams check = {reinterpret_cast<const MegaMoeHeader*>(buffer)};
+    launch.kernel = check_kernel();
+    launch.row = kFirstRow;
+    launch.grid = 1;
+    launch.block = 32;
+    launch.shared_bytes = 0;
+    launch.params = &check;
+    launch.params_bytes = sizeof(check);
+    backend.launch(launch);
+}
+
+}  // namespace deep_gemm

@@ -1,0 +1,45 @@
+// Runs the expert layer of one rank: Mega MoE.
+#pragma once
+
+#include <cstdint>
+
+#include "../device/mega_moe_params.h"
+#include "launcher.h"
+
+namespace deep_gemm {
+
+// Matrices are dense and K-major, experts one behind the other; bases are 16-byte aligned. hidden and intermediate are
+// positive multiples of 128.
+struct MegaMoeProblem {
+    int64_t num_ranks = 1;
+    int64_t rank = 0;
+    int64_t num_experts = 0;  // of all ranks
+    int64_t max_tokens = 0;   // of a rank
+    int64_t topk = 0;
+    int64_t hidden = 0;
+    int64_t intermediate = 0;
+    int64_t num_tokens = 0;   // of this rank
+    int is_bf16 = 0;
+    const void* l1 = nullptr;  // [local experts, 2 * intermediate, hidden], eight gates, their ups, the next eight gates, ...
+    const void* l2 = nullptr;  // [local experts, hidden, intermediate]
+    MegaMoeBlockScales l1_sf = {};
+    MegaMoeBlockScales l2_sf = {};
+    const int64_t* buffers = nullptr;  // addresses of all ranks' buffers
+    void* y = nullptr;         // BF16 [num_tokens, hidden], rows 16-byte aligned
+    int64_t y_stride = 0;
+    int32_t* stats = nullptr;  // [local experts] or null
+    int clamped = 0;
+    float clamp = 0;
+    int64_t timeout_ns = 0;
+    int64_t expected_m = -1;   // tokens that an expert will get, about; -1: as if all ranks had as many, none masked
+};
+
+MegaMoeShape shape_of(const MegaMoeProblem& problem);
+
+// Tokens of a block, by which the kernels differ.
+int mega_moe_block_tokens(const MegaMoeProblem& problem);
+
+// `block_tokens`: 0 chooses. Throws std::runtime_error where a launch fails.
+void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend);
+
+}  // namespace deep_gemm

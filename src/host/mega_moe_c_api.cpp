@@ -1,0 +1,27 @@
+// C functions for Python: Mega MoE's buffer, and a rank's layer on a caller's backend.
+
+#include <cstring>
+
+#include "callback_backend.h"
+#include "mega_moe.h"
+
+#define DG_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace deep_gemm;
+
+// The members of MegaMoeOffsets in their order, for the sizes of a problem.
+DG_EXPORT void dg_mega_moe_offsets(const MegaMoeProblem* problem, int64_t* offsets) {
+    const MegaMoeOffsets values(shape_of(*problem));
+    static_assert(sizeof(values) % sizeof(int64_t) == 0);
+    std::memcpy(offsets, &values, sizeof(values));
+}
+
+DG_EXPORT int dg_mega_moe_block_tokens(const MegaMoeProblem* problem) { return mega_moe_block_tokens(*problem); }
+
+// Runs a rank's layer on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
+DG_EXPORT int dg_run_mega_moe(const MegaMoeProblem* problem, int num_sms, int block_tokens, EncodeTiledFunction encode,
+                              LaunchCallback launch, char* error, size_t error_size) {
+    return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
+        run_mega_moe(*problem, num_sms, block_tokens, false, backend);
+    });
+}

@@ -1,0 +1,234 @@
+#include "mega_moe_ops.h"
+
+#include <array>
+
+#include "../host/knobs.h"
+#include "../host/mega_moe.h"
+#include "cast_checks.h"
+
+namespace deep_gemm::ops {
+
+namespace {
+
+// What the operators take; the scales are null with BF16.
+struct Arguments {
+    const Tensor& l1;
+    const Tensor* l1_sf;
+    const Tensor& l2;
+    const Tensor* l2_sf;
+    const Tensor& buffer;
+    const std::vector<int64_t>& buffer_ptrs;
+    int64_t rank;
+    int64_t num_tokens;
+    int64_t max_tokens;
+    int64_t num_experts;
+    int64_t topk;
+    const std::optional<Tensor>& stats;
+    std::optional<double> clamp;
+    std::optional<int64_t> expected_m;
+    int64_t timeout_ms;
+
+    const char* op() const { return l1_sf ? "fp8_mega_moe" : "bf16_mega_moe"; }
+};
+
+void check_dense(const char* op, const char* arg, const Tensor& x) {
+    int64_t expected = 1;
+    for (int64_t i = x.dim() - 1; i >= 0; --i) {
+        if (x.size(i) > 1 && x.stride(i) != expected) {
+            fail(op, arg, ("dimension-" + std::to_string(i) + " stride").c_str(), x.stride(i), expected);
+        }
+        expected *= x.size(i);
+    }
+}
+
+void check_positive_multiple(const char* op, const char* arg, int64_t size) {
+    if (size < kMegaMoeGranK || size % kMegaMoeGranK != 0) {
+        fail(op, arg, "value", size, "a positive multiple of " + std::to_string(kMegaMoeGranK));
+    }
+}
+
+// What buffers and kernels can hold.
+void check_sizes(const char* op, const Arguments& a, int64_t hidden, int64_t intermediate) {
+    const auto ranks = static_cast<int64_t>(a.buffer_ptrs.size());
+    if (ranks < 1 || ranks > kMegaMoeMaxRanks) {
+        fail(op, "buffer_ptrs", "length", ranks, "1 to " + std::to_string(kMegaMoeMaxRanks));
+    }
+    if (a.num_experts < ranks || a.num_experts % ranks != 0) {
+        fail(op, "num_experts", "value", a.num_experts, "a positive multiple of the " + std::to_string(ranks) + " ranks");
+    }
+    if (a.num_experts / ranks > kMegaMoeMaxLocalExperts) {
+        fail(op, "num_experts", "value", a.num_experts,
+             "at most " + std::to_string(kMegaMoeMaxLocalExperts) + " for each rank");
+    }
+    if (a.max_tokens < 1) fail(op, "num_max_tokens_per_rank", "value", a.max_tokens, "a positive integer");
+    if (a.topk < 1 || a.topk > a.num_experts) fail(op, "num_topk", "value", a.topk, "1 to num_experts");
+    check_positive_multiple(op, "hidden", hidden);
+    check_positive_multiple(op, "intermediate_hidden", intermediate);
+    const int64_t extra = a.num_experts / ranks * kMegaMoeMaxBlockTokens;
+    if (a.max_tokens > (kMaxSize - extra) / (ranks * a.topk)) {
+        fail(op, "num_max_tokens_per_rank", "value", a.max_tokens, "fewer than 2^31 rows in all");
+    }
+}
+
+void check(const Arguments& a, const Tensor* out) {
+    const char* op = a.op();
+    const ScalarType type = a.l1_sf ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
+    constexpr const char* kStats = "cumulative_local_expert_recv_stats";
+    struct Input {
+        const char* arg;
+        const Tensor* x;
+        ScalarType type;
+        int64_t rank;
+    };
+    const Input inputs[] = {
+        {"l1", &a.l1, type, 3},
+        {"l1_sf", a.l1_sf, ScalarType::Float, 3},
+        {"l2", &a.l2, type, 3},
+        {"l2_sf", a.l2_sf, ScalarType::Float, 3},
+        {"buffer", &a.buffer, ScalarType::Byte, 1},
+        {kStats, a.stats ? &*a.stats : nullptr, ScalarType::Int, 1},
+        {"out", out, ScalarType::BFloat16, 2},
+    };
+    for (const Input& input : inputs) {
+        if (input.x == nullptr) continue;
+        check_dtype(op, input.arg, *input.x, {input.type});
+        check_rank(op, input.arg, *input.x, input.rank);
+    }
+    for (const Input& input : inputs) {
+        if (input.x != nullptr) check_device(op, input.arg, *input.x, a.l1, "l1");
+    }
+    const int64_t hidden = a.l1.size(2), intermediate = a.l2.size(2);
+    check_sizes(op, a, hidden, intermediate);
+    const auto ranks = static_cast<int64_t>(a.buffer_ptrs.size());
+    if (a.rank < 0 || a.rank >= ranks) fail(op, "rank", "value", a.rank, "0 to " + std::to_string(ranks - 1));
+    if (a.num_tokens < 0 || a.num_tokens > a.max_tokens) {
+        fail(op, "num_tokens", "value", a.num_tokens, "0 to " + std::to_string(a.max_tokens));
+    }
+    if (a.clamp && !(*a.clamp > 0)) fail(op, "activation_clamp", "value", float_text(*a.clamp), "a positive number");
+    if (a.expected_m && *a.expected_m < 0) fail(op, "expected_m", "value", *a.expected_m, "at least 0");
+    if (a.timeout_ms <= 0) fail(op, "timeout_ms", "value", a.timeout_ms, "a positive integer");
+    const int64_t experts = a.num_experts / ranks;
+    check_shape(op, "l1", a.l1, "[local experts, 2 * intermediate, hidden]", {experts, 2 * intermediate, hidden});
+    check_shape(op, "l2", a.l2, "[local experts, hidden, intermediate]", {experts, hidden, intermediate});
+    for (const Input& input : {inputs[0], inputs[2]}) {
+        check_dense(op, input.arg, *input.x);
+        const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(input.x->data_ptr()) % 16);
+        if (past != 0) fail(op, input.arg, "base address", std::to_string(past) + " modulo 16 bytes", int64_t{0});
+    }
+    if (a.l1_sf) {
+        const int64_t blocks = hidden / kMegaMoeGranK, blocks_h = intermediate / kMegaMoeGranK;
+        check_shape(op, "l1_sf", *a.l1_sf, "[local experts, 2 * intermediate / 128, hidden / 128]",
+                    {experts, 2 * blocks_h, blocks});
+        check_shape(op, "l2_sf", *a.l2_sf, "[local experts, hidden / 128, intermediate / 128]",
+                    {experts, blocks, blocks_h});
+    }
+    const MegaMoeShape shape = {static_cast<int>(ranks),  static_cast<int>(a.num_experts), static_cast<int>(a.max_tokens),
+                                static_cast<int>(a.topk), static_cast<int>(hidden),        static_cast<int>(intermediate),
+                                a.l1_sf == nullptr};
+    const int64_t needed = MegaMoeOffsets(shape).bytes;
+    check_dense(op, "buffer", a.buffer);
+    if (a.buffer.size(0) < needed) fail(op, "buffer", "bytes", a.buffer.size(0), "at least " + std::to_string(needed));
+    const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.buffer.data_ptr()));
+    // Alone, a rank may work on a copy, as functionalisation makes one.
+    if (ranks > 1 && address != a.buffer_ptrs[a.rank]) {
+        fail(op, "buffer", "address", address, a.buffer_ptrs[a.rank], "that of this rank in buffer_ptrs");
+    }
+    for (const int64_t ptr : a.buffer_ptrs) {
+        if (ptr == 0 || ptr % 16 != 0) fail(op, "buffer_ptrs", "address", ptr, "a multiple of 16");
+    }
+    if (a.stats) {
+        check_shape(op, kStats, *a.stats, "[local experts]", {experts});
+        check_dense(op, kStats, *a.stats);
+    }
+    if (out) {
+        check_shape(op, "out", *out, "[num_tokens, hidden]", {a.num_tokens, hidden});
+        check_tma_readable(op, "out", *out);
+    }
+}
+
+MegaMoeBlockScales block_scales(const Tensor* sf) {
+    if (sf == nullptr) return {};
+    return {static_cast<const float*>(sf->data_ptr()), sf->stride(0), sf->stride(1), sf->stride(2)};
+}
+
+// Checks everything, then runs; the result is allocated here when absent.
+Tensor run(const Arguments& a, const Tensor* given_out) {
+    check(a, given_out);
+    const int device = a.l1.get_device_index();
+    const DeviceGuard guard(device);
+    const int64_t hidden = a.l1.size(2);
+    const std::array<int64_t, 2> shape = {a.num_tokens, hidden}, strides = {hidden, 1};
+    Tensor out = given_out ? *given_out : empty_strided(shape, strides, ScalarType::BFloat16, a.l1);
+    if (compute_capability(device) != 90) {
+        fail(a.op(), "l1", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
+    }
+
+    MegaMoeProblem problem;
+    problem.num_ranks = static_cast<int64_t>(a.buffer_ptrs.size());
+    problem.rank = a.rank;
+    problem.num_experts = a.num_experts;
+    problem.max_tokens = a.max_tokens;
+    problem.topk = a.topk;
+    problem.hidden = hidden;
+    problem.intermediate = a.l2.size(2);
+    problem.num_tokens = a.num_tokens;
+    problem.is_bf16 = a.l1_sf == nullptr;
+    problem.l1 = a.l1.data_ptr();
+    problem.l2 = a.l2.data_ptr();
+    problem.l1_sf = block_scales(a.l1_sf);
+    problem.l2_sf = block_scales(a.l2_sf);
+    std::vector<int64_t> buffers = a.buffer_ptrs;
+    buffers[a.rank] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.buffer.data_ptr()));
+    problem.buffers = buffers.data();
+    problem.y = out.data_ptr();
+    problem.y_stride = a.num_tokens > 1 ? out.stride(0) : hidden;
+    problem.stats = a.stats ? static_cast<int32_t*>(a.stats->data_ptr()) : nullptr;
+    problem.clamped = a.clamp.has_value();
+    problem.clamp = static_cast<float>(a.clamp.value_or(0));
+    problem.expected_m = a.expected_m.value_or(-1);
+    problem.timeout_ns = a.timeout_ms * 1'000'000;
+    DeviceBackend backend(device, current_stream(a.l1));
+    run_mega_moe(problem, usable_sms(device), 0, knobs().pdl, backend);
+    return out;
+}
+
+}  // namespace
+
+Tensor fp8_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
+                    int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
+                    int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                    std::optional<int64_t> expected_m, int64_t timeout_ms) {
+    return run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
+                num_topk, stats, activation_clamp, expected_m, timeout_ms},
+               nullptr);
+}
+
+void fp8_mega_moe_out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
+                      int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
+                      int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                      std::optional<int64_t> expected_m, int64_t timeout_ms, Tensor out) {
+    run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
+         stats, activation_clamp, expected_m, timeout_ms},
+        &out);
+}
+
+Tensor bf16_mega_moe(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t> buffer_ptrs, int64_t rank,
+                     int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
+                     std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                     std::optional<int64_t> expected_m, int64_t timeout_ms) {
+    return run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
+                num_topk, stats, activation_clamp, expected_m, timeout_ms},
+               nullptr);
+}
+
+void bf16_mega_moe_out(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t> buffer_ptrs, int64_t rank,
+                       int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
+                       std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                       std::optional<int64_t> expected_m, int64_t timeout_ms,
+                       Tensor out) {
+    run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
+         stats, activation_clamp, expected_m, timeout_ms},
+        &out);
+}
+
+}  // namespace deep_gemm::ops

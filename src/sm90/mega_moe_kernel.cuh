@@ -1,0 +1,935 @@
+// Mega MoE for Hopper: the whole expert layer of a rank in one persistent kernel. For each token t of any rank and each of
+// its choices c that names an expert e of this rank:
+//   h = quantise(silu(x_t G_e^T) * (x_t U_e^T) * weight_tc),   combine[t, c] = h D_e^T  (into the buffer of t's rank),
+// then for the tokens of this rank y_t = sum_c combine[t, c], in the order of c. FP8 operands with FP32 scales, per token
+// and 128 elements or per 128 x 128 block of weights, or BF16. Sums are FP32; gates and ups are rounded to BF16 before
+// SwiGLU and combine[t, c] is BF16, as where every step is an operator of its own.
+//
+// The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert. l1 holds
+// eight gates, then the eight ups that belong to them, and so on: a thread's accumulators are a gate and its up, in the
+// same column. A tile of the first linear is 128 of h's columns, which share a scale for each token.
+//
+// The protocol between ranks and between CTAs, and why it cannot deadlock: docs/mega_moe.md. In short, in this order:
+//   enter     CTA 0 tells all ranks that this one's inputs are there; every CTA waits for all ranks to say so
+//   route     all threads go through all ranks' choices and give those of this rank's experts a place in their lists
+//   dispatch  warps copy tokens into the pool, expert by expert, padded to blocks of kTokens; a counter for each block
+//   compute   CTA i takes tasks i, i + grid, ...: tiles of the first linear, and of the second one some blocks later
+//   leave     the last CTA tells all ranks that their results are written; every CTA waits for all to say so
+//   combine   all threads sum this rank's tokens up; counters are put back to zero
+//
+// Warpgroup 0: thread 0 loads weights, one of warp 1 tokens and their scales, warp 2 loads block scales, warp 3 dispatches.
+// Warpgroups 1 and 2 dispatch, too, before they begin to consume: w has rows (2 p + w) 64 .. of the tile in its part p.
+//
+// barrier        arrivals                                    guards
+// full[s]        2 (weights' thread, tokens' thread), bytes  stage s is filled
+// empty[s]       consumer warps                              stage s may be overwritten
+// scales_full    1 (warp 2)                                  a chunk of block scales is there
+// scales_empty   consumer warps                              the chunk may be overwritten
+// named 1        256                                         results of the first linear in shared memory
+// named 2 + w    128                                         results of the second one, of warpgroup w
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "../cast/swiglu.cuh"
+#include "../device/mega_moe_params.h"
+#include "../device/pipeline.cuh"
+#include "../device/ptx_memory.cuh"
+#include "../device/ptx_tma.cuh"
+#include "mega_moe_traits.h"
+#include "wgmma.cuh"
+
+extern "C" __device__ void __assertfail(const char* condition, const char* file, unsigned line, const char* function,
+                                        size_t char_bytes);
+
+namespace deep_gemm::sm90 {
+
+// ---- between CTAs and ranks ----
+
+__device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* p) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* p) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release_gpu(uint32_t* p, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_release_sys(uint32_t* p, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ __forceinline__ void add_release_gpu(uint32_t* p, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+// Counts a CTA; true for the last of the grid, which finds what the others wrote before. The counter is at 0 again then.
+__device__ __forceinline__ bool is_last_cta(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(gridDim.x - 1) : "memory");
+    return before == gridDim.x - 1;
+}
+// Memory that other CTAs have written with ordinary stores is read by bulk copies, and the other way round: in the thread
+// that wrote, and in the one that issues the copies.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ __forceinline__ uint64_t global_time_ns() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+// Polls until `done()`; false when that takes too long.
+template <class Done>
+__device__ __forceinline__ bool wait_until(Done&& done, uint64_t timeout_ns) {
+    if (done()) return true;
+    const uint64_t start = global_time_ns();
+#pragma unroll 1
+    while (!done()) {
+        __nanosleep(20);
+        if (global_time_ns() - start > timeout_ns) return false;
+    }
+    return true;
+}
+
+// `rank` was late: a note for the kernel behind this one. A message from here would be a function call, beside which ptxas
+// serialises wgmma. False.
+__device__ __forceinline__ bool give_up(MegaMoeHeader& header, MegaMoeStep step, int rank) {
+    atomicCAS(&header.failure, 0u, static_cast<uint32_t>(step) << 16 | static_cast<uint32_t>(rank));
+    return false;
+}
+
+// threadIdx.x, read again each time: the compiler keeps the builtin in a register from beginning to end, or spills it.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+// ---- tasks ----
+
+struct MegaTask {
+    bool is_second;  // of the linears
+    int block;       // of tokens
+    int tile;        // of weights
+};
+
+// All tasks in the order in which they are taken. The second linear of a block comes `lag` blocks behind its first one:
+//   first(0) .. first(lag - 1), first(lag) second(0), first(lag + 1) second(1), ..., second(blocks - 1).
+struct MegaTaskList {
+    int num_blocks, first_tiles, second_tiles, lag;
+
+    __device__ __forceinline__ int size() const { return num_blocks * (first_tiles + second_tiles); }
+    __device__ __forceinline__ MegaTask at(int index) const {
+        const int head = lag * first_tiles, pair = first_tiles + second_tiles, both = num_blocks - lag;
+        if (index < head) return {false, index / first_tiles, index % first_tiles};
+        index -= head;
+        if (index < both * pair) {
+            const int step = index / pair, tile = index % pair;
+            if (tile < first_tiles) return {false, lag + step, tile};
+            return {true, step, tile - first_tiles};
+        }
+        index -= both * pair;
+        return {true, both + index / second_tiles, index % second_tiles};
+    }
+};
+
+template <int kTokens, bool kBF16>
+class MegaMoeKernel {
+    static constexpr MegaMoeLayout kLayout{kTokens, kBF16};
+    static constexpr int kStages = kLayout.num_stages();
+    static constexpr int kBlockK = kMegaBlockBytes / (kBF16 ? 2 : 1);
+    static constexpr int kParts = 2;             // of 64 rows, of a consumer warpgroup
+    static constexpr int kTotals = kTokens / 2;  // registers of a thread, for a part
+    static constexpr int kChunk = kLayout.chunk_tokens();
+    static constexpr int kConsumerWarps = 8;
+    static constexpr int kDispatchWarps = 1 + kConsumerWarps;
+    // Both parts' tiles need not fit into the registers beside the totals.
+    static constexpr bool kPartsTogether = kTokens <= 64;
+    static constexpr bool kSetRegisters = kTokens > 64;
+    static_assert(kStages >= 3);
+
+public:
+    struct alignas(1024) Storage {
+        uint8_t weights[kStages][kLayout.weight_tile_bytes()];
+        uint8_t tokens[kStages][kLayout.token_tile_bytes()];
+        alignas(128) uint8_t staging[kLayout.staging_bytes()];
+        alignas(128) float token_scales[kStages][kLayout.token_scales() + (kLayout.token_scales() == 0)];
+        alignas(16) float block_scales[kMegaScaleChunks][2][kMegaScaleChunk];
+        int first_block[kMegaMoeMaxLocalExperts + 1];  // of each expert; the last entry is the number of all
+        int counts[kMegaMoeMaxLocalExperts];           // tokens of each expert
+        int tokens_of[kMegaMoeMaxRanks];
+        ptx::Barrier full[kStages];
+        ptx::Barrier empty[kStages];
+        ptx::Barrier scales_full[kMegaScaleChunks];
+        ptx::Barrier scales_empty[kMegaScaleChunks];
+    };
+    static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
+
+    __device__ __forceinline__ static void run(const MegaMoeParams& params, Storage& shared) {
+        const int warp = __shfl_sync(0xffffffff, thread_index() / 32, 0);
+        if (thread_index() == 0) {
+            ptx::prefetch_tensor_map(params.l1_map);
+            ptx::prefetch_tensor_map(params.l2_map);
+            ptx::prefetch_tensor_map(params.x_map);
+            ptx::prefetch_tensor_map(params.h_map);
+            for (int s = 0; s < kStages; ++s) {
+                ptx::mbarrier_init(shared.full[s], 2);
+                ptx::mbarrier_init(shared.empty[s], kConsumerWarps);
+            }
+            for (int chunk = 0; chunk < kMegaScaleChunks; ++chunk) {
+                ptx::mbarrier_init(shared.scales_full[chunk], 1);
+                ptx::mbarrier_init(shared.scales_empty[chunk], kConsumerWarps);
+            }
+            ptx::fence_mbarrier_init();
+        }
+        ptx::grid_dependency_wait();
+
+        MegaMoeHeader& header = *local<MegaMoeHeader>(params, 0);
+        const uint32_t call = header.epoch + 1;
+        if (!enter(params, shared, header, call)) return;
+        route(params, shared);
+        if (!wait_for_grid(params, header, call)) return;
+        find_blocks(params, shared, warp);
+        const MegaTaskList tasks = make_tasks(params, shared);
+
+        if (warp < 4) {
+            if constexpr (kSetRegisters) shrink_registers<56>();
+            if (warp == 0) {
+                if (ptx::elect_one()) load_weights(params, shared, tasks);
+            } else if (warp == 1) {
+                if (ptx::elect_one()) load_tokens(params, shared, tasks);
+            } else if (warp == 2) {
+                if constexpr (!kBF16) load_block_scales(params, shared, tasks);
+            } else {
+                dispatch(params, shared, tasks, 0, false);
+            }
+        } else {
+            dispatch(params, shared, tasks, warp - 3, true);
+            if constexpr (kSetRegisters) grow_registers<224>();
+            consume(params, shared, tasks);
+        }
+        __syncwarp();
+        __syncthreads();
+
+        if (!leave(params, header, call)) return;
+        combine(params);
+        // Nobody of this rank uses the counters any more.
+        clear(params, shared, tasks.num_blocks);
+        __syncthreads();
+        if (thread_index() == 0 && is_last_cta(&header.finished)) header.epoch = call;
+    }
+
+private:
+    using State = PipelineState<kStages>;
+
+    template <class T>
+    __device__ __forceinline__ static T* local(const MegaMoeParams& params, int64_t offset) {
+        return reinterpret_cast<T*>(params.buffer + offset);
+    }
+    template <class T>
+    __device__ __forceinline__ static T* remote(const MegaMoeParams& params, int rank, int64_t offset) {
+        return reinterpret_cast<T*>(params.peers[rank] + offset);
+    }
+
+    // ---- enter, route ----
+
+    __device__ __forceinline__ static bool enter(const MegaMoeParams& params, Storage& shared, MegaMoeHeader& header,
+                                                 uint32_t call) {
+        const int ranks = params.shape.num_ranks;
+        const int other = thread_index();
+        bool arrived = true;
+        if (other < ranks) {
+            if (blockIdx.x == 0) {
+                MegaMoeHeader& peer = *remote<MegaMoeHeader>(params, other, 0);
+                store_release_sys(&peer.arrived[params.rank], static_cast<uint64_t>(call) << 32 | params.num_tokens);
+            }
+            uint64_t word;
+            arrived = wait_until(
+                [&] {
+                    word = load_acquire_sys(&header.arrived[other]);
+                    return static_cast<uint32_t>(word >> 32) == call;
+                },
+                params.timeout_ns);
+            if (!arrived) give_up(header, MegaMoeStep::kEnter, other);
+            shared.tokens_of[other] = min(static_cast<uint32_t>(word), static_cast<uint32_t>(params.shape.max_tokens));
+        }
+        return __syncthreads_and(arrived);
+    }
+
+    // Gives every choice of an expert of this rank a place in the expert's list. Which one depends on who is first; results
+    // do not depend on it.
+    __device__ __forceinline__ static void route(const MegaMoeParams& params, Storage& shared) {
+        const int experts = params.shape.local_experts(), first_expert = params.rank * experts;
+        const int64_t expert_rows = params.shape.expert_rows();
+        uint32_t* counts = local<uint32_t>(params, params.offsets.counts);
+        MegaMoeSource* sources = local<MegaMoeSource>(params, params.offsets.sources);
+#pragma unroll 1
+        for (int rank = 0; rank < params.shape.num_ranks; ++rank) {
+            const int64_t* choices = remote<int64_t>(params, rank, params.offsets.topk_idx);
+            const int count = shared.tokens_of[rank] * params.shape.topk;
+#pragma unroll 1
+            for (int i = blockIdx.x * kMegaThreads + thread_index(); i < count; i += gridDim.x * kMegaThreads) {
+                const int64_t expert = choices[i] - first_expert;
+                if (expert < 0 || expert >= experts) continue;
+                const uint32_t place = atomicAdd(&counts[expert], 1u);
+                // Only a token that chooses an expert twice gets beyond.
+                if (place < expert_rows) sources[expert * expert_rows + place] = {rank, i};
+            }
+        }
+        __syncthreads();
+    }
+
+    // All CTAs or none get beyond: one that gives up marks the counter, in which the last one would else put a 0.
+    __device__ __forceinline__ static bool wait_for_grid(const MegaMoeParams& params, MegaMoeHeader& header,
+                                                         uint32_t call) {
+        constexpr uint32_t kGaveUp = 1u << 31;
+        bool complete = true;
+        if (thread_index() == 0) {
+            uint32_t before;
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&header.routed) : "memory");
+            const auto all_arrived = [&] { return load_acquire_gpu(&header.routed_epoch) == call; };
+            if (before == gridDim.x - 1) {
+                complete = atomicCAS(&header.routed, gridDim.x, 0u) == gridDim.x;
+                if (complete) store_release_gpu(&header.routed_epoch, call);
+            } else if (before >= kGaveUp) {
+                complete = false;
+            } else if (!wait_until(all_arrived, params.timeout_ns)) {
+                complete = atomicOr(&header.routed, kGaveUp) == 0;
+                if (complete) {  // at the last moment
+                    atomicAnd(&header.routed, ~kGaveUp);
+                    while (!all_arrived()) {
+                    }
+                }
+            }
+            if (!complete) give_up(header, MegaMoeStep::kRoute, params.rank);
+        }
+        return __syncthreads_and(complete);
+    }
+
+    // Every expert's first block.
+    __device__ __forceinline__ static void find_blocks(const MegaMoeParams& params, Storage& shared, int warp) {
+        if (warp == 0) {
+            const int experts = params.shape.local_experts(), lane = thread_index();
+            const uint32_t most = static_cast<uint32_t>(params.shape.expert_rows());
+            const uint32_t* counts = local<uint32_t>(params, params.offsets.counts);
+            int blocks = 0;
+#pragma unroll 1
+            for (int base = 0; base < experts; base += 32) {
+                const int expert = base + lane;
+                const int count = expert < experts ? static_cast<int>(min(__ldcg(counts + expert), most)) : 0;
+                int sum = (count + kTokens - 1) / kTokens;
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+                    const int before = __shfl_up_sync(0xffffffff, sum, distance);
+                    if (lane >= distance) sum += before;
+                }
+                if (expert < experts) {
+                    shared.counts[expert] = count;
+                    shared.first_block[expert + 1] = blocks + sum;
+                    if (blockIdx.x == 0 && params.stats != nullptr) params.stats[expert] += count;
+                }
+                blocks += __shfl_sync(0xffffffff, sum, 31);
+            }
+            if (lane == 0) shared.first_block[0] = 0;
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ static MegaTaskList make_tasks(const MegaMoeParams& params, const Storage& shared) {
+        MegaTaskList tasks;
+        tasks.num_blocks = shared.first_block[params.shape.local_experts()];
+        tasks.first_tiles = params.shape.intermediate / 128;
+        tasks.second_tiles = (params.shape.hidden + kMegaTileRows - 1) / kMegaTileRows;
+        tasks.lag = min(params.lag, tasks.num_blocks);
+        return tasks;
+    }
+
+    struct Block {
+        int expert;
+        int first;  // of its tokens, in the expert's list
+        int count;
+    };
+    __device__ __forceinline__ static Block find_block(const MegaMoeParams& params, const Storage& shared, int block) {
+        int low = 0, high = params.shape.local_experts();  // first_block[low] <= block < first_block[high]
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (shared.first_block[middle] <= block) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        const int first = (block - shared.first_block[low]) * kTokens;
+        return {low, first, min(kTokens, shared.counts[low] - first)};
+    }
+
+    // ---- dispatch ----
+
+    // Copies rows of the pool: `warp` of the CTA's kDispatchWarps takes one if it `helps`, else also what comes behind the
+    // first row of every warp of the grid.
+    __device__ __forceinline__ static void dispatch(const MegaMoeParams& params, const Storage& shared,
+                                                    const MegaTaskList& tasks, int warp, bool helps) {
+        const int rows = tasks.num_blocks * kTokens, grid = gridDim.x;
+        int row = warp * grid + blockIdx.x;
+        if (row < rows) dispatch_row(params, shared, row);
+        if (helps) return;
+#pragma unroll 1
+        for (row = kDispatchWarps * grid + blockIdx.x; row < rows; row += grid) dispatch_row(params, shared, row);
+    }
+
+    __device__ __forceinline__ static void dispatch_row(const MegaMoeParams& params, const Storage& shared, int row) {
+        const int lane = thread_index() % 32, in_block = row % kTokens;
+        const Block block = find_block(params, shared, row / kTokens);
+        if (in_block >= block.count) return;
+        const MegaMoeSource source = source_of(params, block, in_block);
+        const int token = source.choice / params.shape.topk;
+        const int64_t row_bytes = int64_t{params.shape.hidden} * params.shape.element_bytes();
+        const uint4* from = remote<const uint4>(params, source.rank, params.offsets.x + token * row_bytes);
+        uint4* to = local<uint4>(params, params.offsets.pool_x + row * row_bytes);
+        copy_row(from, to, static_cast<int>(row_bytes / 16), lane);
+        if constexpr (!kBF16) {
+            const int groups = params.shape.hidden / kMegaMoeGranK;
+            const float* scales = remote<const float>(params, source.rank, params.offsets.x_sf) + int64_t{token} * groups;
+            float* pool = local<float>(params, params.offsets.pool_x_sf) + row;
+            const int64_t pitch = params.shape.pool_rows();
+            for (int i = lane; i < groups; i += 32) pool[i * pitch] = __ldcg(scales + i);
+        }
+        if (lane == 0) {
+            local<float>(params, params.offsets.pool_weights)[row] =
+                __ldcg(remote<const float>(params, source.rank, params.offsets.topk_weights) + source.choice);
+        }
+        fence_async_global();
+        __syncwarp();
+        if (lane == 0) add_release_gpu(local<uint32_t>(params, params.offsets.dispatched) + row / kTokens, 1);
+    }
+
+    // With several loads of a lane in flight.
+    __device__ __forceinline__ static void copy_row(const uint4* from, uint4* to, int count, int lane) {
+        constexpr int kFlight = kSetRegisters ? 4 : 14;
+        int i = lane;
+#pragma unroll 1
+        for (; i + (kFlight - 1) * 32 < count; i += kFlight * 32) {
+            uint4 values[kFlight];
+#pragma unroll
+            for (int j = 0; j < kFlight; ++j) values[j] = __ldcg(from + i + j * 32);
+#pragma unroll
+            for (int j = 0; j < kFlight; ++j) to[i + j * 32] = values[j];
+        }
+#pragma unroll 2
+        for (; i < count; i += 32) to[i] = __ldcg(from + i);
+    }
+
+    __device__ __forceinline__ static MegaMoeSource source_of(const MegaMoeParams& params, const Block& block, int i) {
+        const int64_t index = block.expert * params.shape.expert_rows() + block.first + i;
+        const int2 words = __ldcg(local<const int2>(params, params.offsets.sources) + index);
+        return {words.x, words.y};
+    }
+
+    // ---- producers ----
+
+    __device__ __forceinline__ static int num_k_blocks(const MegaMoeParams& params, const MegaTask& task) {
+        return (task.is_second ? params.shape.intermediate : params.shape.hidden) / kBlockK;
+    }
+
+    __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared,
+                                                        const MegaTaskList& tasks) {
+        State state;
+#pragma unroll 1
+        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
+            const MegaTask task = tasks.at(index);
+            const Block block = find_block(params, shared, task.block);
+            const CUtensorMap& map = task.is_second ? params.l2_map : params.l1_map;
+            const int rows_of_expert = task.is_second ? params.shape.hidden : 2 * params.shape.intermediate;
+            const int row = block.expert * rows_of_expert + task.tile * kMegaTileRows;
+            const int count = num_k_blocks(params, task);
+#pragma unroll 1
+            for (int k = 0; k < count; ++k, state.advance()) {
+                ptx::Barrier& full = shared.full[state.stage_idx];
+                ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes());
+                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kBlockK, row,
+                                 ptx::CacheHint::kEvictNormal);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void load_tokens(const MegaMoeParams& params, Storage& shared,
+                                                       const MegaTaskList& tasks) {
+        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        State state;
+#pragma unroll 1
+        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
+            const MegaTask task = tasks.at(index);
+            const Block block = find_block(params, shared, task.block);
+            const CUtensorMap& map = task.is_second ? params.h_map : params.x_map;
+            const CUtensorMap& scales_map = task.is_second ? params.h_sf_map : params.x_sf_map;
+            const uint32_t* ready =
+                local<uint32_t>(params, task.is_second ? params.offsets.activated : params.offsets.dispatched) + task.block;
+            const uint32_t all = task.is_second ? tasks.first_tiles : block.count;
+            // All CTAs of this rank are running, and get there: no time-out.
+            while (load_acquire_gpu(ready) != all) __nanosleep(20);
+            fence_async_global();
+            const int row = task.block * kTokens, count = num_k_blocks(params, task);
+#pragma unroll 1
+            for (int k = 0; k < count; ++k, state.advance()) {
+                ptx::Barrier& full = shared.full[state.stage_idx];
+                ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + (kBF16 ? 0 : kTokens * 4));
+                ptx::tma_load_2d(map, full, shared.tokens[state.stage_idx], k * kBlockK, row, kHint);
+                if constexpr (!kBF16) {
+                    ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, k, kHint);
+                }
+            }
+        }
+    }
+
+    // Two of each K block: of a tile's gates and ups, or of its upper and lower 128 rows.
+    __device__ __forceinline__ static void load_block_scales(const MegaMoeParams& params, Storage& shared,
+                                                             const MegaTaskList& tasks) {
+        const int lane = thread_index() % 32;
+        PipelineState<kMegaScaleChunks> state;
+#pragma unroll 1
+        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
+            const MegaTask task = tasks.at(index);
+            const Block block = find_block(params, shared, task.block);
+            const MegaMoeBlockScales& source = task.is_second ? params.l2_sf : params.l1_sf;
+            // The second half of the last tile may have no rows.
+            const int last_row = params.shape.hidden / 128 - 1;
+            const int upper = task.is_second ? 2 * task.tile : task.tile;
+            const int lower = task.is_second ? min(upper + 1, last_row) : task.tile + tasks.first_tiles;
+            const float* expert = source.data + block.expert * source.stride_expert;
+            const int count = num_k_blocks(params, task);
+#pragma unroll 1
+            for (int k = 0; k < count; k += kMegaScaleChunk, state.advance()) {
+                float(&chunk)[2][kMegaScaleChunk] = shared.block_scales[state.stage_idx];
+                const int64_t at = min(k + lane, count - 1) * source.stride_k;
+                const float values[2] = {expert[upper * source.stride_row + at], expert[lower * source.stride_row + at]};
+                ptx::mbarrier_wait(shared.scales_empty[state.stage_idx], state.phase ^ 1);
+                chunk[0][lane] = values[0];
+                chunk[1][lane] = values[1];
+                __syncwarp();
+                if (lane == 0) ptx::mbarrier_arrive(shared.scales_full[state.stage_idx]);
+            }
+        }
+    }
+
+    // ---- consumers ----
+
+    __device__ __forceinline__ static void consume(const MegaMoeParams& params, Storage& shared,
+                                                   const MegaTaskList& tasks) {
+        const int warpgroup = __shfl_sync(0xffffffff, thread_index() / 128 - 1, 0);
+        const int thread = thread_index() % 128;
+        State state;
+        PipelineState<kMegaScaleChunks> scale_state;
+#pragma unroll 1
+        for (int index = blockIdx.x; index < tasks.size(); index += gridDim.x) {
+            const MegaTask task = tasks.at(index);
+            float total[kParts][kTotals] = {};
+            if constexpr (kBF16) {
+                accumulate_unscaled(shared, state, num_k_blocks(params, task), warpgroup, thread % 32, total);
+            } else {
+                accumulate(shared, state, scale_state, task, num_k_blocks(params, task), warpgroup, thread % 32, total);
+            }
+            const Block block = find_block(params, shared, task.block);
+            if (task.is_second) {
+                store_results(params, shared, task, block, warpgroup, thread, total);
+            } else {
+                store_activated(params, shared, task, block, warpgroup, thread, total);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+    }
+
+    __device__ __forceinline__ static Descriptor weights_of(Storage& shared, int stage_idx, int part, int warpgroup) {
+        return Descriptor(shared.weights[stage_idx] + (part * 2 + warpgroup) * 64 * kMegaBlockBytes);
+    }
+
+    // Sums all K blocks of a tile into `total`.
+    __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
+                                                      PipelineState<kMegaScaleChunks>& scale_state, const MegaTask& task,
+                                                      int num_k_blocks, int warpgroup, int lane,
+                                                      float (&total)[kParts][kTotals]) {
+#pragma unroll 1
+        for (int left = num_k_blocks; left > 0; left -= kMegaScaleChunk, scale_state.advance()) {
+            const int chunk = scale_state.stage_idx;
+            ptx::mbarrier_wait(shared.scales_full[chunk], scale_state.phase);
+            const int count = min(left, kMegaScaleChunk);
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, state.advance()) {
+                const float blocks[2] = {shared.block_scales[chunk][0][i], shared.block_scales[chunk][1][i]};
+                add_k_block(shared, state.stage_idx, state.phase, task.is_second, blocks, warpgroup, lane, total);
+            }
+            release(shared.scales_empty[chunk], lane);
+        }
+    }
+
+    // Adds one K block: total += product * scale of the weights' block * scale of the token.
+    __device__ __forceinline__ static void add_k_block(Storage& shared, int s, uint32_t phase, bool is_second,
+                                                       const float (&blocks)[2], int warpgroup, int lane,
+                                                       float (&total)[kParts][kTotals]) {
+        constexpr int kSteps = kMegaBlockBytes / 32;
+        const float2* token_scales = reinterpret_cast<const float2*>(shared.token_scales[s]) + lane % 4;
+        const Descriptor cols(shared.tokens[s]);
+        const auto multiply = [&](int part, float (&accumulator)[kTotals]) {
+            const Descriptor rows = weights_of(shared, s, part, warpgroup);
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                wgmma<kTokens>(rows.at(step * 2), cols.at(step * 2), accumulator, step > 0);
+            }
+        };
+        // Rows of a thread, upper and lower: gates and ups, or both of the part's 128 rows of the result.
+        const auto promote = [&](int part, const float (&accumulator)[kTotals], auto&& scale_of) {
+            const float upper = is_second ? blocks[part] : blocks[0];
+            const float lower = is_second ? blocks[part] : blocks[1];
+#pragma unroll
+            for (int j = 0; j < kTokens / 8; ++j) {
+                const float2 scale = scale_of(j);
+                total[part][4 * j + 0] += accumulator[4 * j + 0] * (scale.x * upper);
+                total[part][4 * j + 1] += accumulator[4 * j + 1] * (scale.y * upper);
+                total[part][4 * j + 2] += accumulator[4 * j + 2] * (scale.x * lower);
+                total[part][4 * j + 3] += accumulator[4 * j + 3] * (scale.y * lower);
+            }
+        };
+        ptx::mbarrier_wait(shared.full[s], phase);
+        if constexpr (kPartsTogether) {
+            float2 scales[kTokens / 8];
+#pragma unroll
+            for (int j = 0; j < kTokens / 8; ++j) scales[j] = token_scales[j * 4];
+            float accumulator[kParts][kTotals];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) pin_registers(accumulator[part]);
+            wgmma_fence();
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) multiply(part, accumulator[part]);
+            wgmma_commit();
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) pin_registers(accumulator[part]);
+            wgmma_wait<0>();
+            release(shared.empty[s], lane);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) promote(part, accumulator[part], [&](int j) { return scales[j]; });
+        } else {
+            float accumulator[kTotals];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                pin_registers(accumulator);
+                wgmma_fence();
+                multiply(part, accumulator);
+                wgmma_commit();
+                pin_registers(accumulator);
+                wgmma_wait<0>();
+                promote(part, accumulator, [&](int j) { return token_scales[j * 4]; });
+            }
+            release(shared.empty[s], lane);
+        }
+    }
+
+    // BF16: the tensor core sums all K blocks. While a block's instructions run the next ones are issued, so a stage is
+    // given back one block later.
+    __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, int num_k_blocks,
+                                                               int warpgroup, int lane, float (&total)[kParts][kTotals]) {
+        constexpr int kSteps = kMegaBlockBytes / 32;
+        int before = -1;
+#pragma unroll 1
+        for (int i = 0; i < num_k_blocks; ++i, state.advance()) {
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], state.phase);
+            const Descriptor cols(shared.tokens[s]);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+            wgmma_fence();
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                const Descriptor rows = weights_of(shared, s, part, warpgroup);
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    wgmma_bf16<kTokens, false, false>(rows.at(step * 2), cols.at(step * 2), total[part], true);
+                }
+            }
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (before >= 0) release(shared.empty[before], lane);
+            before = s;
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        wgmma_wait<0>();
+        release(shared.empty[before], lane);
+    }
+
+    // ---- epilogue of the first linear ----
+
+    __device__ __forceinline__ static float to_bf16_and_back(float x) {
+        return __bfloat162float(__float2bfloat16_rn(x));
+    }
+
+    __device__ __forceinline__ static float activate(const MegaMoeParams& params, float gate, float up, float weight) {
+        gate = to_bf16_and_back(gate);
+        up = to_bf16_and_back(up);
+        if (params.clamped) {
+            gate = cast::min_nan(gate, params.clamp);
+            up = cast::max_nan(cast::min_nan(up, params.clamp), -params.clamp);
+        }
+        return __fmul_rn(__fmul_rn(cast::silu(gate), up), weight);
+    }
+
+    // SwiGLU, quantisation, and 128 columns of pool_h.
+    __device__ __forceinline__ static void store_activated(const MegaMoeParams& params, Storage& shared,
+                                                           const MegaTask& task, const Block& block, int warpgroup,
+                                                           int thread, float (&total)[kParts][kTotals]) {
+        constexpr int kPairs = kChunk / 8;  // of neighbouring tokens, of a thread
+        constexpr int kPitch = kLayout.activated_pitch();
+        constexpr int kBytes = kBF16 ? 2 : 1;
+        const int lane = thread % 32, warp = thread / 32;
+        const int row = task.block * kTokens;
+        const int64_t pool_rows = params.shape.pool_rows();
+        const float* weights = local<const float>(params, params.offsets.pool_weights) + row;
+        uint8_t* pool = local<uint8_t>(params, params.offsets.pool_h);
+        float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][token]
+        const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's 64
+        // Both warpgroups may still be storing results of the second linear from this memory.
+        ptx::named_barrier_sync(1, 256);
+#pragma unroll
+        for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
+            if (chunk >= block.count) break;
+#pragma unroll
+            for (int j = 0; j < kPairs; ++j) {
+                const int at = chunk / 2 + 4 * j;
+                const float2 weight = __ldcg(reinterpret_cast<const float2*>(weights + chunk + 8 * j + lane % 4 * 2));
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+                    float(&values)[kTotals] = total[part];
+                    values[at] = activate(params, values[at], values[at + 2], weight.x);
+                    values[at + 1] = activate(params, values[at + 1], values[at + 3], weight.y);
+                }
+            }
+            if constexpr (kBF16) {
+#pragma unroll
+                for (int j = 0; j < kPairs; ++j) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                        for (int part = 0; part < kParts; ++part) {
+                            const int token = 8 * j + lane % 4 * 2 + i;
+                            *reinterpret_cast<__nv_bfloat16*>(shared.staging + token * kPitch + (part * 64 + column) * 2) =
+                                __float2bfloat16_rn(total[part][chunk / 2 + 4 * j + i]);
+                        }
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < kPairs; ++j) {
+                    float most[2];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int at = chunk / 2 + 4 * j + i;
+                        most[i] = cast::max_abs(total[0][at], total[1][at]);
+#pragma unroll
+                        for (int distance = 4; distance < 32; distance *= 2) {
+                            most[i] = cast::max_abs(most[i], __shfl_xor_sync(0xffffffff, most[i], distance));
+                        }
+                    }
+                    if (lane < 4) {
+                        *reinterpret_cast<float2*>(amax + (warpgroup * 4 + warp) * kChunk + 8 * j + lane * 2) =
+                            make_float2(most[0], most[1]);
+                    }
+                }
+                ptx::named_barrier_sync(1, 256);
+#pragma unroll
+                for (int j = 0; j < kPairs; ++j) {
+                    float2 most = make_float2(0, 0);
+#pragma unroll
+                    for (int w = 0; w < kConsumerWarps; ++w) {
+                        const float2 of_warp =
+                            *reinterpret_cast<const float2*>(amax + w * kChunk + 8 * j + lane % 4 * 2);
+                        most.x = cast::max_abs(most.x, of_warp.x);
+                        most.y = cast::max_abs(most.y, of_warp.y);
+                    }
+                    const cast::GroupScale first = cast::quick_group_scale<cast::E4M3>(most.x, false);
+                    const cast::GroupScale second = cast::quick_group_scale<cast::E4M3>(most.y, false);
+                    const int at = chunk / 2 + 4 * j, token = 8 * j + lane % 4 * 2;
+                    const uint32_t bytes = cast::to_e4m3x4(total[0][at] * first.inverse, total[1][at] * first.inverse,
+                                                           total[0][at + 1] * second.inverse,
+                                                           total[1][at + 1] * second.inverse);
+                    uint8_t* to = shared.staging + token * kPitch + column;
+                    to[0] = static_cast<uint8_t>(bytes);
+                    to[64] = static_cast<uint8_t>(bytes >> 8);
+                    to[kPitch] = static_cast<uint8_t>(bytes >> 16);
+                    to[kPitch + 64] = static_cast<uint8_t>(bytes >> 24);
+                    // One warp for each pair of tokens writes their scales.
+                    if (j % kConsumerWarps == warpgroup * 4 + warp && lane < 4) {
+                        float* scales = local<float>(params, params.offsets.pool_h_sf) + task.tile * pool_rows + row +
+                                        chunk + token;
+                        *reinterpret_cast<float2*>(scales) = make_float2(first.sf, second.sf);
+                    }
+                }
+            }
+            ptx::named_barrier_sync(1, 256);
+            constexpr int kPerRow = 128 * kBytes / 16;
+            const int count = min(kChunk, block.count - chunk) * kPerRow;
+            const int64_t row_bytes = int64_t{params.shape.intermediate} * kBytes;
+#pragma unroll 1
+            for (int i = warpgroup * 128 + thread; i < count; i += 256) {
+                const int token = i / kPerRow, piece = i % kPerRow * 16;
+                const uint4 values = *reinterpret_cast<const uint4*>(shared.staging + token * kPitch + piece);
+                *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + task.tile * 128 * kBytes + piece) =
+                    values;
+            }
+            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, 256);  // else the maxima's is in between
+        }
+        fence_async_global();
+        ptx::named_barrier_sync(1, 256);
+        if (warpgroup == 0 && thread == 0) {
+            add_release_gpu(local<uint32_t>(params, params.offsets.activated) + task.block, 1);
+        }
+    }
+
+    // ---- epilogue of the second linear ----
+
+    // Up to 256 columns of each token's row in the combine buffer of its rank.
+    __device__ __forceinline__ static void store_results(const MegaMoeParams& params, Storage& shared,
+                                                         const MegaTask& task, const Block& block, int warpgroup,
+                                                         int thread, const float (&total)[kParts][kTotals]) {
+        const int lane = thread % 32, warp = thread / 32;
+        uint8_t* staging = shared.staging + warpgroup * (kChunk * 128);  // [token][64 columns], 16-byte pieces swizzled
+        // Where this lane's row of a matrix of stmatrix goes: of token `lane % 8`, or eight further on in the upper half.
+        const int in_pair = lane / 16 * 8 + lane % 8;
+        const uint32_t to = ptx::smem_address(staging + in_pair * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+        const int piece = thread % 8;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const int column = task.tile * kMegaTileRows + (part * 2 + warpgroup) * 64;
+            if (column >= params.shape.hidden) break;
+#pragma unroll
+            for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
+                if (chunk >= block.count) break;
+#pragma unroll
+                for (int j = 0; j < kChunk / 8; j += 2) {
+                    const float* values = &total[part][chunk / 2 + 4 * j];
+                    ptx::stmatrix_x4_transposed(to + j * 8 * 128, pack(values[0], values[1]), pack(values[2], values[3]),
+                                                pack(values[4], values[5]), pack(values[6], values[7]));
+                }
+                ptx::named_barrier_sync(2 + warpgroup, 128);
+                const int count = min(kChunk, block.count - chunk);
+#pragma unroll 4
+                for (int token = thread / 8; token < count; token += 16) {
+                    const MegaMoeSource source = source_of(params, block, chunk + token);
+                    const uint4 values =
+                        *reinterpret_cast<const uint4*>(staging + token * 128 + (piece ^ token % 8) * 16);
+                    __nv_bfloat16* row = remote<__nv_bfloat16>(params, source.rank, params.offsets.combine) +
+                                         int64_t{source.choice} * params.shape.hidden;
+                    *reinterpret_cast<uint4*>(row + column + piece * 8) = values;
+                }
+                ptx::named_barrier_sync(2 + warpgroup, 128);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static uint32_t pack(float x, float y) {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+        return reinterpret_cast<const uint32_t&>(both);
+    }
+
+    // ---- leave, combine ----
+
+    __device__ __forceinline__ static bool leave(const MegaMoeParams& params, MegaMoeHeader& header, uint32_t call) {
+        if (thread_index() == 0) {
+            // This CTA's results, which its other threads have written, before it counts as done; all CTAs' before the word
+            // to the ranks.
+            __threadfence_system();
+            if (is_last_cta(&header.computed)) {
+                __threadfence_system();
+#pragma unroll 1
+                for (int rank = 0; rank < params.shape.num_ranks; ++rank) {
+                    store_release_sys(&remote<MegaMoeHeader>(params, rank, 0)->combined[params.rank], call);
+                }
+            }
+        }
+        const int other = thread_index();
+        bool arrived = true;
+        if (other < params.shape.num_ranks) {
+            arrived = wait_until([&] { return load_acquire_sys(&header.combined[other]) == call; }, params.timeout_ns);
+            if (!arrived) give_up(header, MegaMoeStep::kLeave, other);
+        }
+        return __syncthreads_and(arrived);
+    }
+
+    // y: each thread eight columns of a token at a time.
+    __device__ __forceinline__ static void combine(const MegaMoeParams& params) {
+        const int per_row = params.shape.hidden / 8, topk = params.shape.topk;
+        const int64_t count = int64_t{params.num_tokens} * per_row;
+        const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
+        const uint4* rows = local<const uint4>(params, params.offsets.combine);
+#pragma unroll 1
+        for (int64_t i = int64_t{blockIdx.x} * kMegaThreads + thread_index(); i < count; i += int64_t{gridDim.x} * kMegaThreads) {
+            const int token = static_cast<int>(i / per_row), piece = static_cast<int>(i % per_row);
+            float sum[8] = {};
+#pragma unroll 2
+            for (int c = 0; c < topk; ++c) {
+                const int64_t expert = choices[int64_t{token} * topk + c];
+                if (expert < 0 || expert >= params.shape.num_experts) continue;
+                const uint4 row = __ldcg(rows + (int64_t{token} * topk + c) * per_row + piece);
+                float values[8];
+                cast::Elements<__nv_bfloat16>::unpack(row, values);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) sum[e] += values[e];
+            }
+            __nv_bfloat16* y = static_cast<__nv_bfloat16*>(params.y) + token * params.y_stride;
+            reinterpret_cast<uint4*>(y)[piece] =
+                make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+        }
+    }
+
+    __device__ __forceinline__ static void clear(const MegaMoeParams& params, const Storage& shared, int num_blocks) {
+        uint32_t* counts = local<uint32_t>(params, params.offsets.counts);
+        uint32_t* dispatched = local<uint32_t>(params, params.offsets.dispatched);
+        uint32_t* activated = local<uint32_t>(params, params.offsets.activated);
+        const int first = blockIdx.x * kMegaThreads + thread_index(), step = gridDim.x * kMegaThreads;
+        for (int i = first; i < params.shape.local_experts(); i += step) counts[i] = 0;
+        for (int i = first; i < num_blocks; i += step) dispatched[i] = activated[i] = 0;
+    }
+};
+
+template <int kTokens, bool kBF16>
+__global__ void __launch_bounds__(kMegaThreads, 1) sm90_mega_moe(const __grid_constant__ MegaMoeParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    using Kernel = MegaMoeKernel<kTokens, kBF16>;
+    Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared_memory));
+#endif
+}
+
+// Runs behind the kernel above, for the message that it cannot print. (assert() without room for a printf's arguments: the
+// file's name is the message, and the line the rank.)
+__global__ void __launch_bounds__(32) sm90_mega_moe_check(const __grid_constant__ MegaMoeCheckParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    ptx::grid_dependency_launch();
+    ptx::grid_dependency_wait();
+    const uint32_t failure = __ldcg(&params.header->failure);
+    if (failure == 0 || thread_index() > 0) return;
+    const uint32_t rank = failure & 0xffff;
+    constexpr const char* kMessage = "deep_gemm Mega MoE: timed out waiting for rank";
+    switch (static_cast<MegaMoeStep>(failure >> 16)) {
+        case MegaMoeStep::kEnter: __assertfail("enter: its inputs are there", kMessage, rank, "sm90_mega_moe", 1);
+        case MegaMoeStep::kRoute: __assertfail("route: all its CTAs are running", kMessage, rank, "sm90_mega_moe", 1);
+        case MegaMoeStep::kLeave: __assertfail("leave: its results are there", kMessage, rank, "sm90_mega_moe", 1);
+    }
+#endif
+}
+
+}  // namespace deep_gemm::sm90

@@ -1,0 +1,389 @@
+"""Mega MoE on the CPU reference and, with the same code, on a GPU: values, ranks, tracing, bad input."""
+# ruff: noqa: E501  (the messages are printed as they are)
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from expecttest import assert_expected_inline
+
+import deep_gemm_ops
+from deep_gemm_ops import mega_moe, reference
+
+from common import assert_close, assert_equal, generator, same_bits
+from mega_cases import MegaCase, call, run_ranks, samples, to_device
+from test_bad_input import changed, messages, other_device
+
+
+@pytest.fixture(autouse=True)
+def _hopper(request: pytest.FixtureRequest) -> None:
+    """There are kernels for SM90 alone."""
+    name = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
+    if name == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("Mega MoE has kernels for SM90")
+
+
+def run(case: MegaCase, device: str, expected_m: int | None = None) -> None:
+    """All calls of a case, each checked."""
+    buffers = case.buffers(device)
+    weights = case.weights()
+    experts = case.num_experts // case.num_ranks
+    stats = [torch.zeros(experts, dtype=torch.int32, device=device) for _ in range(case.num_ranks)]
+    on_device = [to_device(w, device) for w in weights]
+    received = [torch.zeros(experts, dtype=torch.int64) for _ in range(case.num_ranks)]
+    for number in range(case.calls):
+        inputs = case.inputs(number)
+        case.write(buffers, [to_device(i, device) for i in inputs])
+        y = run_ranks(case, buffers, on_device, stats, expected_m)
+        case.check([x.cpu() for x in y], inputs, weights)
+        for rank in range(case.num_ranks):
+            chosen = torch.cat([i.topk_idx.flatten() for i in inputs]) - rank * experts
+            received[rank] += torch.bincount(chosen[(chosen >= 0) & (chosen < experts)], minlength=experts)
+            assert stats[rank].tolist() == received[rank].tolist()
+
+
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+@pytest.mark.parametrize("routing", ["random", "masked", "same", "none"])
+@pytest.mark.parametrize("tokens", [(5,), (1,), (0,), (33,), (150,)])
+def test_one_rank(device: str, tokens: tuple[int, ...], routing: str, mma_type: str) -> None:
+    run(MegaCase(tokens, 4, 2, 384, 256, mma_type=mma_type, routing=routing, calls=2, clamp=0.5), device)
+
+
+@pytest.mark.parametrize("expected_m", [1, 100])
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+@pytest.mark.parametrize("tokens", [(5, 9), (0, 3), (40, 1, 7, 0)])
+def test_several_ranks_in_one_process(device: str, tokens: tuple[int, ...], mma_type: str, expected_m: int) -> None:
+    if device == "cuda":  # loads the kernel
+        run(MegaCase((max(tokens),), 8, 3, mma_type=mma_type), device, expected_m)
+    run(MegaCase(tokens, 8, 3, mma_type=mma_type, calls=3), device, expected_m)
+
+
+def test_exact(device: str) -> None:
+    """Small integers leave no rounding but those that the operator promises."""
+    for tokens in [(3,), (70,)]:
+        case = MegaCase(tokens, 4, 2, 512, 256, data="integer", clamp=3.0)
+        if device == "cuda":
+            run(case, device)
+            continue
+        # The CPU multiplies what is dequantised: the same to the rounding of FP32.
+        (buffer,), (weights,), (inputs,) = case.buffers(), case.weights(), case.inputs()
+        case.write([buffer], [inputs])
+        (expected,) = case.expected([inputs], [weights], exact=False)
+        assert_equal(call(case, buffer, weights, tokens[0]), expected.bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 130])
+def test_equals_the_operators_one_after_the_other(device: str, tokens: int) -> None:
+    """Dispatch by indexing, m_grouped_fp8_gemm_nt_contiguous, swiglu_cast_to_fp8, the second product, the sum."""
+    case = MegaCase((tokens,), 6, 3, 512, 256)
+    (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
+    inputs, weights = to_device(inputs, device), to_device(weights, device)
+    case.write([buffer], [inputs])
+    y = call(case, buffer, weights, tokens)
+    order = inputs.topk_idx.flatten().argsort(stable=True)
+    rows, groups = order // case.topk, inputs.topk_idx.flatten()[order].int()
+    l1 = torch.stack([torch.cat(mega_moe._separate(w)) for w in weights.l1.view(torch.uint8)]).view(weights.l1.dtype)
+    x = inputs.x.view(torch.uint8)[rows].view(inputs.x.dtype)
+    ends = torch.bincount(groups, minlength=case.num_experts).cumsum(0).int()
+    product = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous
+    both = product(x, inputs.x_sf[rows], l1, weights.l1_sf, ends, layout="offsets")
+    factors = inputs.topk_weights.flatten()[order]
+    h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors)
+    results = product(h, h_sf, weights.l2, weights.l2_sf, ends, layout="offsets")
+    combined = torch.empty_like(results)
+    combined[order] = results
+    expected = sum(combined.view(tokens, case.topk, -1)[:, c].float() for c in range(case.topk)).bfloat16()
+    assert_close(y, expected, tol=4e-3)
+    if device == "cuda":
+        assert same_bits(y, expected)
+
+
+def test_result_given(device: str) -> None:
+    """y in rows with gaps; what lies around it is left alone."""
+    case = MegaCase((5,), 4, 2)
+    (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
+    case.write([buffer], [to_device(inputs, device)])
+    around = torch.full((7, case.hidden + 16), 7.0, dtype=torch.bfloat16, device=device)
+    y = around[1:6, 8 : 8 + case.hidden]
+    assert call(case, buffer, to_device(weights, device), 5, y=y) is y
+    case.check([y.cpu()], [inputs], [weights])
+    y.fill_(7.0)
+    assert (around == 7.0).all()
+
+
+def test_weights_are_interleaved() -> None:
+    l1 = torch.arange(48.0)[None, :, None].expand(2, 48, 3)
+    interleaved, l2 = deep_gemm_ops.transform_weights_for_mega_moe(l1, l1)
+    first = [*range(8), *range(24, 32), *range(8, 16), *range(32, 40), *range(16, 24), *range(40, 48)]
+    assert interleaved[1, :, 2].tolist() == first and l2 is l1
+    values, sf = l1.to(torch.float8_e4m3fn), torch.ones(2, 1, 1)
+    (quantised, scales), pair = deep_gemm_ops.transform_weights_for_mega_moe((values, sf), (values, sf))
+    assert same_bits(quantised, interleaved.to(torch.float8_e4m3fn)) and scales is sf and pair[0] is values
+    with pytest.raises(RuntimeError, match="l1_weights has rows 24, expected a multiple of 16"):
+        deep_gemm_ops.transform_weights_for_mega_moe(l1[:, :24], l1)
+
+
+def test_reference_against_plain_matrices() -> None:
+    """The specification, without its roundings, is the layer as one would write it."""
+    random = generator(3)
+    tokens, hidden, intermediate = 7, 256, 128
+    x = torch.randn(tokens, hidden, generator=random)
+    w1, w2 = (
+        torch.randn(2, 2 * intermediate, hidden, generator=random),
+        torch.randn(2, hidden, intermediate, generator=random),
+    )
+    idx, weights = torch.tensor([[0, 1]]).repeat(tokens, 1), torch.rand(tokens, 2, generator=random)
+    (l1, l2), y = mega_moe.transform_weights_for_mega_moe(w1, w2), torch.zeros(tokens, hidden, dtype=torch.float64)
+    for e in range(2):
+        gate, up = (x.double() @ w1[e].double().t()).chunk(2, dim=1)
+        y += weights[:, e, None] * (torch.nn.functional.silu(gate) * up @ w2[e].double().t())
+    results = mega_moe.reference_experts(x, None, idx, weights, l1, None, l2, None, exact=True)
+    assert_close(results.sum(1), y, tol=1e-12)
+
+
+def test_buffers(device: str) -> None:
+    """Sizes and names that callers of the public package know, and buffers that do not fit the call."""
+    get = deep_gemm_ops.get_symm_buffer_for_mega_moe
+    buffer = get(None, 8, 16, 2, 256, 128, device=device)
+    assert buffer.x.shape == (16, 256) and buffer.x.dtype == torch.float8_e4m3fn
+    assert buffer.x_sf.shape == (16, 2) and buffer.topk_idx.dtype == torch.int64
+    assert buffer.topk_weights.shape == buffer.topk_idx.shape == (16, 2)
+    assert list(buffer.handle.buffer_ptrs) == [buffer.buffer.data_ptr()] and not buffer.buffer.any()
+    assert (buffer.num_max_tokens_per_rank, buffer.num_experts, buffer.num_topk) == (16, 8, 2)
+    assert get(None, 8, 16, 2, 256, 128, False, "bf16xbf16", device=device).x_sf is None
+    buffer.destroy()
+    weights = MegaCase((1,), 8).weights()[0]
+    with pytest.raises(RuntimeError, match="sym_buffer has state destroyed, expected a buffer"):
+        call(MegaCase((1,), 8), buffer, weights, 1)
+    for arguments, text in [
+        ((8, 16, 2, 200, 128), "hidden has value 200, expected a positive multiple of 128"),
+        ((8, 0, 2, 256, 128), "num_max_tokens_per_rank has value 0, expected a positive integer"),
+        ((8, 16, 9, 256, 128), "num_topk has value 9, expected 1 to num_experts"),
+        ((600, 16, 2, 256, 128), "num_experts has value 600, expected at most 512 for each rank"),
+        ((8, 2**30, 2, 256, 128), f"num_max_tokens_per_rank has value {2**30}, expected fewer than 2.31 rows in all"),
+        (
+            (8, 16, 2, 256, 128, True, "bf16xbf16"),
+            "use_fp8_dispatch has value True, expected False .mma_type is bf16xbf16",
+        ),
+        ((8, 16, 2, 256, 128, None, "fp8xfp4"), "mma_type has value fp8xfp4, expected fp8xfp8 or bf16xbf16"),
+        ((8, 16, 2, 256, 128, None, "fp8xfp8", "gelu"), "activation has value gelu, expected swiglu"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"get_symm_buffer_for_mega_moe: {text}"):
+            get(None, *arguments, device=device)
+
+
+def test_choices_that_the_host_can_see() -> None:
+    case = MegaCase((3,), 4, 2)
+    (buffer,), (weights,), (inputs,) = case.buffers(), case.weights(), case.inputs()
+    for idx, text in [
+        ([0, 4], "topk_idx has value 4, expected -1 to 3"),
+        ([-2, 1], "topk_idx has value -2, expected -1 to 3"),
+        ([2, 2], r"topk_idx has value \[2, 2\], expected an expert once for each token"),
+    ]:
+        case.write([buffer], [inputs])
+        buffer.topk_idx[1] = torch.tensor(idx)
+        with pytest.raises(RuntimeError, match=f"fp8_mega_moe: {text}"):
+            call(case, buffer, weights, 3)
+    case.write([buffer], [inputs])
+    case.check([call(case, buffer, weights, 3)], [inputs], [weights])
+
+
+def test_a_rank_that_does_not_come() -> None:
+    """On the CPU; on the emulator: test_mega_moe_emulated.py."""
+    case = MegaCase((3, 2), 4, 2)
+    buffers, weights = case.buffers(), case.weights()
+    case.write(buffers, case.inputs())
+    with pytest.raises(RuntimeError, match=r"fp8_mega_moe: rank 0 timed out waiting for rank 1 \(step enter\)"):
+        call(case, buffers[0], weights[0], 3, timeout_ms=50)
+    buffers[0].buffer[1024:2048].view(torch.int64)[1] = 1 << 32 | 2
+    with pytest.raises(RuntimeError, match=r"fp8_mega_moe: rank 0 timed out waiting for rank 1 \(step leave\)"):
+        call(case, buffers[0], weights[0], 3, timeout_ms=50)
+
+
+def arguments(device: str, is_bf16: bool) -> dict[str, Any]:
+    overload, values, keywords = next(
+        s for s in samples(device) if s[0]._opname == ("bf16" if is_bf16 else "fp8") + "_mega_moe"
+    )
+    names = [argument.name for argument in overload._schema.arguments]
+    return {**dict(zip(names, values)), **keywords}
+
+
+@pytest.fixture
+def device_of_arguments(device_or_fake: str) -> str:
+    return device_or_fake
+
+
+def test_bad_input(device_of_arguments: str) -> None:
+    stats = "cumulative_local_expert_recv_stats"
+    changes = {
+        "l1 of bfloat16": changed(l1=lambda p: p["l1"].to(torch.bfloat16)),
+        "l2 of rank 2": changed(l2=lambda p: p["l2"][0]),
+        "l1_sf of float16": changed(l1_sf=lambda p: p["l1_sf"].half()),
+        "buffer of int8": changed(buffer=lambda p: p["buffer"].view(torch.int8)),
+        "l2 elsewhere": changed(l2=lambda p: other_device(p["l2"])),
+        "no ranks": changed(buffer_ptrs=lambda p: []),
+        "rank": changed(rank=lambda p: 1),
+        "experts for two ranks": changed(buffer_ptrs=lambda p: p["buffer_ptrs"] * 2),
+        "more tokens than there is room": changed(num_tokens=lambda p: 9),
+        "fewer than none": changed(num_tokens=lambda p: -1),
+        "topk": changed(num_topk=lambda p: 0),
+        "clamp": changed(activation_clamp=lambda p: 0.0),
+        "time": changed(timeout_ms=lambda p: 0),
+        "gates without ups": changed(l1=lambda p: p["l1"][:, :128].clone()),
+        "hidden": changed(l1=lambda p: p["l1"][:, :, :192].clone()),
+        "experts of l2": changed(l2=lambda p: p["l2"][:2]),
+        "columns of l1": changed(
+            l1=lambda p: p["l1"].view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(p["l1"].dtype)
+        ),
+        "l1_sf too small": changed(l1_sf=lambda p: p["l1_sf"][:, :1]),
+        "l2_sf too large": changed(l2_sf=lambda p: p["l2_sf"].repeat(1, 2, 1)),
+        "buffer too small": changed(buffer=lambda p: p["buffer"][:-1]),
+        "statistics": changed(**{stats: lambda p: torch.zeros(4, dtype=torch.int32, device=p["l1"].device)}),
+    }
+    assert_expected_inline(
+        messages(torch.ops.deep_gemm.fp8_mega_moe, lambda: arguments(device_of_arguments, False), changes).replace(
+            "cuda:0", "cpu"
+        ),
+        """\
+l1 of bfloat16: fp8_mega_moe: l1 has dtype bfloat16, expected float8_e4m3fn
+l2 of rank 2: fp8_mega_moe: l2 has rank 2, expected 3
+l1_sf of float16: fp8_mega_moe: l1_sf has dtype float16, expected float32
+buffer of int8: fp8_mega_moe: buffer has dtype int8, expected uint8
+l2 elsewhere: fp8_mega_moe: l2 has device meta, expected cpu (the device of l1)
+no ranks: fp8_mega_moe: buffer_ptrs has length 0, expected 1 to 128
+rank: fp8_mega_moe: rank has value 1, expected 0 to 0
+experts for two ranks: fp8_mega_moe: num_experts has value 3, expected a positive multiple of the 2 ranks
+more tokens than there is room: fp8_mega_moe: num_tokens has value 9, expected 0 to 8
+fewer than none: fp8_mega_moe: num_tokens has value -1, expected 0 to 8
+topk: fp8_mega_moe: num_topk has value 0, expected 1 to num_experts
+clamp: fp8_mega_moe: activation_clamp has value 0.0, expected a positive number
+time: fp8_mega_moe: timeout_ms has value 0, expected a positive integer
+gates without ups: fp8_mega_moe: l1 has shape [3, 128, 256], expected [local experts, 2 * intermediate, hidden] = [3, 256, 256]
+hidden: fp8_mega_moe: hidden has value 192, expected a positive multiple of 128
+experts of l2: fp8_mega_moe: l2 has shape [2, 256, 128], expected [local experts, hidden, intermediate] = [3, 256, 128]
+columns of l1: fp8_mega_moe: l1 has dimension-2 stride 256, expected 1
+l1_sf too small: fp8_mega_moe: l1_sf has shape [3, 1, 2], expected [local experts, 2 * intermediate / 128, hidden / 128] = [3, 2, 2]
+l2_sf too large: fp8_mega_moe: l2_sf has shape [3, 4, 1], expected [local experts, hidden / 128, intermediate / 128] = [3, 2, 1]
+buffer too small: fp8_mega_moe: buffer has bytes 225279, expected at least 225280
+statistics: fp8_mega_moe: cumulative_local_expert_recv_stats has shape [4], expected [local experts] = [3]""",
+    )
+
+
+def test_bad_input_of_bf16(device_of_arguments: str) -> None:
+    changes = {
+        "l1 of float32": changed(l1=lambda p: p["l1"].float()),
+        "out of float32": changed(out=lambda p: torch.zeros(5, 256, device=p["l1"].device)),
+        "out too small": changed(out=lambda p: torch.zeros(4, 256, dtype=torch.bfloat16, device=p["l1"].device)),
+        "out with ragged rows": changed(
+            out=lambda p: torch.zeros(5, 260, dtype=torch.bfloat16, device=p["l1"].device)[:, :256]
+        ),
+    }
+
+    def good() -> dict[str, Any]:
+        base = arguments(device_of_arguments, True)
+        return {**base, "out": torch.zeros(5, 256, dtype=torch.bfloat16, device=base["l1"].device)}
+
+    assert_expected_inline(
+        messages(torch.ops.deep_gemm.bf16_mega_moe.out, good, changes),
+        """\
+l1 of float32: bf16_mega_moe: l1 has dtype float32, expected bfloat16
+out of float32: bf16_mega_moe: out has dtype float32, expected bfloat16
+out too small: bf16_mega_moe: out has shape [4, 256], expected [num_tokens, hidden] = [5, 256]
+out with ragged rows: bf16_mega_moe: out has row stride 520 bytes, expected a multiple of 16 bytes (use deep_gemm_ops.to_tma_aligned)""",
+    )
+
+
+def test_no_derivative() -> None:
+    case = MegaCase((2,), mma_type="bf16xbf16")
+    (buffer,), (weights,) = case.buffers(), case.weights()
+    weights = dataclasses.replace(weights, l1=weights.l1.requires_grad_())
+    with pytest.raises(RuntimeError, match="bf16_mega_moe: l1 has requires_grad True, expected False"):
+        call(case, buffer, weights, 2)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(device: str, backend: str) -> None:
+    """Quantisation, copies into the buffer and the layer in one graph, for any number of tokens."""
+    case = MegaCase((8,), 4, 2)
+    (buffer,), (weights,) = case.buffers(device), case.weights()
+    weights = to_device(weights, device)
+
+    def layer(
+        x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, memory: torch.Tensor
+    ) -> torch.Tensor:
+        tokens = x.shape[0]
+        values, sf = deep_gemm_ops.per_token_cast_to_fp8(x)
+        views = mega_moe._views(memory, buffer.shape)
+        views.x.view(torch.uint8)[:tokens] = values.view(torch.uint8)
+        views.x_sf[:tokens] = sf
+        views.topk_idx[:tokens] = topk_idx
+        views.topk_weights[:tokens] = topk_weights
+        sizes = (memory, buffer.handle.buffer_ptrs, 0, tokens, 8, 4, 2)
+        return torch.ops.deep_gemm.fp8_mega_moe(*weights.tensors(), *sizes) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (3, 8, 5):
+        inputs = to_device(MegaCase((tokens,), 4, 2).inputs()[0], device)
+        x = reference.dequantize(inputs.x, inputs.x_sf, 1, 128).bfloat16()
+        expected = layer(x, inputs.topk_idx, inputs.topk_weights, buffer.buffer)
+        assert same_bits(compiled(x, inputs.topk_idx, inputs.topk_weights, buffer.buffer), expected), tokens
+
+
+def test_graph(cuda: str) -> None:
+    """A captured call replays with other inputs."""
+    case = MegaCase((20,), 8, 3, calls=4)
+    (buffer,), (weights,) = case.buffers(cuda), case.weights()
+    on_device, y = to_device(weights, cuda), torch.empty(20, case.hidden, dtype=torch.bfloat16, device=cuda)
+    case.write([buffer], [to_device(case.inputs()[0], cuda)])
+    call(case, buffer, on_device, 20, y=y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(case, buffer, on_device, 20, y=y)
+    for number in range(case.calls):
+        inputs = case.inputs(number)
+        case.write([buffer], [to_device(inputs, cuda)])
+        graph.replay()
+        torch.cuda.synchronize()
+        case.check([y.cpu()], [inputs], [weights])
+
+
+def test_large_layer(cuda: str) -> None:
+    """Every height of blocks at sizes of a real model."""
+    for tokens in (1, 32, 512, 2048):
+        run(MegaCase((tokens,), 16, 4, 7168, 2048, calls=2), cuda)
+
+
+def process(rank: int, folder: str, device: str) -> None:
+    """One of three ranks, gloo between them, on the CPU or all on one GPU."""
+    torch.set_num_threads(1)
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    case = MegaCase((4, 0, 7), 6, 3, calls=2)
+    sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
+    buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=device)
+    if device == "cuda":
+        deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 3)
+    weights, results = to_device(case.weights()[rank], device), []
+    for number in range(case.calls):
+        case.write([buffer], [to_device(case.inputs(number)[rank], device)])
+        results.append(call(case, buffer, weights, case.tokens[rank], timeout_ms=30_000).cpu())
+    torch.save(results, f"{folder}/{rank}")
+    dist.barrier()
+    buffer.destroy()
+    dist.destroy_process_group()
+
+
+def test_processes(device: str, tmp_path: pathlib.Path) -> None:
+    torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3)
+    case = MegaCase((4, 0, 7), 6, 3)
+    y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
+    for number in range(2):
+        case.check([results[number] for results in y], case.inputs(number), case.weights())
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("deep_gemm_mega_moe_")]

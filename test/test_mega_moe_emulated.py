@@ -1,0 +1,230 @@
+"""The Mega MoE kernels on the PTX emulator, the ranks' side by side, through the host code that a GPU launch takes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deep_gemm_ops import _capi, inspect, mega_moe
+
+import ptx_emulator
+from common import generator, same_bits
+from gemm_emulation import units
+from mega_cases import MegaCase
+from mega_moe_emulation import library_layout, prepare, run_case
+from ptx_emulator import mutate
+
+SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
+BLOCKS = (16, 32, 64, 128)
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that threads which wait for one another cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("block_tokens", BLOCKS)
+@pytest.mark.parametrize("kind", ["fp8", "fp8 integer", "bf16"])
+def test_every_kernel(block_tokens: int, kind: str) -> None:
+    """Whole blocks, a ragged one and experts with one token; two kinds of tiles in the ring of stages."""
+    mma_type, data = "bf16xbf16" if kind == "bf16" else "fp8xfp8", "integer" if "integer" in kind else "normal"
+    options = {"mma_type": mma_type, "data": data, "block_tokens": block_tokens, "hidden": 384, "intermediate": 256}
+    run_case(MegaCase((block_tokens + 3,), num_experts=2, topk=2, **options))
+    run_case(MegaCase((2, 1), num_experts=4, topk=1, clamp=0.25, **options))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MegaCase((1,), num_experts=1, topk=1, hidden=128, num_sms=1),
+        MegaCase((1,), num_experts=8, topk=8, num_sms=5),
+        MegaCase((3, 2), hidden=128, intermediate=384, data="integer"),
+        MegaCase((2, 3), num_experts=2, topk=1, hidden=4352, data="integer"),  # more K blocks than a chunk of scales
+        MegaCase((5,), num_experts=70, topk=6, num_sms=9),  # more experts than a warp has lanes
+        MegaCase((150,), num_experts=3, topk=2, num_sms=3),  # several blocks of an expert
+        MegaCase((150,), num_experts=2, topk=1, block_tokens=128, data="integer", num_sms=3),
+        MegaCase((33, 7, 20, 1), num_experts=4, topk=3, block_tokens=32, max_tokens=64),
+        MegaCase((4, 0, 3, 1, 2, 5, 0, 1), num_experts=16, topk=4, num_sms=1),  # eight ranks
+        MegaCase((40, 40), num_experts=2, topk=2, num_sms=132, data="integer"),  # more CTAs than tasks
+    ],
+    ids=lambda case: f"{case.tokens}-{case.num_experts}-{case.topk}-{case.hidden}",
+)
+def test_shapes(case: MegaCase) -> None:
+    run_case(case)
+
+
+@pytest.mark.parametrize("routing", ["masked", "wild", "same", "none"])
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_routing(routing: str, mma_type: str) -> None:
+    """Choices that are masked or name no expert, one rank's experts with all tokens, and nobody with any."""
+    run_case(MegaCase((9, 0, 21), num_experts=6, routing=routing, mma_type=mma_type, calls=2))
+
+
+def test_ranks_without_tokens() -> None:
+    for tokens in [(0,), (0, 0), (0, 3), (17, 0)]:
+        run_case(MegaCase(tokens, calls=2, max_tokens=20))
+
+
+def test_every_call_leaves_the_buffers_ready() -> None:
+    """Other tokens, choices and kernels, call after call."""
+    case = MegaCase((7, 12), num_experts=4, topk=2, data="integer", calls=4, num_sms=3)
+    run_case(case)
+    run_case(case, block_tokens=[16, 128, 32, 64])
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_problems(seed: int) -> None:
+    random = generator(seed)
+
+    def pick(*choices: object) -> object:
+        return choices[int(torch.randint(len(choices), (1,), generator=random))]
+
+    for _ in range(4):
+        ranks = pick(1, 2, 2, 3, 4)
+        experts = ranks * pick(1, 2, 5)
+        mma_type = pick("fp8xfp8", "fp8xfp8", "bf16xbf16")
+        run_case(
+            MegaCase(
+                tuple(pick(0, 1, 3, 17, 40) for _ in range(ranks)),
+                num_experts=experts,
+                topk=min(experts, pick(1, 2, 4)),
+                hidden=pick(128, 256, 384, 512),
+                intermediate=pick(128, 256),
+                max_tokens=48,
+                mma_type=mma_type,
+                block_tokens=pick(*BLOCKS),
+                routing=pick("random", "random", "masked", "same"),
+                data="normal" if mma_type == "bf16xbf16" else pick("normal", "integer"),
+                clamp=pick(None, 0.5),
+                num_sms=pick(1, 2, 5),
+                calls=pick(1, 2),
+                seed=seed,
+            )
+        )
+
+
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_same_bits_in_every_order(mma_type: str) -> None:
+    """Neither the order of anything, nor how many CTAs there are, nor the height of a block changes a result."""
+    options = {"num_experts": 4, "topk": 3, "mma_type": mma_type}
+    first = run_case(MegaCase((20, 9), **options))
+    for seed in range(1, 1 + SEEDS):
+        block, num_sms = BLOCKS[seed % 4], seed % 3 + 1
+        again = run_case(MegaCase((20, 9), seed=seed, block_tokens=block, num_sms=num_sms, **options))
+        assert all(same_bits(x, y) for x, y in zip(first, again))
+
+
+def test_weights_are_read_once_for_each_block() -> None:
+    """Bytes that the copies fetch: weights and a block of tokens for each tile, and a scale for each token."""
+    case = MegaCase((16,), num_experts=2, topk=2, hidden=512, intermediate=256, num_sms=3)
+    run = prepare(case)  # the launches hold no tensors
+    total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=3).counters["total"]
+    tiles_of_k = {"first": (2, 512), "second": (2, 256)}  # of an expert: tiles of weights, and their K
+    per_tile = sum(tiles * k * (256 + 16) + tiles * (k // 128) * 16 * 4 for tiles, k in tiles_of_k.values())
+    assert total["bulk_load_bytes"] == case.num_experts * per_tile
+
+
+def test_time_outs() -> None:
+    """A rank that never comes, one that dies, and CTAs that do not run: messages with the rank and the step."""
+    case = MegaCase((3, 2), num_sms=2)
+
+    def last_words(num_sms: int, rank_1_entered: bool) -> str:
+        run = prepare(case, timeout_ns=200_000)
+        if rank_1_entered:
+            run.buffers[0].buffer[1024:2048].view(torch.int64)[1] = 1 << 32 | 2
+        layer, check = run.launches[0]
+        ptx_emulator.run([layer], num_sms=num_sms, budget=20_000_000)
+        with pytest.raises(ptx_emulator.PtxError) as error:
+            ptx_emulator.run([check])
+        assert error.value.kind == "assert"
+        return re.search(r"device assertion .*", str(error.value)).group()
+
+    late = "failed at deep_gemm Mega MoE: timed out waiting for rank"
+    assert last_words(2, False).startswith(f"device assertion `enter: its inputs are there` {late}:1")
+    assert last_words(2, True).startswith(f"device assertion `leave: its results are there` {late}:1")
+    assert last_words(1, True).startswith(f"device assertion `route: all its CTAs are running` {late}:0")
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 256, 8192, 8, 7168, 2048), (8, 256, 4096, 8, 7168, 2048), (3, 6, 5, 2, 128, 384)]
+)
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_layout_of_a_buffer(shape: tuple[int, ...], is_bf16: bool) -> None:
+    """The one that Python makes is the library's."""
+    layer = mega_moe.LayerShape(*shape, is_bf16)
+    assert layer.buffer_layout() == library_layout(layer)
+
+
+def test_sass() -> None:
+    """No kernel uses local memory, and the tensor core's instructions of a K block are not torn apart."""
+    library = Path(_capi.library()._name)
+    for block_tokens in BLOCKS:
+        for is_bf16 in (0, 1):
+            resources = inspect.kernel_resources(library, f"sm90_mega_moeILi{block_tokens}ELb{is_bf16}E")
+            assert (resources["stack"], resources["local"]) == (0, 0)
+            sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
+            assert [sass.count(name) for name in ("HGMMA.64x", "LDL", "STL")] == [8, 0, 0]
+
+
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_missing_synchronisation_is_reported(mma_type: str) -> None:
+    """Each wait, arrive, fence and barrier of a kernel, left out or wrong."""
+    name = f"sm90_mega_moeILi32ELb{int(mma_type == 'bf16xbf16')}E"
+    ((text, entry),) = [(text, e) for text, module in units("mega_moe") for e in module.entries if name in e]
+    text = mutate.extract(text, entry)
+    # Enough K blocks to wrap around the stages; tiles of the second linear before those of the first one and behind one
+    # another; CTAs that are done early.
+    options = {"mma_type": mma_type, "block_tokens": 32}
+    cases = [
+        MegaCase((40,), 2, 2, 1280, 256, num_sms=2, **options),
+        MegaCase((130,), 2, 1, 256, 128, num_sms=1, **options),
+        *(MegaCase((40, 3), 4, 2, 512, 128, num_sms=3, seed=seed, **options) for seed in range(3)),
+    ]
+
+    def run(ptx: str) -> None:
+        for case in cases:
+            run_case(case, {0: ptx_emulator.Module(ptx)}, budget=40_000_000, check_exit=1)
+
+    run(text)  # the kernel itself is right
+    silent = [
+        f"{found}: {mutant}"
+        for mutant, found in mutate.survey(mutate.mutants(text), run)
+        if found in ("not reached", "unnoticed") and not reason_harmless(text, mutant)
+    ]
+    assert not silent, "\n".join(silent)
+
+
+def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
+    """Why a kernel works on the emulator without this statement, empty where it would not."""
+    lines = ptx.splitlines()
+    before, statement = lines[: mutant.line - 1], lines[mutant.line - 1]
+    behind = [line for line in lines[mutant.line :] if not line.lstrip().startswith(("//", ".loc"))][:12]
+    if "fence.proxy.async.global" in statement:
+        return "the emulator does not tell the proxies of global memory apart"
+    if mutant.kind == "warp barrier":
+        if any("red.release.gpu" in line for line in behind):
+            return "it orders global memory alone, which the emulator takes for sequentially consistent"
+        if re.match(r"\s*bar\.sync\s+0;", behind[0]):
+            return "so that a warp reaches the barrier behind it as one, which the emulator does not ask for"
+        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
+        if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
+            return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    if re.match(r"\s*bar\.sync\s+0;", statement) and any("setp.ne.s32" in line for line in behind):
+        written = [line for line in before[-40:] if re.search(r"\bst\.global|atom\.global", line)]
+        if written and not any(re.search(r"\b(ld|st)\.shared|mbarrier", line) for line in before[-40:]):
+            return "it orders global memory alone, in front of a count of the CTAs that one thread makes"
+    return ""
