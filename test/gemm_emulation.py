@@ -42,7 +42,7 @@ BUDGET = 500_000_000
 
 def k_multiple(row: dict[str, Any]) -> int:
     """K that a row takes: whole pairs of FP4, whole words of their scales."""
-    if row["family"] != "fp8_fp4_gemm":
+    if row["family"] != "fp8_fp4_gemm" or row["arch"] == "sm_100a":
         return 1
     return 128 if row["scaling"] == "ue8m0" else 2
 
@@ -302,6 +302,12 @@ def launch(
 # Cases
 
 
+@functools.cache
+def row_named(name: str) -> dict[str, Any]:
+    """A row of any architecture's table."""
+    return next(row for row in _capi.instances(None) if row["name"] == name)
+
+
 def cluster_tile(row: dict[str, Any]) -> tuple[int, int]:
     """Rows and columns of D that a cluster computes at once."""
     along_rows, along_cols = row["row_ctas"], row["col_ctas"]
@@ -346,7 +352,7 @@ class RowCase:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances() if row["name"] == self.row)
+        return row_named(self.row)
 
     @property
     def gran(self) -> tuple[int, int, int] | None:

@@ -19,9 +19,32 @@ from deep_gemm_ops import _capi
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BFLOAT16, BUDGET, E2M1, FLOAT32, _Problem, _Scales, launch, pack_fp4
+from gemm_emulation import BFLOAT16, BUDGET, E2M1, FLOAT32, _Problem, _Scales, launch, pack_fp4, row_named
 
 FP8_OPERANDS, BF16_OPERANDS = 0, 1  # OperandType
+
+
+def random_fp4(shape: tuple[int, ...], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in float64, and as they are packed along the last dimension."""
+    codes = torch.randint(0, 16, shape, generator=random)
+    return E2M1[codes], pack_fp4(codes)
+
+
+def pack_scales(codes: torch.Tensor) -> torch.Tensor:
+    """UE8M0 codes ``[.., groups, MN]`` as words ``[.., ceil(groups / 4), MN]``.
+
+    Bytes of groups that K does not reach must not matter: NaN.
+    """
+    *outer, groups, mn = codes.shape
+    padded = torch.full((*outer, ceil_div(groups, 4) * 4, mn), 255)
+    padded[..., :groups, :] = codes
+    padded = padded.view(*outer, -1, 4, mn)
+    words = sum(padded[..., byte, :] << 8 * byte for byte in range(4))
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def scale_values(codes: torch.Tensor) -> torch.Tensor:
+    return torch.where(codes == 255, math.nan, torch.exp2(codes.double() - 127))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +91,7 @@ class Sm100Case:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances("sm_100a") if row["name"] == self.row)
+        return row_named(self.row)
 
     @property
     def is_bf16(self) -> bool:
@@ -78,10 +101,9 @@ class Sm100Case:
         if self.is_bf16:
             kind = "bf16"
         if kind == "fp4":
-            codes = torch.randint(0, 16, (mn, self.k), generator=random)
-            values = E2M1[codes]
+            values, stored = random_fp4((mn, self.k), random)
             # TMA takes rows of FP4 at multiples of 32 bytes.
-            stored = strided(pack_fp4(codes), ceil_div(self.k // 2, 32) * 32 + 32, "cpu", 0x77)
+            stored = strided(stored, ceil_div(self.k // 2, 32) * 32 + 32, "cpu", 0x77)
         else:
             if self.data == "normal":
                 values = torch.randn(mn, self.k, generator=random)
@@ -103,13 +125,9 @@ class Sm100Case:
         codes = torch.randint(125, 130, (mn, groups), generator=random)
         if self.data == "special":
             codes.view(-1)[torch.randint(mn * groups, (3,), generator=random)] = 255
-        # Bytes of groups that K does not reach must not matter: NaN.
-        padded = torch.full((mn, ceil_div(groups, 4) * 4), 255)
-        padded[:, :groups] = codes
-        words = padded.to(torch.uint8).view(torch.int32)
-        words = strided(words.t(), ceil_div(mn, 4) * 4 + 4, "cpu", -1).t()
-        scales = torch.where(codes == 255, math.nan, torch.exp2(codes.double() - 127))
-        return Operand(values, scales.repeat_interleave(self.gran_k, 1)[:, : self.k], stored, words)
+        words = strided(pack_scales(codes.t()), ceil_div(mn, 4) * 4 + 4, "cpu", -1).t()
+        scales = scale_values(codes).repeat_interleave(self.gran_k, 1)[:, : self.k]
+        return Operand(values, scales, stored, words)
 
     def build(self) -> tuple[Operand, Operand, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """A, B, the buffer that holds D, D, C, and what D has to be in float64."""
@@ -185,7 +203,8 @@ class Sm100Case:
 
 @functools.cache
 def rows() -> list[dict[str, Any]]:
-    return _capi.instances("sm_100a")
+    """Those of dense products."""
+    return [row for row in _capi.instances("sm_100a") if row["grouping"] == "dense"]
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from deep_gemm_ops import _capi
 from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
@@ -22,15 +21,14 @@ from gemm_emulation import (
     BF16_OPERANDS,
     BFLOAT16,
     BUDGET,
-    E2M1,
     FLOAT32,
     _Problem,
     _Scales,
     k_multiple,
     launch,
-    pack_fp4,
-    pack_ue8m0,
+    row_named,
 )
+from gemm_sm100_emulation import pack_scales, random_fp4
 
 
 def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tensor:
@@ -40,8 +38,9 @@ def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tens
     groups, rows, cols = x.shape
     if interleaved:
         return spread(x.transpose(0, 1), inner).transpose(0, 1)
-    fill = math.nan if x.dtype.is_floating_point else 0x77
-    buffer = torch.full((groups, rows + 1, inner), fill, dtype=torch.float32).to(x.dtype)
+    bits = torch.full((1,), 0x77, dtype=torch.uint8) if x.dtype == torch.uint8 else torch.full((4,), -1).to(torch.int32)
+    fill = bits.view(x.dtype)[0] if not x.dtype.is_floating_point else torch.tensor(math.nan).to(x.dtype)
+    buffer = fill.expand(groups, rows + 1, inner).clone()
     buffer[:, :rows, :cols] = x
     return buffer[:, :rows, :cols]
 
@@ -57,7 +56,9 @@ class GroupedCase:
     ``layout`` is that of M-grouped products, or ``batched``, whose groups are as many rows as the first of ``sizes``.
     ``tail`` rows follow the last group; masked: they are the rows of each group behind the largest one. ``values``
     replaces what the layout holds: then only memory is checked. ``heads`` are the left, middle and right columns of a
-    dense product's heads. ``d``, ``c`` and ``data`` are those of RowCase. ``k`` grows to what the row takes.
+    dense product's heads. ``k`` grows to what the row takes. ``d``, ``c`` and ``data`` are those of RowCase. On SM100
+    TMA stores FP32 results, too: ``float32`` are those that it can address, ``float32_direct`` others. There ``a`` and
+    ``b`` may be fp4, B K-major or not, and the granularity of scales is the case's, too.
     """
 
     row: str
@@ -76,6 +77,10 @@ class GroupedCase:
     values: tuple[int, ...] | None = None
     num_sms: int = 3
     seed: int = 0  # of the schedule; the data depends on the rest
+    a: str = "fp8"
+    b: str = "fp8"
+    b_mn_major: bool = False
+    gran_k: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", align(self.k, k_multiple(self.info)))
@@ -91,7 +96,7 @@ class GroupedCase:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances() if row["name"] == self.row)
+        return row_named(self.row)
 
     def places(self) -> tuple[int, list[tuple[int, int]]]:
         """Rows of A and D, and where each group begins and ends; in its own matrix where it has one."""
@@ -115,20 +120,26 @@ class GroupedCase:
             owner[start:end] = [group] * (end - start)
         return owner
 
-    def _random(self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator) -> list[torch.Tensor]:
-        """Values as the row takes them, and scales of shape ``groups``, which are 1 for BF16."""
+    def _random(
+        self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator, kind: str, powers: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values as the row takes them and in float64, and scales of shape ``groups``, which are 1 for BF16."""
         if self.info["scaling"] == "none":
             values = torch.randn(shape, generator=random)
             if self.data != "normal":
                 values = torch.randint(-3, 4, shape, generator=random)
-            return [values.bfloat16(), torch.ones(groups)]
+            stored = values.bfloat16()
+            return stored, stored.double(), torch.ones(groups)
         scales = 2.0 ** torch.randint(-2, 3, groups, generator=random)
+        if self.data == "normal" and not powers:
+            scales = scales * (1 + torch.rand(groups, generator=random))
+        if kind == "fp4":
+            values, stored = random_fp4(shape, random)
+            return stored, values, scales.float()
+        values = torch.randint(-3, 4, shape, generator=random).float()
         if self.data == "normal":
             values = (torch.randn(shape, generator=random) * 60).clamp(-448, 448)
-            scales = scales * (1 + torch.rand(groups, generator=random))
-        else:
-            values = torch.randint(-3, 4, shape, generator=random).float()
-        return [values.to(FP8), scales.float()]
+        return values.to(FP8), values.to(FP8).double(), scales.float()
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
@@ -137,20 +148,22 @@ class GroupedCase:
         own_rows = self.layout in ("masked", "batched")  # each group has its own A and D
         matrices = groups if own_rows else 1
         is_bf16 = info["scaling"] == "none"
-        gran_n, gran_k = 128 if info["scaling"] == "1d2d" else 1, k if is_bf16 else info["gran_k"]
+        is_sm100 = info["arch"] == "sm_100a"
+        b_mn_major = self.b_mn_major if is_sm100 else info["b_mn_major"]
+        gran_n = 128 if info["scaling"] == "1d2d" else 1
+        gran_k = k if is_bf16 else self.gran_k if is_sm100 else info["gran_k"]
         k_groups = ceil_div(k, gran_k)
         random = generator(hash((self.sizes, n, k)) % 2**32)
-        a, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random)
-        b, sfb = self._random((groups, n, k), (groups, ceil_div(n, gran_n), k_groups), random)
-        is_fp4, is_packed = info["family"] == "fp8_fp4_gemm", info["scaling"] == "ue8m0"
-        if is_fp4:
-            codes = torch.randint(16, b.shape, generator=random)
-            b = E2M1[codes]
-        gran_k_b = 32 if is_fp4 else gran_k
-        if is_packed:
-            sfb = 2.0 ** torch.randint(-2, 3, (groups, n, ceil_div(k, gran_k_b)), generator=random).float()
+        # SM90's rows for FP4 have it in B, whose scales are per 32 of K, and packed where A's are per 128.
+        sm90_fp4 = info["family"] == "fp8_fp4_gemm" and not is_sm100
+        gran_k_b = 32 if sm90_fp4 else gran_k
+        is_packed = [info["scaling"] == "ue8m0" and is_sm100, info["scaling"] == "ue8m0"]
+        groups_of_b = (groups, ceil_div(n, gran_n), ceil_div(k, gran_k_b))
+        kind_of_b = "fp4" if sm90_fp4 else self.b
+        a, a_values, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random, self.a, is_packed[0])
+        b, b_values, sfb = self._random((groups, n, k), groups_of_b, random, kind_of_b, is_packed[1])
 
-        d_type = torch.float32 if self.d == "float32" else torch.bfloat16
+        d_type = torch.float32 if self.d.startswith("float32") else torch.bfloat16
         # Rows that belong to no group are NaN in A and in D, where they stay so unless they are to be set to zero.
         expected = torch.full((matrices, rows, n), 0.0 if self.zero_padding else math.nan, dtype=torch.float64)
         owned = torch.zeros(matrices, rows, dtype=torch.bool)
@@ -161,7 +174,7 @@ class GroupedCase:
             expected[at] = 0
             for i in range(sfb.shape[2]):
                 block = slice(i * gran_k_b, (i + 1) * gran_k_b)
-                product = a[at][:, block].double() @ b[group, :, block].double().t()
+                product = a_values[at][:, block] @ b_values[group, :, block].t()
                 scales_of_a = sfa[at[0], i * gran_k_b // gran_k, start:end, None].double()
                 expected[at] += product * (scales_of_a * sfb[group, columns, i].double())
         if is_bf16:
@@ -169,6 +182,11 @@ class GroupedCase:
         else:
             a.view(torch.uint8)[~owned] = 0x7F
         sfa.transpose(1, 2)[~owned] = math.nan
+        sfa, sfb = (
+            pack_scales(torch.where(sf.isnan(), 255, sf.log2() + 127).long()) if packed else sf
+            for sf, packed in zip((sfa, sfb.transpose(1, 2)), is_packed)
+        )
+        sfb = sfb.transpose(1, 2)
 
         # The product's columns that each column of D holds.
         source = torch.arange(n)
@@ -177,7 +195,7 @@ class GroupedCase:
             gap = torch.full((n // (left + right), mid), -1)
             head = source.view(-1, left + right)
             source = torch.cat([head[:, :left], gap, head[:, left:]], 1).flatten()
-        offset, step = (8, 8) if self.d == "tma" else (3, 1)
+        offset, step = (8, 8) if self.d == "tma" or (is_sm100 and self.d == "float32") else (3, 1)
         stride = align(offset + len(source) + 5, step)
         if self.interleaved:
             buffer = torch.full((rows + 2, matrices, stride), math.nan, dtype=d_type).transpose(0, 1)
@@ -194,14 +212,12 @@ class GroupedCase:
         expected = torch.where(source >= 0, expected[:, :, source], math.nan)
         before = buffer.clone()
 
-        a = spread(a, align(k, 16) + 16, self.interleaved)
-        if info["b_mn_major"]:
+        # TMA takes rows of FP4 at multiples of 32 bytes.
+        item = [2 if x.dtype == torch.uint8 else 1 for x in (a, b)]  # elements of a stored one
+        a = spread(a, align(a.shape[2], 16 * item[0]) + 16 * item[0], self.interleaved)
+        if b_mn_major:
             b = b.transpose(1, 2)
-        if is_fp4:
-            b = pack_fp4(codes)
-        b = spread(b, align(b.shape[2], 16) + 16, self.interleaved)
-        if is_packed:
-            sfb = pack_ue8m0(sfb)
+        b = spread(b, align(b.shape[2], 16 * item[1]) + 16 * item[1], self.interleaved)
         sfa = spread(sfa, align(rows, 4) + 4).transpose(1, 2)
         if gran_n == 1:
             sfb = spread(sfb.transpose(1, 2), align(n, 4) + 4).transpose(1, 2)
@@ -213,16 +229,18 @@ class GroupedCase:
             k=k,
             a=a.data_ptr(),
             b=b.data_ptr(),
-            a_stride=a.stride(1),
-            b_stride=b.stride(1) * (2 if is_fp4 else 1),
-            b_is_fp4=is_fp4,
-            sfb_is_packed=is_packed,
+            a_stride=a.stride(1) * item[0],
+            b_stride=b.stride(1) * item[1],
+            sfb_is_packed=is_packed[1] and not is_sm100,
             d=d.data_ptr(),
             d_stride=d.stride(1),
             d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
             num_groups=groups,
-            a_group_stride=a.stride(0),
-            b_group_stride=b.stride(0) * (2 if is_fp4 else 1),
+            a_group_stride=a.stride(0) * item[0],
+            b_group_stride=b.stride(0) * item[1],
+            a_is_fp4=item[0] == 2,
+            b_is_fp4=item[1] == 2,
+            b_mn_major=b_mn_major,
             d_group_stride=d.stride(0),
             grouping=GROUPINGS.index("batched" if self.layout == "batched" else "m_grouped"),
             zero_padding=self.zero_padding,
@@ -230,7 +248,7 @@ class GroupedCase:
         )
         inputs = {"a": a, "b": b}
         if is_bf16:
-            problem.operands, problem.b_mn_major = BF16_OPERANDS, info["b_mn_major"]
+            problem.operands = BF16_OPERANDS
         else:
             problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(1), sfa.stride(2), 1, sfa.stride(0))
             problem.sfb = _Scales(sfb.data_ptr(), sfb.stride(1), sfb.stride(2), gran_n, sfb.stride(0))
@@ -267,7 +285,7 @@ class GroupedCase:
             actual, wanted = (torch.where(inside[matrix], x, 0) for x in (actual, wanted))
             if self.data == "normal":
                 float_tol = error_bar(d.dtype, "bf16") if is_bf16 else 2e-6
-                tol = float_tol if self.d == "float32" else error_bar(d.dtype)
+                tol = float_tol if d.dtype == torch.float32 else error_bar(d.dtype)
                 assert_close(actual, wanted, tol=tol, repro=self.repro)
             else:
                 assert_equal(actual, wanted.to(d.dtype), repro=self.repro)

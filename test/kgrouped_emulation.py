@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from deep_gemm_ops import _capi
 from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch
+from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch, row_named
+from gemm_sm100_emulation import pack_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Case:
 
     @property
     def info(self) -> dict[str, Any]:
-        return next(row for row in _capi.instances() if row["name"] == self.row)
+        return row_named(self.row)
 
     def _values(self, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
         if self.data == "normal":
@@ -143,14 +143,15 @@ class KGroupedCase(_Case):
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
-        m, n, groups, is_bf16 = self.m, self.n, len(self.sizes), self.info["family"] == "bf16_gemm"
+        m, n, groups, is_bf16 = self.m, self.n, len(self.sizes), self.info["scaling"] == "none"
+        packed = self.info["scaling"] == "ue8m0"
         step = 128 if not is_bf16 else self.alignment if self.layout == "psum" else 1
         places = self._places(step)
         k = max(ceil_div(places[-1][1] + self.tail, step) * step, 1)
         random = generator(hash((self.sizes, m, n)) % 2**32)
         operands = [self._values((mn, k), random).to(torch.bfloat16 if is_bf16 else FP8) for mn in (m, n)]
         scales = [2.0 ** torch.randint(-2, 3, (ceil_div(k, 128), mn), generator=random) for mn in (m, n)]
-        if self.data == "normal":
+        if self.data == "normal" and not packed:
             scales = [sf * (1 + torch.rand(sf.shape, generator=random)) for sf in scales]
 
         owned = torch.zeros(k, dtype=torch.bool)
@@ -197,7 +198,10 @@ class KGroupedCase(_Case):
         if is_bf16:
             problem.operands, problem.a_mn_major, problem.b_mn_major = BF16_OPERANDS, True, True
         else:
-            sfa, sfb = (strided(sf, ceil_div(sf.shape[1], 4) * 4 + 4, "cpu") for sf in scales)
+            if packed:
+                scales = [pack_scales(torch.where(sf.isnan(), 255, sf.log2() + 127).long()) for sf in scales]
+            fill = -1 if packed else math.nan
+            sfa, sfb = (strided(sf, ceil_div(sf.shape[1], 4) * 4 + 4, "cpu", fill) for sf in scales)
             problem.sfa = _Scales(sfa.data_ptr(), 1, sfa.stride(0), 1)
             problem.sfb = _Scales(sfb.data_ptr(), 1, sfb.stride(0), 1)
             problem.gran_k = 128

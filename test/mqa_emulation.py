@@ -45,7 +45,7 @@ def instances() -> list[dict[str, Any]]:
 
 @functools.cache
 def _texts() -> list[str]:
-    """The PTX for sm_90a in the library, of each translation unit that holds these kernels.
+    """The PTX in the library, of each translation unit that holds these kernels.
 
     $DG_TEST_PTX names a file to take it from instead, to try a kernel without building the library.
     """
@@ -53,7 +53,7 @@ def _texts() -> list[str]:
         text = Path(override).read_text()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            command = [find_tool("cuobjdump"), "-arch", "sm_90a", "-xptx", "all", _capi.library()._name]
+            command = [find_tool("cuobjdump"), "-xptx", "all", _capi.library()._name]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
             text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     # A file may hold several units.
@@ -209,7 +209,7 @@ def _launch(
 
 
 def run_metadata(
-    context_lens: torch.Tensor, num_ctas: int, indices: torch.Tensor | None = None, **options: int
+    context_lens: torch.Tensor, num_ctas: int, indices: torch.Tensor | None = None, arch: int = 90, **options: int
 ) -> torch.Tensor:
     schedule = torch.full((num_ctas + 1, 2), -7, dtype=torch.int32)
     problem = _Metadata(
@@ -220,7 +220,7 @@ def run_metadata(
         num_ctas=num_ctas,
         schedule=schedule.data_ptr(),
     )
-    call = functools.partial(_capi.library().dg_run_mqa_metadata, ctypes.byref(problem))
+    call = functools.partial(_capi.library().dg_run_mqa_metadata, ctypes.byref(problem), arch)
     _launch(call, {"context_lens": context_lens, "indices": indices}, schedule, **options)
     return schedule
 
@@ -322,6 +322,7 @@ class DenseCase(_Case):
     data: str = "integer"
     num_sms: int = 3
     seed: int = 0  # of the schedule; the data depends on the rest
+    dim: int = 128  # of heads, where the row takes any
 
     def key_ranges(self, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         zero = torch.zeros(self.tokens, dtype=torch.int32)
@@ -340,7 +341,7 @@ class DenseCase(_Case):
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         info, random = self.info, generator(hash((self.tokens, self.keys)) % 2**32)
-        heads, dim = info["heads"], info["head_dim"]
+        heads, dim = info["heads"], info["head_dim"] or self.dim
         q = _values((self.tokens, heads, dim), self.data, random)
         kv_buffer = _values((self.keys, dim + 16), self.data, random)
         kv = kv_buffer[:, :dim]
@@ -418,10 +419,11 @@ class PagedCase(_Case):
     data: str = "integer"
     num_ctas: int = 3
     seed: int = 0
+    dim: int = 128  # of heads, where the row takes any
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         info, random = self.info, generator(hash((self.lens, self.next_n, self.counts)) % 2**32)
-        heads, dim, block_kv = info["heads"], info["head_dim"], self.block_kv
+        heads, dim, block_kv = info["heads"], info["head_dim"] or self.dim, self.block_kv
         sequences = len(self.lens)
         if self.counts:
             sequence_of = torch.repeat_interleave(torch.arange(sequences), torch.tensor(self.counts))
@@ -472,7 +474,7 @@ class PagedCase(_Case):
         limit = min(max_len, max_blocks * block_kv)
         ends = ends.clamp(0, limit)
 
-        schedule = run_metadata(lens, self.num_ctas, indices, seed=self.seed)
+        schedule = run_metadata(lens, self.num_ctas, indices, int(info["arch"][3:-1]), seed=self.seed)
         buffer = torch.full((tokens + 2, max_len + 9), 7.0, dtype=getattr(torch, self.logits))
         logits = buffer[1 : tokens + 1, 2 : max_len + 2]
         problem = _Problem(

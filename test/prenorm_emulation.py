@@ -66,6 +66,7 @@ def run_prenorm(
     *,
     num_splits: int | None = None,
     num_sms: int = 132,
+    arch: int = 90,
     module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> list[tuple[str, ptx_emulator.Stats]]:
@@ -102,7 +103,7 @@ def run_prenorm(
     def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
             name = kernel.decode()
-            ((compiled, entry),) = [(m, e) for _, m in units("prenorm") for e in m.entries if name in e]
+            ((compiled, entry),) = [(m, e) for _, m in units(f"sm{arch}_prenorm") for e in m.entries if name in e]
             changed = module if module is not None and entry in module.entries else compiled
             stats = changed.launch(
                 entry,
@@ -123,6 +124,7 @@ def run_prenorm(
     error = ctypes.create_string_buffer(4096)
     status = _capi.library().dg_run_prenorm_gemm(
         ctypes.byref(problem),
+        arch,
         num_sms,
         ctypes.c_void_p(ptx_emulator.encode_tiled_function()),
         _LAUNCH(launch),
@@ -164,6 +166,7 @@ class PrenormCase:
     data: str = "normal"
     num_sms: int = 8
     seed: int = 0  # of the schedule; the data depends on the rest
+    arch: int = 90
 
     @property
     def repro(self) -> str:
@@ -198,7 +201,8 @@ class PrenormCase:
         d, sqr_sum = d_buffer[..., 1 : self.m + 1, 1 : self.n + 1], sqr_buffer[..., 1 : self.m + 1]
         options = {"budget": BUDGET, "seed": self.seed, **options}
         try:
-            run_prenorm(a, b, d, sqr_sum, num_splits=self.num_splits, num_sms=self.num_sms, module=module, **options)
+            options |= {"num_sms": self.num_sms, "arch": self.arch}
+            run_prenorm(a, b, d, sqr_sum, num_splits=self.num_splits, module=module, **options)
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         expected = prenorm_gemm.reference(a, b, num_splits=self.num_splits, dtype=torch.float64)

@@ -509,7 +509,7 @@ def test_names_on_gpus(deep_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(_names._capi, "instances", lambda: [{"arch": "sm_90a"}])
+    monkeypatch.setattr(_names._capi, "instances", lambda arch: [{"arch": "sm_90a"}])
     assert hasattr(deep_gemm, "fp8_gemm_nt")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for capability, there in (((9, 0), True), ((10, 0), False)):

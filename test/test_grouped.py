@@ -12,7 +12,7 @@ import torch
 import deep_gemm_ops
 from deep_gemm_ops import batched, bf16_gemm, grouped_gemm
 
-from common import FP8, LAYOUTS, assert_close, error_bar, generator, same_bits
+from common import FP8, LAYOUTS, assert_close, error_bar, generator, on_sm100, same_bits
 from grouped import (
     BF16Case,
     Case,
@@ -447,9 +447,10 @@ def test_casts_feed_weight_gradients(device: str, layout: str) -> None:
     rows = int(ends[-1])
     x = torch.randn(rows, 72, generator=generator(0)).bfloat16().to(device)
     grad = torch.randn(rows, 40, generator=generator(1)).bfloat16().to(device)
-    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(value, ks, layout=layout) for value in (grad, x)]
+    options = {"layout": layout, "use_ue8m0": on_sm100(device)}
+    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(value, ks, **options) for value in (grad, x)]
     result = deep_gemm_ops.k_grouped_fp8_gemm_tn_contiguous(*casts[0], *casts[1], ks, layout=layout)
-    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(value, ks, layout=layout) for value in (grad, x)]
+    casts = [deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(value, ks, **options) for value in (grad, x)]
     padded = deep_gemm_ops.k_grouped_fp8_gemm_nt_contiguous(*casts[0], *casts[1], ks, layout=layout)
     assert_close(padded, result.double(), tol=1e-5)
     for group, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist())):

@@ -16,11 +16,13 @@ import torch
 from deep_gemm_ops import _capi
 
 from common import ragged, same_bits
+from gemm_emulation import cluster_tile
 from grouped_emulation import GroupedCase
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
-M_GROUPED = [row for row in _capi.instances() if row["grouping"] == "m_grouped"]
-BATCHED = [row for row in _capi.instances() if row["grouping"] == "batched"]
+M_GROUPED = [row for row in _capi.instances(None) if row["grouping"] == "m_grouped"]
+BATCHED = [row for row in _capi.instances(None) if row["grouping"] == "batched"]
+SM100_M_GROUPED = [row for row in M_GROUPED if row["arch"] == "sm_100a"]
 
 pytestmark = [
     pytest.mark.emulated,
@@ -44,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 
 def alignment(row: Row) -> int:
     """Of groups; a tile divides it."""
-    return max(128, row["block_m"])
+    return max(128, cluster_tile(row)[0])
 
 
 def check(case: GroupedCase) -> None:
@@ -63,7 +65,7 @@ def check(case: GroupedCase) -> None:
 @every_layout
 def test_layouts(row: Row, layout: str) -> None:
     """Groups of no row, one, a part of a tile, whole tiles and a bit more, each CTA with several tiles."""
-    m, n = row["block_m"], row["block_n"]
+    m, n = cluster_tile(row)
     sizes = (0, m - 3, 1, 2 * m, 0, 0, m + 5, 0)
     shape = (sizes, n + 24, row["block_k"] * (row["num_stages"] + 1) - 91)
     check(GroupedCase(row["name"], layout, *shape, alignment(row), tail=70, data="integer"))
@@ -76,7 +78,7 @@ def test_layouts(row: Row, layout: str) -> None:
 )
 def test_outputs(row: Row, layout: str, d: str) -> None:
     """Each way to store D, with padding set to zero where there is any. N is odd where it may be."""
-    m, n = row["block_m"], row["block_n"]
+    m, n = cluster_tile(row)
     n = ragged(n, 13, d == "tma")
     case = GroupedCase(row["name"], layout, (9, 0, m + 1, m), n, 150, alignment(row), 2 * m + 1, d=d, num_sms=2)
     check(dataclasses.replace(case, zero_padding=layout != "masked"))
@@ -85,7 +87,7 @@ def test_outputs(row: Row, layout: str, d: str) -> None:
 @m_grouped
 @every_layout
 def test_nothing_but_padding(row: Row, layout: str) -> None:
-    case = GroupedCase(row["name"], layout, (0,) * 5, row["block_n"] + 1, 130, alignment(row), row["block_m"] + 3)
+    case = GroupedCase(row["name"], layout, (0,) * 5, row["block_n"] + 1, 130, alignment(row), cluster_tile(row)[0] + 3)
     check(case)
     if layout != "masked":
         check(dataclasses.replace(case, zero_padding=True))
@@ -108,6 +110,29 @@ def test_padding_between_groups_is_left_alone(row: Row) -> None:
 @m_grouped
 def test_one_group(row: Row) -> None:
     check(GroupedCase(row["name"], "offsets", (row["block_m"] + 8,), 33, 70, zero_padding=True, tail=1))
+
+
+@pytest.mark.parametrize("row", SM100_M_GROUPED, ids=lambda row: row["name"])
+@pytest.mark.parametrize("layout", ["indices", "psum", "offsets", "masked"])
+@pytest.mark.parametrize("b_mn_major", [False, True], ids=["nt", "nn"])
+def test_sm100_operands(row: Row, layout: str, b_mn_major: bool) -> None:
+    """One kernel reads B in both orders, FP8 and FP4, and scales of both granularities, whose words begin anywhere."""
+    m, n = cluster_tile(row)
+    case = GroupedCase(row["name"], layout, (5, 0, m + 1, 3, m), n + 8, 3 * 128, alignment(row), 9)
+    case = dataclasses.replace(case, b_mn_major=b_mn_major)
+    own = (row["block_m"] if row["swap_ab"] else row["block_n"]) // row["row_ctas"]
+    if b_mn_major and not row["swap_ab"] and own * (1 if row["scaling"] == "ue8m0" else 2) % 32 != 0:
+        with pytest.raises(RuntimeError, match="too few columns for an MN-major operand"):
+            case.run()
+        return
+    check(case)
+    if row["scaling"] != "ue8m0":
+        return
+    check(dataclasses.replace(case, gran_k=32, k=400, d="float32", data="integer"))
+    kinds = [("fp4", "fp8")] if b_mn_major else [("fp8", "fp4"), ("fp4", "fp4")]
+    for a, b in kinds:
+        check(dataclasses.replace(case, a=a, b=b, gran_k=32))
+        check(dataclasses.replace(case, a=a, b=b, d="direct", k=128))
 
 
 HOSTILE = {
@@ -136,8 +161,8 @@ def test_hostile_layouts(row: Row, layout: str) -> None:
 @pytest.mark.parametrize("d", ["tma", "direct", "float32"])
 @pytest.mark.parametrize("c, interleaved", [("", False), ("", True), ("full", True), ("bias", False), ("alias", True)])
 def test_batches(row: Row, d: str, c: str, interleaved: bool) -> None:
-    m, n = row["block_m"], row["block_n"]
-    rows = m - 5 if row["swap_ab"] else m + 5
+    m, n = cluster_tile(row)
+    rows = m - 5 if row["swap_ab"] and row["arch"] == "sm_90a" else m + 5
     n = ragged(n, 9, d == "tma")
     case = GroupedCase(row["name"], "batched", (rows,) * 3, n, 2 * row["block_k"] + 37, d=d, c=c, num_sms=2)
     check(dataclasses.replace(case, interleaved=interleaved, data="integer"))
@@ -157,6 +182,6 @@ def test_batches(row: Row, d: str, c: str, interleaved: bool) -> None:
 )
 def test_gaps_between_heads(row: Row, d: str, heads: tuple[int, int, int]) -> None:
     """Columns of the product go around a gap in each head, which keeps what it holds."""
-    rows = row["block_m"] - 1 if row["swap_ab"] else row["block_m"] + 3
+    rows = row["block_m"] - 1 if row["swap_ab"] and row["arch"] == "sm_90a" else row["block_m"] + 3
     n = (heads[0] + heads[2]) * max(2, 200 // (heads[0] + heads[2]))
     check(GroupedCase(row["name"], "batched", (rows,), n, 200, heads=heads, d=d))

@@ -76,10 +76,11 @@ def library() -> Path:
         (["test_gemm.py"], "not cuda and (fuzz or recipe or empty or accumulate or strides)", 9),
         (["test_grouped.py"], "not cuda and (fuzz or padding or hostile or skip or alignment or empty or casts)", 9),
         (["test_gemm.py"], "not cuda and (fuzz or recipe or empty or accumulate or strides)", 10),
-        (["test_fp8_fp4_gemm.py"], "not ragged and not grouped and not fakes and not compiles", 10),
+        (["test_grouped.py"], "not cuda and (fuzz or padding or hostile or skip or alignment or empty or casts)", 10),
+        (["test_fp8_fp4_gemm.py"], "not ragged and not fakes and not compiles", 10),
         (["test_fp8_fp4_gemm.py"], "not fakes and not compiles", 9),
     ],
-    ids=["bad input", "gemm", "grouped", "gemm on SM100", "FP4 on SM100", "FP4 on SM90"],
+    ids=["bad input", "gemm", "grouped", "gemm on SM100", "grouped on SM100", "FP4 on SM100", "FP4 on SM90"],
 )
 def test_the_operators_own_tests(files: list[str], selection: str, major: int) -> None:
     """`major`: of the compute capability of the GPU that there seems to be."""

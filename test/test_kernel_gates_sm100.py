@@ -76,11 +76,31 @@ def test_no_local_memory(row: Row) -> None:
 def test_bulk_copies(row: Row) -> None:
     """A pair's loads signal one CTA; results leave through TMA, but for swapped operands, whose registers are rows."""
     _, _, mnemonics = sass(row["kernel"])
-    assert (count(mnemonics, "UTMALDG.2D.2CTA") > 0) == (row["row_ctas"] == 2)
-    assert (count(mnemonics, "UTMASTG.2D") > 0) == (not row["swap_ab"])
+    # The group is a third coordinate where each has its own operand, or result.
+    load = "UTMALDG.2D" if row["grouping"] in ("dense", "k_grouped") else "UTMALDG.3D"
+    store = "UTMASTG.2D" if row["grouping"] in ("dense", "summed") else "UTMASTG.3D"
+    assert (count(mnemonics, f"{load}.2CTA") > 0) == (row["row_ctas"] == 2)
+    assert (count(mnemonics, store) > 0) == (not row["swap_ab"])
+    assert count(mnemonics, "UTMALDG.2D" if load == "UTMALDG.3D" else "UTMALDG.3D") == 0
     # One loop for each type of D, which is unrolled where the columns go to several CTAs.
     columns = row["block_m"] if row["swap_ab"] else row["block_n"]
     assert count(mnemonics, "LDTM") == 2 * (max(columns // 32, 1) if row["split_k"] > 1 else 1)
+
+
+MQA_ROWS = [row for row in _capi.mqa_instances() if row["arch"] == "sm_100a"]
+
+
+@pytest.mark.parametrize("row", MQA_ROWS, ids=lambda row: row["name"])
+def test_mqa_logits(row: Row) -> None:
+    """One instruction in a loop over the head dimension; two loops over columns, of which each reads 32 ahead."""
+    resources, _, mnemonics = sass(row["kernel"])
+    assert (resources["stack"], resources["local"]) == (0, 0)
+    assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
+    assert resources["reg"] * row["num_threads"] <= 65536
+    assert count(mnemonics, "UTCQMMA") == 1
+    assert count(mnemonics, "UTCBAR") == 3  # a stage, queries, an accumulator
+    assert count(mnemonics, "LDTM") == 6
+    assert (count(mnemonics, "UTMALDG.3D") > 0) == row["paged"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,13 +108,30 @@ def test_bulk_copies(row: Row) -> None:
 
 
 def test_each_row_is_selected_somewhere() -> None:
-    alive = set()
+    alive = selected_groups()
     sizes = itertools.product((1, 16, 32, 48, 64, 128, 256, 1024, 4096, 8192), (576, 2112, 7168, 24576, 32768))
     for (m, n), k, recipe in itertools.product(sizes, (128, 512, 1536, 7168, 16384), ((1, 128, 128), None)):
         choice = _capi.select(m, n, k, recipe=recipe, arch="sm_100a", num_sms=NUM_SMS)
         alive.add(choice["row"])
         assert [candidate["index"] for candidate in choice["candidates"]] == [row["index"] for row in ROWS]
     assert alive == {row["index"] for row in ROWS}
+
+
+def selected_groups() -> set[int]:
+    """Rows that problems of groups select."""
+    alive = set()
+    sizes = itertools.product((4, 16, 32, 64, 128, 256, 1024, 4096), (576, 4096, 7168), (512, 2048, 7168), (1, 8, 64))
+    for (m, n, k, groups), recipe in itertools.product(sizes, ((1, 1, 128), None)):
+        common = {"recipe": recipe, "arch": "sm_100a", "num_sms": NUM_SMS, "num_groups": groups}
+        for group_layout, rows in (("indices", m * groups), ("offsets", m * groups), ("masked", m)):
+            groups_of = {"grouping": "m_grouped", "group_layout": group_layout, "expected_m": m}
+            alive.add(_capi.select(rows, n, k, **groups_of, **common)["row"])
+        alive.add(_capi.select(m, n, k, grouping="batched", **common)["row"])
+        k_groups = {"grouping": "k_grouped", "group_layout": "sizes", "layout": "nt" if recipe else "tn"}
+        alive.add(_capi.select(m, n, k * groups, float_output=True, **k_groups, **common)["row"])
+        if recipe is None:
+            alive.add(_capi.select(m, n, k, grouping="summed", **common)["row"])
+    return alive
 
 
 def test_every_problem_has_a_row() -> None:

@@ -17,11 +17,12 @@ import torch
 from deep_gemm_ops import _capi
 
 from common import ragged, same_bits
+from gemm_emulation import cluster_tile
 from kgrouped_emulation import KGroupedCase, SummedCase
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
-K_GROUPED = [row for row in _capi.instances() if row["grouping"] == "k_grouped"]
-SUMMED = [row for row in _capi.instances() if row["grouping"] == "summed"]
+K_GROUPED = [row for row in _capi.instances(None) if row["grouping"] == "k_grouped"]
+SUMMED = [row for row in _capi.instances(None) if row["grouping"] == "summed"]
 
 pytestmark = [
     pytest.mark.emulated,
@@ -52,11 +53,6 @@ def check(case: KGroupedCase | SummedCase) -> None:
         )
 
 
-def tile(row: Row) -> tuple[int, int]:
-    """Of a cluster."""
-    return row["block_m"] * row["row_ctas"], row["block_n"] * row["col_ctas"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # K-grouped
 
@@ -69,7 +65,7 @@ def test_layouts(row: Row, layout: str, data: str) -> None:
 
     With ``psum`` NaN follows each group in both operands, and in its last block.
     """
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     sizes = (0, 70, 1, 2 * row["block_k"], 0, 0, row["block_k"] * (row["num_stages"] + 1) - 5, 129, 0)
     check(KGroupedCase(row["name"], layout, sizes, m + 3, n + 24, 48, 200, data=data, num_sms=row["cluster_size"]))
 
@@ -79,7 +75,7 @@ def test_layouts(row: Row, layout: str, data: str) -> None:
 @pytest.mark.parametrize("d", ["tma", "direct", "float32", "float32 direct"])
 def test_outputs(row: Row, d: str, c: str) -> None:
     """Each way to store D with each kind of C, which a group of K = 0 gets as it is. M is odd, N where it may be."""
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     columns = ragged(n, 13, d in ("tma", "float32"))
     check(KGroupedCase(row["name"], "offsets", (200, 0, 37), m + 1, columns, d=d, c=c, data="integer", num_sms=4))
 
@@ -98,12 +94,19 @@ def test_outputs(row: Row, d: str, c: str) -> None:
 @every_layout
 def test_hostile_layouts(row: Row, layout: str, values: tuple[int, ...]) -> None:
     """Any values, but memory outside of the tensors is neither read nor written, and the walk ends."""
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     for d in ("tma", "float32 direct"):
         check(KGroupedCase(row["name"], layout, (64, 128, 0, 150), m - 1, n + 1, 128, d=d, values=values))
 
 
-@pytest.mark.parametrize("row", [row for row in K_GROUPED if row["block_m"] == 64], ids=lambda row: row["name"])
+# The smallest tiles of each architecture.
+SMALL = [
+    row for row in K_GROUPED if (row["block_m"], row["block_n"]) in ((64, 64), (128, 128)) and row["row_ctas"] == 1
+]
+SMALL = [row for row in SMALL if row["block_m"] == (64 if row["arch"] == "sm_90a" else 128)]
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda row: row["name"])
 def test_more_groups_than_a_launch_takes(row: Row) -> None:
     random = torch.Generator().manual_seed(0)
     sizes = tuple(torch.randint(0, 4, (257,), generator=random).tolist())
@@ -114,7 +117,7 @@ def test_more_groups_than_a_launch_takes(row: Row) -> None:
 @k_grouped
 def test_one_group(row: Row) -> None:
     """Whole tiles and blocks, and the smallest product."""
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     check(KGroupedCase(row["name"], "sizes", (4 * row["block_k"],), 2 * m, n, d="float32"))
     check(KGroupedCase(row["name"], "offsets", (1,), 1, 1, d="float32"))
 
@@ -128,7 +131,7 @@ def test_one_group(row: Row) -> None:
 @pytest.mark.parametrize("d", ["tma", "direct", "float32"])
 def test_summed_outputs(row: Row, d: str, c: str) -> None:
     """Each way to store D with each kind of C; K ends inside a block, and products do not divide evenly among CTAs."""
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     check(SummedCase(row["name"], 5, m + 5, ragged(n, 9, d in ("tma", "float32")), 150, d=d, c=c, data="integer"))
 
 
@@ -136,7 +139,7 @@ def test_summed_outputs(row: Row, d: str, c: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("groups, k", [(1, 64), (2, 1), (11, 192), (40, 24)])
 def test_sums(row: Row, groups: int, k: int, interleaved: bool) -> None:
-    m, n = tile(row)
+    m, n = cluster_tile(row)
     case = SummedCase(row["name"], groups, 2 * m - 7, n, k, interleaved, num_sms=row["cluster_size"])
     check(case)
     check(dataclasses.replace(case, m=1, n=2, d="float32", data="integer"))

@@ -83,7 +83,7 @@ def test_theoretical_mk_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert [theoretical(), theoretical(1), theoretical(500)] == [128, 128, 128]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert [theoretical(m) for m in (None, 0, 1, 32, 33, 200, 224, 9999)] == [224, 32, 32, 32, 64, 224, 224, 224]
+    assert [theoretical(m) for m in (None, 0, 1, 32, 33, 200, 224, 9999)] == [128, 16, 16, 32, 64, 128, 128, 128]
 
 
 def test_block_size_multiple_of() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -19,11 +20,15 @@ from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm, special_
 from ptx_emulator import mutate
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
+ARCHS = [arch for arch in (90, 100) if _capi.instances(f"sm_{arch}a")]
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
 ]
+
+
+every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,21 +44,24 @@ def launches(case: PrenormCase, **options: int) -> list[tuple[str, ptx_emulator.
     a, b = case.operands()
     lead = () if case.num_splits is None else (case.num_splits,)
     d, sqr_sum = torch.empty(*lead, case.m, case.n), torch.empty(*lead, case.m)
-    return run_prenorm(a, b, d, sqr_sum, num_splits=case.num_splits, num_sms=case.num_sms, **options)
+    options |= {"num_sms": case.num_sms, "arch": case.arch}
+    return run_prenorm(a, b, d, sqr_sum, num_splits=case.num_splits, **options)
 
 
 # One for each kernel, by rows of a (up to 64, 128, 256) and of b (up to 32, 64).
 KERNELS = [(60, 24), (121, 32), (249, 9), (33, 40), (127, 64)]
 
 
+@every_arch
 @pytest.mark.parametrize(("m", "n"), KERNELS)
 @pytest.mark.parametrize("data", ["normal", "integer", "split", "special"])
-def test_every_kernel(m: int, n: int, data: str) -> None:
+def test_every_kernel(m: int, n: int, data: str, arch: int) -> None:
     """One tile and a ragged end of K, split internally, into parts, and not at all."""
     for num_splits, num_sms in [(None, 3), (2, 1), (None, 1)]:
-        PrenormCase(m, n, 200, num_splits, data, num_sms).run()
+        PrenormCase(m, n, 200, num_splits, data, num_sms, arch=arch).run()
 
 
+@every_arch
 @pytest.mark.parametrize(
     "case",
     [
@@ -74,20 +82,22 @@ def test_every_kernel(m: int, n: int, data: str) -> None:
     ],
     ids=lambda case: f"{case.m}-{case.n}-{case.k}-{case.num_splits}",
 )
-def test_shapes(case: PrenormCase) -> None:
-    case.run()
+def test_shapes(case: PrenormCase, arch: int) -> None:
+    dataclasses.replace(case, arch=arch).run()
 
 
-def test_nan_and_infinity() -> None:
+@every_arch
+def test_nan_and_infinity(arch: int) -> None:
     for a, b, expected in special_products("cpu"):
         results = torch.empty(len(a), len(b)), torch.empty(len(a))
-        run_prenorm(a, b, *results)
+        run_prenorm(a, b, *results, arch=arch)
         for result, want in zip(results, expected):
             assert_close(result, want, tol=2e-5, tile=(1, 1))
 
 
+@every_arch
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_problems(seed: int) -> None:
+def test_random_problems(seed: int, arch: int) -> None:
     random = generator(seed)
 
     def pick(*choices: object) -> object:
@@ -105,31 +115,35 @@ def test_random_problems(seed: int) -> None:
             data=pick("normal", "integer", "special"),
             num_sms=pick(1, 3, 20),
             seed=seed,
+            arch=arch,
         ).run()
 
 
-def test_same_bits_in_every_order() -> None:
+@every_arch
+def test_same_bits_in_every_order(arch: int) -> None:
     """Neither the order of warps and copies nor the number of parts in flight changes a result."""
-    case = PrenormCase(70, 24, 1000, num_sms=5)
+    case = PrenormCase(70, 24, 1000, num_sms=5, arch=arch)
     first = case.run()
     for seed in range(1, 1 + SEEDS):
-        again = PrenormCase(70, 24, 1000, num_sms=5, seed=seed).run()
+        again = dataclasses.replace(case, seed=seed).run()
         assert all(same_bits(x, y) for x, y in zip(first, again))
 
 
-def test_nothing_is_read_twice() -> None:
+@every_arch
+def test_nothing_is_read_twice(arch: int) -> None:
     """Bytes of a and b that the copies fetch: a once, b once a tile, and of neither more than whole rows of 8."""
-    case = PrenormCase(8 * 60, 24, 64 * 12, num_sms=8)
+    case = PrenormCase(8 * 60, 24, 64 * 12, num_sms=8, arch=arch)
     (name, stats), (reduction, _) = launches(case, counters=True)
-    assert (name, reduction) == ("sm90_prenorm_gemmILi256ELi1E", "sm90_prenorm_reduce")
+    assert (name, reduction) == (f"sm{arch}_prenorm_gemmILi256ELi1E", f"sm{arch}_prenorm_reduce")
     tiles = 2
     assert stats.counters["total"]["bulk_load_bytes"] == case.k * (2 * case.m + tiles * 4 * case.n)
 
 
-def test_no_bank_conflicts() -> None:
+@every_arch
+def test_no_bank_conflicts(arch: int) -> None:
     """Neither where b is split into BF16 values nor where squares are summed."""
     for m, n in KERNELS:
-        for _, stats in launches(PrenormCase(m, n, 256, num_sms=2), counters=True):
+        for _, stats in launches(PrenormCase(m, n, 256, num_sms=2, arch=arch), counters=True):
             total = stats.counters["total"]
             assert not any(value for name, value in total.items() if name.endswith("_conflicts")), (m, n)
 
@@ -145,12 +159,14 @@ def test_the_device_is_filled() -> None:
     assert prenorm_splits(2**30, 24, 64, 132) == 1
 
 
-def test_no_more_sms_than_allowed() -> None:
+@every_arch
+def test_no_more_sms_than_allowed(arch: int) -> None:
     """One CTA walks all tiles of three kinds, its ring going on from tile to tile."""
     for seed in range(SEEDS):
-        PrenormCase(300, 70, 200, num_splits=3, num_sms=1, seed=seed).run()
+        PrenormCase(300, 70, 200, num_splits=3, num_sms=1, seed=seed, arch=arch).run()
 
 
+@pytest.mark.skipif(90 not in ARCHS, reason="the library was built without kernels for sm_90a")
 def test_sass() -> None:
     """A block of K is four instructions and one wait for them, and no kernel uses local memory."""
     library = Path(_capi.library()._name)
@@ -162,20 +178,38 @@ def test_sass() -> None:
         assert counts == [4, 1, 1, 0, 0], (rows, col_groups)
 
 
+@pytest.mark.skipif(100 not in ARCHS, reason="the library was built without kernels for sm_100a")
+def test_sass_of_sm100() -> None:
+    """A block of K is four instructions for each 128 rows, and no kernel uses local memory."""
+    library = Path(_capi.library()._name)
+    for rows, col_groups in [(128, 1), (256, 1), (128, 2)]:
+        resources = inspect.kernel_resources(library, f"sm100_prenorm_gemmILi{rows}ELi{col_groups}E")
+        assert (resources["stack"], resources["local"]) == (0, 0)
+        sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
+        counts = [sass.count(name) for name in ("UTCHMMA", "UTCBAR", "LDTM", "LDL", "STL")]
+        assert counts == [4 * rows // 128, 2, 2, 0, 0], (rows, col_groups)
+
+
 def product_unit(entry: str) -> str:
-    ((text, name),) = [(text, e) for text, module in units("prenorm") for e in module.entries if entry in e]
+    part = entry[: entry.index("_gemm")]
+    ((text, name),) = [(text, e) for text, module in units(part) for e in module.entries if entry in e]
     return mutate.extract(text, name)
 
 
 @pytest.mark.parametrize(
-    ("rows", "m", "n"),
-    [(64, 50, 24), (128, 100, 70), (256, 300, 17)],
+    ("arch", "rows", "m", "n"),
+    [(90, 64, 50, 24), (90, 128, 100, 70), (90, 256, 300, 17), (100, 128, 100, 70), (100, 256, 300, 17)],
 )
-def test_missing_synchronisation_is_reported(rows: int, m: int, n: int) -> None:
+def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: int) -> None:
     """Each wait, arrive, fence and barrier of the product's kernel, left out or wrong."""
-    text = product_unit(f"sm90_prenorm_gemmILi{rows}ELi{1 if n <= 32 else 2}E")
+    if arch not in ARCHS:
+        pytest.skip(f"the library was built without kernels for sm_{arch}a")
+    text = product_unit(f"sm{arch}_prenorm_gemmILi{rows}ELi{1 if n <= 32 else 2}E")
     # Where a tile has all of its rows, there are none to clear, and no fence for that.
     cases = [PrenormCase(m, n, 64 * 18 - 8, 1, "integer", 1), PrenormCase(rows, n, 200, 2, "integer", 1)]
+    if arch == 100:  # the sums of squares alone
+        cases.append(PrenormCase(m, 0, 64 * 18, 1, "integer", 1))
+    cases = [dataclasses.replace(case, arch=arch) for case in cases]
 
     def run(ptx: str) -> None:
         module = ptx_emulator.Module(ptx)
@@ -194,9 +228,19 @@ def test_missing_synchronisation_is_reported(rows: int, m: int, n: int) -> None:
 def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     """Why a kernel works without this statement, empty where it would not."""
     lines = ptx.splitlines()
-    before = lines[: mutant.line - 1]
+    before, after = lines[: mutant.line - 1], lines[mutant.line :]
+    if mutant.kind == "mbarrier wait":
+        following = next(line for line in after if re.search(r"try_wait|tcgen05|\.shared|\.global|\.async", line))
+        if "try_wait" in following:
+            return "the wait that follows is for warps that have waited for the same stage"
     if mutant.kind == "warp barrier":
-        met = max(i for i, line in enumerate(before) if "wgmma.wait_group" in line or "bar.warp.sync" in line)
-        if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
+        meets = r"wgmma\.wait_group|bar\.warp\.sync"
+        met = max((i for i, line in enumerate(before) if re.search(meets, line)), default=0)
+        if not any(re.search(r"\b(ld|st)\b.*\.shared", line) for line in before[met:]):
             return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    if mutant.kind == "tcgen05 fence":
+        # The first two are around the allocation, the last one is in front of the end.
+        fences = [i for i, line in enumerate(lines, 1) if "tcgen05.fence" in line]
+        if mutant.line in (*fences[:2], fences[-1]):
+            return "the emulator does not ask for fences around tcgen05.alloc and tcgen05.dealloc"
     return ""

@@ -112,9 +112,12 @@ def select(
 
 
 def mqa_instances() -> list[dict[str, Any]]:
-    """The rows of the table of kernels for MQA logits, in its order. Each is a dict with ``index``, ``name``, ``arch``,
-    ``family``, ``kernel``, ``heads``, ``head_dim``, ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``,
-    ``shared_bytes`` and ``num_threads``. Empty without the library."""
+    """The rows of the tables of kernels for MQA logits, in their order.
+
+    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel``, ``heads``, ``head_dim`` (0 on SM100, whose
+    rows take any), ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``, ``shared_bytes`` and
+    ``num_threads``. Empty without the library.
+    """
     lib = library()
     return [] if lib is None else json.loads(lib.dg_mqa_instances())
 

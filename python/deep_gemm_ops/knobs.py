@@ -126,8 +126,8 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
     """The alignment that suits this device's kernels best.
 
     Args:
-        expected_m: rows of a typical group. SM90 kernels use 128 in any case; on SM100 it is the smallest multiple of
-            32 from 32 to 224 that covers ``expected_m``, 224 without one.
+        expected_m: rows of a typical group. SM90 kernels use 128 in any case; on SM100 it is the smallest of 16, 32,
+            64 and 128, the heights of tiles, that covers ``expected_m``, 128 where none does or without one.
     """
     if expected_m is not None and (isinstance(expected_m, bool) or not isinstance(expected_m, int) or expected_m < 0):
         name = "get_theoretical_mk_alignment_for_contiguous_layout"
@@ -136,7 +136,7 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 10:
         return 128
-    return 224 if expected_m is None else min(max(_checks.align(expected_m, 32), 32), 224)
+    return next((rows for rows in (16, 32, 64) if expected_m is not None and expected_m <= rows), 128)
 
 
 def set_block_size_multiple_of(multiple: int | Sequence[int]) -> None:

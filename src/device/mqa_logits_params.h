@@ -10,7 +10,9 @@ namespace deep_gemm {
 // Tokens of one sequence that are scored together, where `indices` names the sequence of each token; also what the
 // schedule counts as one.
 inline constexpr int kMqaAtomTokens = 4;
-inline constexpr int kMqaTileKeys = 64;  // M of the instruction
+inline constexpr int kMqaTileKeys = 64;  // what work is counted in; M of SM90's instruction
+inline constexpr int kMqaMetadataThreads = 1024;
+inline constexpr int kMqaQueryStages = 2;
 
 // int32 vector or matrix in device memory; strides in elements.
 struct IntSource {
@@ -48,6 +50,10 @@ struct MqaLogitsParams {
     int next_n;
     IntSource indices;       // data is null without it
     const int32_t* schedule;  // [CTAs + 1, 2]
+
+    // SM100, whose kernels take any.
+    int head_dim;
+    int q_rows;  // of a box of q_map
 };
 
 struct MqaMetadataParams {

@@ -7,6 +7,13 @@
 
 namespace deep_gemm {
 
+inline constexpr int kPrenormBlockK = 64;  // 128 bytes of A, twice 128 bytes of B
+inline constexpr int kPrenormReduceThreads = 256;
+inline constexpr int kPrenormReduceElements = 128;  // of a CTA
+
+// Rows of the tallest kernel: with two groups of 32 columns SM90's threads have half the registers for accumulators.
+constexpr int prenorm_max_rows(int col_groups) { return col_groups == 1 ? 256 : 128; }
+
 // D[s, m, n] and the sums of squares [s, m], s the part of K. FP32, strides in elements.
 struct PrenormOutput {
     float* d;

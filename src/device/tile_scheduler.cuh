@@ -33,6 +33,14 @@ __device__ __forceinline__ int divide(int x, const FastDivisor& by) {
     return by.divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), by.multiplier) >> by.shift);
 }
 
+// Where a column of a product whose result has gaps between heads lies in the result.
+__device__ __forceinline__ int column_of_result(const HeadMap& heads, int col) {
+    if (heads.width.divisor == 0) return col;
+    const int head = divide(col, heads.width);
+    const bool is_right = col - head * heads.width.divisor >= heads.left;
+    return col + (head + is_right) * heads.mid;
+}
+
 // All schedulers: next() is called by a whole warp, or, next<false>(), by one thread that has the role to itself.
 
 // Persistent walk over a dense output: cluster i takes tiles i, i + clusters, ... Tiles are numbered in groups of
@@ -86,13 +94,14 @@ protected:
 };
 
 // The same walk over products that are alike, one after the other.
-template <int kBlockRows, int kBlockCols>
-class BatchedScheduler : DenseScheduler<kBlockRows, kBlockCols, 1, 1, 1> {
-    using Dense = DenseScheduler<kBlockRows, kBlockCols, 1, 1, 1>;
+template <int kBlockRows, int kBlockCols, int kRowCtas = 1>
+class BatchedScheduler : DenseScheduler<kBlockRows, kBlockCols, kRowCtas, 1, 1> {
+    using Dense = DenseScheduler<kBlockRows, kBlockCols, kRowCtas, 1, 1>;
 
 public:
-    __device__ __forceinline__ BatchedScheduler(const DenseSchedule& schedule, const BatchSchedule& batch)
-        : Dense(schedule, 0), batch_(batch) {}
+    __device__ __forceinline__ BatchedScheduler(const DenseSchedule& schedule, const BatchSchedule& batch,
+                                                uint32_t rank = 0)
+        : Dense(schedule, rank), batch_(batch) {}
 
     template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(WorkTile& work) {
@@ -243,14 +252,14 @@ using QueueReader = QueueReaderOf<WorkTile>;
 // Persistent walk over groups of rows that share N and K, whose sizes only the device knows. One warp finds this CTA's
 // tiles, 32 at a time, and queues them; all other roles read the queue.
 //
-// Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... Inside a group tiles
-// along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
+// Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... (kCtas of a cluster share
+// a tile, and each finds the same ones). Inside a group tiles along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
 // group in this respect, and a tile whose first row is padding is passed over. Otherwise 32 groups at a time are in shared
 // memory, and of all others what lies before each 32 of them, so that they can be loaded again.
 //
 // Whatever the layout holds, all coordinates lie inside the matrices, no row is in two tiles, and the walk is at most as
 // long as with a layout that makes sense.
-template <int kBlockM, int kBlockN, bool kSwapAB>
+template <int kBlockM, int kBlockN, bool kSwapAB, int kCtas = 1>
 class MGroupedScheduler {
     // What lies before a group: tiles along M, and the largest end.
     struct Before {
@@ -291,10 +300,10 @@ public:
         }
         int loaded = num_chunks - 1;
         const int num_tiles = row_tiles * schedule.col_tiles;
-        const int step = static_cast<int>(gridDim.x);
+        const int step = static_cast<int>(gridDim.x) / kCtas;
         PipelineState<WorkQueue::kSlots> state;
 #pragma unroll 1
-        for (int first = static_cast<int>(blockIdx.x); first < num_tiles; first += 32 * step) {
+        for (int first = static_cast<int>(blockIdx.x) / kCtas; first < num_tiles; first += 32 * step) {
             WorkTile work;
             const int tile = first + lane * step;
             bool is_tile = tile < num_tiles;

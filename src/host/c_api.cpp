@@ -158,9 +158,9 @@ DG_EXPORT size_t dg_prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_sp
 }
 
 // As dg_run_fp8_gemm.
-DG_EXPORT int dg_run_prenorm_gemm(const PrenormGemmProblem* problem, int num_sms, EncodeTiledFunction encode,
+DG_EXPORT int dg_run_prenorm_gemm(const PrenormGemmProblem* problem, int arch, int num_sms, EncodeTiledFunction encode,
                                   LaunchCallback launch, char* error, size_t error_size) {
     return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
-        run_prenorm_gemm(*problem, num_sms, false, backend);
+        run_prenorm_gemm(*problem, arch, num_sms, false, backend);
     });
 }

@@ -21,12 +21,6 @@ struct RowResources {
 };
 RowResources row_resources(const GemmRow& row);
 
-// Throws std::runtime_error with each row's reason against a problem that none can run.
-[[noreturn]] void throw_no_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits);
-
-// DG_PRINT_CONFIGS: prints the row that a problem runs on, once.
-void print_config(const GemmProblem& problem, const GemmRow& row, const RowResources& resources, int grid);
-
 // M, N and K must be positive, operand rows 16-byte aligned (the ops check that). `row` forces a row of the table, -1
 // selects one. Throws std::runtime_error, naming each row's reason, where none fits.
 void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row, bool pdl, Backend& backend);

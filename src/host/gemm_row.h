@@ -46,6 +46,8 @@ struct GemmRow {
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
     constexpr int tile_rows() const { return block_rows * row_ctas; }  // of a cluster
     constexpr int tile_cols() const { return block_cols * col_ctas; }
+    constexpr int tile_m() const { return swap_ab ? tile_cols() : tile_rows(); }
+    constexpr int tile_n() const { return swap_ab ? tile_rows() : tile_cols(); }
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
 };

@@ -7,12 +7,14 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
-#include <utility>
 
+#include "../sm100/mqa_logits_dispatch.h"
+#include "../sm100/mqa_logits_traits.h"
 #include "../sm90/mqa_logits_dispatch.h"
 #include "../sm90/mqa_logits_instances.h"
 #include "../sm90/mqa_logits_traits.h"
 #include "knobs.h"
+#include "shards.h"
 
 namespace deep_gemm {
 
@@ -23,22 +25,31 @@ static_assert(sm90::first_invalid_mqa_row(sm90::kMqaRows, sm90::kNumMqaRows) == 
               "mqa_logits_traits.h");
 
 #if DG_WITH_SM90
-template <int... kShard>
-const void* find_kernel(int row, std::integer_sequence<int, kShard...>) {
-    static constexpr const void* (*kFind[])(int) = {&sm90::mqa_kernel_in_shard<kShard>...};
-    return kFind[row % DG_NUM_SHARDS](row);
-}
-
-const void* find_kernel(int row) { return find_kernel(row, std::make_integer_sequence<int, DG_NUM_SHARDS>()); }
-const void* metadata_kernel() { return sm90::mqa_metadata_kernel(); }
+template <int kShard>
+struct Shard {
+    static const void* find(int row) { return sm90::mqa_kernel_in_shard<kShard>(row); }
+};
+const void* sm90_kernel(int row) { return find_in_shards<Shard>(row); }
+const void* sm90_metadata() { return sm90::mqa_metadata_kernel(); }
 #else
-const void* find_kernel(int) { return nullptr; }
-const void* metadata_kernel() { return nullptr; }
+const void* sm90_kernel(int) { return nullptr; }
+const void* sm90_metadata() { return nullptr; }
 #endif
 
-std::string kernel_name(int row) { return row_name(mqa_logits_rows()[row]); }
-std::string kernel_symbol(int row) { return "sm90_fp8_mqa_logitsILi" + std::to_string(row) + "E"; }
-std::string metadata_name(int) { return "sm90_mqa_logits_metadata"; }
+#if DG_WITH_SM100
+const void* sm100_kernel(int row) { return sm100::mqa_kernel(row); }
+const void* sm100_metadata() { return sm100::mqa_metadata_kernel(); }
+#else
+const void* sm100_kernel(int) { return nullptr; }
+const void* sm100_metadata() { return nullptr; }
+#endif
+
+std::string sm90_name(int row) { return row_name(sm90::kMqaRows[row]); }
+std::string sm100_name(int row) { return row_name(sm100::kMqaRows[row]); }
+std::string sm90_symbol(int row) { return kernel_symbol(sm90::kMqaRows[row], row); }
+std::string sm100_symbol(int row) { return kernel_symbol(sm100::kMqaRows[row], row); }
+std::string sm90_metadata_name(int) { return "sm90_mqa_logits_metadata"; }
+std::string sm100_metadata_name(int) { return "sm100_mqa_logits_metadata"; }
 
 std::atomic<int> forced_row{-1};
 
@@ -59,25 +70,35 @@ void print_config(const MqaLogitsProblem& problem, const MqaRow& row, const MqaR
 }
 
 bool fits(const MqaRow& row, const MqaLogitsProblem& problem) {
-    return row.heads == problem.heads && row.head_dim == problem.head_dim && row.paged == problem.paged;
+    return row.heads == problem.heads && (row.head_dim == 0 || row.head_dim == problem.head_dim) &&
+           row.paged == problem.paged;
 }
 
 }  // namespace
 
-std::span<const MqaRow> mqa_logits_rows() {
+std::span<const MqaRow> mqa_logits_rows(int arch) {
 #if DG_WITH_SM90
-    return sm90::kMqaRows;
-#else
-    return {};
+    if (arch == 90) return sm90::kMqaRows;
 #endif
+#if DG_WITH_SM100
+    if (arch == 100) return sm100::kMqaRows;
+#endif
+    return {};
+}
+
+std::string kernel_symbol(const MqaRow& row, int index) {
+    if (row.arch == 90) return "sm90_fp8_mqa_logitsILi" + std::to_string(index) + "E";
+    return "sm100_fp8_mqa_logitsILi" + std::to_string(row.heads) + "ELb" + (row.paged ? "1" : "0") + "E";
 }
 
 MqaRowResources row_resources(const MqaRow& row) {
+    if (row.arch == 100) return {sm100::kMqaStages, sm100::mqa_shared_bytes(), sm100::kMqaThreads};
     const sm90::MqaLayout layout{row};
     return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
 }
 
 std::string row_name(const MqaRow& row) {
+    if (row.arch == 100) return (row.paged ? "sm100_fp8_paged_mqa_h" : "sm100_fp8_mqa_h") + std::to_string(row.heads);
     std::string name = row.paged ? "sm90_fp8_paged_mqa" : "sm90_fp8_mqa";
     name += "_h" + std::to_string(row.heads) + "d" + std::to_string(row.head_dim) + "_n" + std::to_string(row.cols);
     if (row.parts > 1) name += "x" + std::to_string(row.parts);
@@ -85,8 +106,8 @@ std::string row_name(const MqaRow& row) {
     return name;
 }
 
-int select_mqa_row(const MqaLogitsProblem& problem) {
-    const std::span<const MqaRow> rows = mqa_logits_rows();
+int select_mqa_row(const MqaLogitsProblem& problem, int arch) {
+    const std::span<const MqaRow> rows = mqa_logits_rows(arch);
     int best = -1;
     for (int i = 0; i < static_cast<int>(rows.size()); ++i) {
         if (!fits(rows[i], problem)) continue;
@@ -103,9 +124,13 @@ int select_mqa_row(const MqaLogitsProblem& problem) {
 int forced_mqa_row() { return forced_row; }
 void force_mqa_row(int row) { forced_row = row; }
 
-void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, bool pdl, Backend& backend) {
-    const std::span<const MqaRow> rows = mqa_logits_rows();
-    if (row_idx < 0) row_idx = select_mqa_row(problem);
+void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int row_idx, bool pdl, Backend& backend) {
+    const std::span<const MqaRow> rows = mqa_logits_rows(arch);
+    if (row_idx < 0) {
+        row_idx = select_mqa_row(problem, arch);
+    } else if (arch == 100) {
+        row_idx -= static_cast<int>(mqa_logits_rows(90).size());
+    }
     if (row_idx < 0 || row_idx >= static_cast<int>(rows.size()) || !fits(rows[row_idx], problem)) {
         throw std::runtime_error("mqa_logits: no compiled kernel, or not the one that was forced, takes " +
                                  std::to_string(problem.heads) + " heads of " + std::to_string(problem.head_dim));
@@ -116,7 +141,14 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
     MqaLogitsParams params = {};
     const MatrixView q{problem.q, problem.num_tokens * problem.heads, problem.head_dim, problem.q_stride,
                        CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    params.q_map = make_tensor_map(encode, q, row.tile_cols(), row.head_dim);
+    const int head_dim = problem.head_dim;
+    const int tile_keys = arch == 100 ? sm100::kMqaKeys : kMqaTileKeys;
+    params.head_dim = head_dim;
+    params.q_rows = row.tile_cols();
+    // SM100: as many columns as tokens have that are scored together, 32 at a time.
+    const int64_t tokens = problem.paged ? atom_tokens(problem) : problem.num_tokens;
+    if (arch == 100) params.q_rows = static_cast<int>(std::min<int64_t>((tokens * row.heads + 31) / 32 * 32, row.cols));
+    params.q_map = make_tensor_map(encode, q, params.q_rows, head_dim);
     // Without keys, or blocks, the maps are of something that is there, and nobody loads through them.
     const bool no_keys = problem.paged ? problem.num_blocks == 0 : problem.num_keys == 0;
     if (no_keys) {
@@ -129,7 +161,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
                             CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, problem.num_blocks, stride};
         const MatrixView kv_sf{static_cast<const uint8_t*>(problem.cache) + scales, problem.num_blocks, problem.block_kv,
                                stride / 4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-        params.kv_map = make_tensor_map(encode, kv, problem.block_kv, row.head_dim);
+        params.kv_map = make_tensor_map(encode, kv, problem.block_kv, head_dim);
         params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, problem.block_kv, false);
     } else {
         const MatrixView kv{problem.kv, problem.num_keys, problem.head_dim, problem.kv_stride,
@@ -137,8 +169,8 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
         // A matrix of one row, whose stride is never used.
         const MatrixView kv_sf{problem.kv_sf, 1, problem.num_keys, (problem.num_keys + 3) / 4 * 4,
                                CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-        params.kv_map = make_tensor_map(encode, kv, kMqaTileKeys, row.head_dim);
-        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, kMqaTileKeys, false);
+        params.kv_map = make_tensor_map(encode, kv, tile_keys, head_dim);
+        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, tile_keys, false);
     }
     params.weights = problem.weights;
     params.weights_stride = problem.weights_stride;
@@ -164,9 +196,9 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
 
     const MqaRowResources resources = row_resources(row);
     KernelLaunch launch;
-    launch.kernel = find_kernel(row_idx);
-    launch.name = &kernel_name;
-    launch.symbol = &kernel_symbol;
+    launch.kernel = arch == 100 ? sm100_kernel(row_idx) : sm90_kernel(row_idx);
+    launch.name = arch == 100 ? &sm100_name : &sm90_name;
+    launch.symbol = arch == 100 ? &sm100_symbol : &sm90_symbol;
     launch.row = row_idx;
     launch.grid = problem.paged ? static_cast<int>(problem.schedule_ctas) : num_sms;
     launch.block = resources.num_threads;
@@ -179,7 +211,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row_idx, b
     backend.launch(launch);
 }
 
-void run_mqa_metadata(const MqaMetadataProblem& problem, bool pdl, Backend& backend) {
+void run_mqa_metadata(const MqaMetadataProblem& problem, int arch, bool pdl, Backend& backend) {
     MqaMetadataParams params = {};
     params.context_lens = problem.context_lens;
     params.indices = problem.indices;
@@ -189,12 +221,11 @@ void run_mqa_metadata(const MqaMetadataProblem& problem, bool pdl, Backend& back
     params.schedule = problem.schedule;
 
     KernelLaunch launch;
-    launch.kernel = metadata_kernel();
-    launch.name = &metadata_name;
-    launch.symbol = &metadata_name;
+    launch.kernel = arch == 100 ? sm100_metadata() : sm90_metadata();
+    launch.name = launch.symbol = arch == 100 ? &sm100_metadata_name : &sm90_metadata_name;
     launch.row = 0;
     launch.grid = 1;
-    launch.block = sm90::kMqaMetadataThreads;
+    launch.block = kMqaMetadataThreads;
     launch.cluster = 1;
     launch.shared_bytes = 0;
     launch.params = &params;

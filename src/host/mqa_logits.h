@@ -61,8 +61,8 @@ struct MqaMetadataProblem {
     int32_t* schedule = nullptr;
 };
 
-// The table of kernels that this library was built with; empty where it was built without SM90.
-std::span<const MqaRow> mqa_logits_rows();
+// The table of kernels for an architecture, 90 or 100; empty where the library was built without it.
+std::span<const MqaRow> mqa_logits_rows(int arch);
 
 struct MqaRowResources {
     int num_stages;
@@ -71,20 +71,23 @@ struct MqaRowResources {
 };
 MqaRowResources row_resources(const MqaRow& row);
 
+// A part of the mangled name of the kernel of a row, which is the `index`-th of its table.
+std::string kernel_symbol(const MqaRow& row, int index);
+
 // Name that says all of a row, such as "sm90_fp8_mqa_h64d128_n128x2".
 std::string row_name(const MqaRow& row);
 
-// Index of the row for a problem, or -1.
-int select_mqa_row(const MqaLogitsProblem& problem);
+// Index of the row for a problem in an architecture's table, or -1.
+int select_mqa_row(const MqaLogitsProblem& problem, int arch);
 
-// A row that every problem is run on, -1 to select one; for tests and tuning.
+// A row that every problem is run on, -1 to select one; for tests and tuning. SM100's table is counted behind SM90's.
 int forced_mqa_row();
 void force_mqa_row(int row);
 
-// num_tokens and width must be positive, what TMA reads aligned to 16 bytes (the ops check that). `num_sms` CTAs are launched, with a schedule as many as it is made for. Throws std::runtime_error where no row
-// fits.
-void run_mqa_logits(const MqaLogitsProblem& problem, int num_sms, int row, bool pdl, Backend& backend);
+// num_tokens and width must be positive, what TMA reads aligned to 16 bytes (the ops check that). `num_sms` CTAs are launched, with a schedule as many as it is made for. `row`: of
+// both tables, -1 to select one. Throws std::runtime_error where no row fits.
+void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int row, bool pdl, Backend& backend);
 
-void run_mqa_metadata(const MqaMetadataProblem& problem, bool pdl, Backend& backend);
+void run_mqa_metadata(const MqaMetadataProblem& problem, int arch, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "../sm100/prenorm_gemm_dispatch.h"
+#include "../sm100/prenorm_gemm_traits.h"
 #include "../sm90/prenorm_gemm_dispatch.h"
 #include "../sm90/prenorm_gemm_traits.h"
 #include "knobs.h"
@@ -16,17 +18,15 @@ namespace deep_gemm {
 
 namespace {
 
-using sm90::kPrenormBlockK;
-using sm90::PrenormLayout;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Tiles {
-    PrenormLayout layout;
-    int64_t rows;  // of a tile
+    int col_groups;  // of 32 columns
+    int64_t rows;    // of a tile
     int64_t row_tiles;
     int64_t col_tiles;
 
+    int64_t cols() const { return 32 * col_groups; }
     int64_t count() const { return row_tiles * col_tiles; }
 };
 
@@ -46,39 +46,57 @@ double stream_us(int64_t num_tiles, double tile_bytes, int64_t num_sms) {
 
 Tiles make_tiles(int64_t m, int64_t n) {
     Tiles tiles;
-    tiles.layout.col_groups = n > 32 ? 2 : 1;
+    tiles.col_groups = n > 32 ? 2 : 1;
     // Of equal height, so that none is loaded half empty.
-    const int64_t fewest = ceil_div(m, sm90::prenorm_max_rows(tiles.layout.col_groups));
+    const int64_t fewest = ceil_div(m, prenorm_max_rows(tiles.col_groups));
     tiles.rows = ceil_div(ceil_div(m, fewest), 8) * 8;
     tiles.row_tiles = ceil_div(m, tiles.rows);
-    tiles.col_tiles = std::max<int64_t>(1, ceil_div(n, tiles.layout.cols()));
-    tiles.layout.rows = 64;
-    while (tiles.layout.rows < tiles.rows) tiles.layout.rows *= 2;
+    tiles.col_tiles = std::max<int64_t>(1, ceil_div(n, tiles.cols()));
     return tiles;
 }
 
 // From one part to the next, in elements: D, then the sums of squares.
 int64_t part_stride(int64_t m, int64_t n) { return ceil_div(m * (n + 1), 4) * 4; }
 
-#if DG_WITH_SM90
-const void* product_kernel(const PrenormLayout& layout) {
-    return sm90::prenorm_gemm_kernel(layout.rows, layout.col_groups);
+// The kernels of an architecture: numbers for the launcher, which knows a kernel by one.
+constexpr int kReduce = 0;
+
+int number_of(int rows, int col_groups) { return rows / 64 + 8 * (col_groups - 1); }
+
+std::string name_of(const char* arch, int number) {
+    if (number == kReduce) return std::string(arch) + "_prenorm_reduce";
+    return std::string(arch) + "_prenorm_gemmILi" + std::to_string(number % 8 * 64) + "ELi" + std::to_string(number / 8 + 1) +
+           "E";
 }
-const void* reduce_kernel() { return sm90::prenorm_reduce_kernel(); }
+
+std::string sm90_name(int number) { return name_of("sm90", number); }
+std::string sm100_name(int number) { return name_of("sm100", number); }
+
+#if DG_WITH_SM90
+const void* sm90_kernel(int rows, int col_groups) {
+    return rows == 0 ? sm90::prenorm_reduce_kernel() : sm90::prenorm_gemm_kernel(rows, col_groups);
+}
 #else
-const void* product_kernel(const PrenormLayout&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
-const void* reduce_kernel() { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+const void* sm90_kernel(int, int) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
 #endif
 
-// A number for each kernel that no row of the GEMM table has, for the launcher's notes about kernels.
-constexpr int kFirstRow = 240;
+#if DG_WITH_SM100
+const void* sm100_kernel(int rows, int col_groups) {
+    return rows == 0 ? sm100::prenorm_reduce_kernel() : sm100::prenorm_gemm_kernel(rows, col_groups);
+}
+#else
+const void* sm100_kernel(int, int) { throw std::runtime_error("deep_gemm: built without sm_100a"); }
+#endif
 
-int row_of(const PrenormLayout& layout) { return kFirstRow + layout.rows / 64 + 8 * (layout.col_groups - 1); }
-
-std::string kernel_name(int row) {
-    if (row == kFirstRow) return "sm90_prenorm_reduce";
-    const int rows = (row - kFirstRow) % 8 * 64, col_groups = (row - kFirstRow) / 8 + 1;
-    return "sm90_prenorm_gemmILi" + std::to_string(rows) + "ELi" + std::to_string(col_groups) + "E";
+// Sets what a launch of the smallest kernel for the tiles needs. `kFewestRows`: of the architecture's kernels.
+template <class Layout, int kFewestRows>
+void set_kernel(KernelLaunch& launch, const Tiles& tiles, const void* (*kernel)(int, int)) {
+    Layout layout{kFewestRows, tiles.col_groups};
+    while (layout.rows < tiles.rows) layout.rows *= 2;
+    launch.kernel = kernel(layout.rows, layout.col_groups);
+    launch.row = number_of(layout.rows, layout.col_groups);
+    launch.block = layout.num_threads();
+    launch.shared_bytes = layout.shared_bytes();
 }
 
 void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch) {
@@ -88,7 +106,7 @@ void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch)
     if (!printed.insert({problem.m, problem.n, problem.k, problem.num_splits}).second) return;
     std::fprintf(stderr, "deep_gemm: M = %lld, N = %lld, K = %lld: %s, %lld parts of K, grid %d\n",
                  static_cast<long long>(problem.m), static_cast<long long>(problem.n),
-                 static_cast<long long>(problem.k), kernel_name(launch.row).c_str(),
+                 static_cast<long long>(problem.k), launch.name(launch.row).c_str(),
                  static_cast<long long>(problem.num_splits), launch.grid);
 }
 
@@ -101,7 +119,7 @@ int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
     const Tiles tiles = make_tiles(m, n);
     const int64_t k_blocks = ceil_div(k, kPrenormBlockK);
     const double block_bytes = kPrenormBlockK * (2.0 * static_cast<double>(tiles.rows) +
-                                                 4.0 * static_cast<double>(std::min<int64_t>(n, tiles.layout.cols())));
+                                                 4.0 * static_cast<double>(std::min<int64_t>(n, tiles.cols())));
     // Parts for more than one wave pay only where there are tiles for half of one already.
     const int64_t waves = 2 * tiles.count() > num_sms ? 8 : 1;
     const int64_t most = std::min(k_blocks, std::max<int64_t>(1, waves * num_sms / tiles.count()));
@@ -123,14 +141,14 @@ size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
     return num_splits > 1 ? static_cast<size_t>(num_splits * part_stride(m, n)) * sizeof(float) : 0;
 }
 
-void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, Backend& backend) {
+void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, bool pdl, Backend& backend) {
     const Tiles tiles = make_tiles(problem.m, problem.n);
     if (tiles.count() > kMaxCount / problem.num_splits) {
         throw std::runtime_error("tf32_hc_prenorm_gemm: more than 2^30 tiles");
     }
 
     PrenormGemmParams params = {};
-    params.b_box_rows = static_cast<int>(ceil_div(std::min<int64_t>(problem.n, tiles.layout.cols()), 8) * 8);
+    params.b_box_rows = static_cast<int>(ceil_div(std::min<int64_t>(problem.n, tiles.cols()), 8) * 8);
     const MatrixView a{problem.a, problem.m, problem.k, problem.a_stride, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
     const MatrixView b{problem.b, problem.n, problem.k, problem.b_stride, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
     params.a_map = make_tensor_map(backend.encode_tiled(), a, static_cast<int>(tiles.rows), kPrenormBlockK);
@@ -151,14 +169,14 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, 
     params.tile_rows = static_cast<int>(tiles.rows);
 
     KernelLaunch launch = {};
-    launch.kernel = product_kernel(tiles.layout);
-    launch.name = &kernel_name;
-    launch.symbol = &kernel_name;
-    launch.row = row_of(tiles.layout);
+    if (arch == 100) {
+        set_kernel<sm100::PrenormLayout, 128>(launch, tiles, &sm100_kernel);
+    } else {
+        set_kernel<sm90::PrenormLayout, 64>(launch, tiles, &sm90_kernel);
+    }
+    launch.name = launch.symbol = arch == 100 ? &sm100_name : &sm90_name;
     launch.grid = std::min(params.num_tiles, num_sms);
-    launch.block = tiles.layout.num_threads();
     launch.cluster = 1;
-    launch.shared_bytes = tiles.layout.shared_bytes();
     launch.params = &params;
     launch.params_bytes = sizeof(params);
     launch.pdl = pdl;
@@ -174,10 +192,10 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, 
     reduce.m = params.m;
     reduce.n = params.n;
     reduce.output = problem.output;
-    launch.kernel = reduce_kernel();
-    launch.row = kFirstRow;
-    launch.grid = static_cast<int>(ceil_div(elements, sm90::kPrenormReduceElements));
-    launch.block = sm90::kPrenormReduceThreads;
+    launch.kernel = arch == 100 ? sm100_kernel(0, 0) : sm90_kernel(0, 0);
+    launch.row = kReduce;
+    launch.grid = static_cast<int>(ceil_div(elements, kPrenormReduceElements));
+    launch.block = kPrenormReduceThreads;
     launch.shared_bytes = 0;
     launch.params = &reduce;
     launch.params_bytes = sizeof(reduce);

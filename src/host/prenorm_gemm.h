@@ -29,7 +29,7 @@ int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms);
 // Device memory that adding up so many parts needs; 0 for one.
 size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits);
 
-// Throws std::runtime_error where a launch fails or there are too many tiles.
-void run_prenorm_gemm(const PrenormGemmProblem& problem, int num_sms, bool pdl, Backend& backend);
+// `arch`: 90 or 100. Throws std::runtime_error where a launch fails or there are too many tiles.
+void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

@@ -105,15 +105,6 @@ double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
     return std::max({chain, tensor, bytes / kFillBytes});
 }
 
-// M-grouped: tiles of all groups along M, on average where groups have 0.7 to 1.3 times the rows that are expected.
-int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
-    if (problem.layout == GroupLayout::kIndices) return ceil_div(problem.m, row.block_m());
-    constexpr int kSamples = 7;
-    int64_t tiles = 0;
-    for (int i = 0; i < kSamples; ++i) tiles += ceil_div(expected_rows(problem) * (7 + i), 10 * row.block_m());
-    return ceil_div(tiles * problem.num_groups, kSamples);
-}
-
 double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits, const CostModel& model) {
     if (row.arch == 100) return sm100_cost_us(row, problem, limits);
     const int64_t m = expected_rows(problem);
@@ -219,13 +210,32 @@ Grouping grouping_of(const GemmProblem& problem) {
 }
 
 bool fits_alignment(const GemmRow& row, const GemmProblem& problem) {
-    return problem.layout != GroupLayout::kIndices || problem.group_alignment % row.block_m() == 0;
+    return problem.layout != GroupLayout::kIndices || problem.group_alignment % row.tile_m() == 0;
 }
 
 int64_t expected_rows(const GemmProblem& problem) {
     if (problem.grouping != Grouping::kMGrouped) return problem.m;
     const int64_t most = problem.layout == GroupLayout::kMasked ? problem.m : ceil_div(problem.m, problem.num_groups);
     return problem.expected_m > 0 ? std::min(problem.expected_m, problem.m) : most;
+}
+
+int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
+    if (problem.layout == GroupLayout::kIndices) return ceil_div(problem.m, row.tile_m());
+    constexpr int kSamples = 7;
+    int64_t tiles = 0;
+    for (int i = 0; i < kSamples; ++i) tiles += ceil_div(expected_rows(problem) * (7 + i), 10 * row.tile_m());
+    return ceil_div(tiles * problem.num_groups, kSamples);
+}
+
+const char* grouping_suffix(Grouping grouping) {
+    switch (grouping) {
+        case Grouping::kDense: return "";
+        case Grouping::kMGrouped: return "_mgrouped";
+        case Grouping::kKGrouped: return "_kgrouped";
+        case Grouping::kBatched: return "_batched";
+        case Grouping::kSummed: return "_summed";
+    }
+    return "";
 }
 
 std::string row_name(const GemmRow& row) {
@@ -238,10 +248,7 @@ std::string row_name(const GemmRow& row) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
     }
     name += "_m" + std::to_string(row.block_m()) + "n" + std::to_string(row.block_n());
-    if (row.grouping == Grouping::kMGrouped) name += "_mgrouped";
-    if (row.grouping == Grouping::kBatched) name += "_batched";
-    if (row.grouping == Grouping::kKGrouped) name += "_kgrouped";
-    if (row.grouping == Grouping::kSummed) name += "_summed";
+    name += grouping_suffix(row.grouping);
     if (row.gran_k == 32) name += "_gran" + std::to_string(row.gran_k);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_rows" + std::to_string(row.row_ctas);

@@ -37,6 +37,12 @@ bool fits_alignment(const GemmRow& row, const GemmProblem& problem);
 // Rows of a group that selection counts on.
 int64_t expected_rows(const GemmProblem& problem);
 
+// M-grouped: tiles of all groups along M, on average where groups have 0.7 to 1.3 times the rows that are expected.
+int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem);
+
+// What names of rows say of their groups, such as "_mgrouped".
+const char* grouping_suffix(Grouping grouping);
+
 // What kind of operands a row is for, where these are not the problem's, or null.
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem);
 

@@ -36,6 +36,7 @@ std::string sm100_row_name(const GemmRow& row) {
     std::string name = row.scaling == kNoScaling ? "sm100_bf16" : "sm100_mx";
     name += "_m" + std::to_string(row.swap_ab ? row.tile_cols() : row.tile_rows()) + "n" +
             std::to_string(row.swap_ab ? row.tile_rows() : row.tile_cols());
+    name += grouping_suffix(row.grouping);
     if (row.swap_ab) name += "_swap";
     if (row.row_ctas > 1) name += "_pair";
     if (row.split_k > 1) name += "_splitk" + std::to_string(row.split_k);
@@ -45,7 +46,9 @@ std::string sm100_row_name(const GemmRow& row) {
 const char* sm100_reason_against(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     if (row.operands != problem.operands) return row.operands == OperandType::kBF16 ? "for BF16" : "for FP8 and FP4";
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
+    if (!fits_alignment(row, problem)) return "its tiles do not divide the alignment of the groups";
     const sm100::GemmLayout layout{row};
+    if (layout.has_ragged_k() && !(problem.a_mn_major && problem.b_mn_major)) return "for MN-major operands";
     const bool cols_mn_major = row.swap_ab ? problem.a_mn_major : problem.b_mn_major;
     // The rows' 128 are as many spans as they need to be.
     if (cols_mn_major && sm100::mn_major_span(layout.own_cols(), layout.element_bytes()) == 0) {
@@ -59,9 +62,15 @@ const char* sm100_reason_against(const GemmRow& row, const GemmProblem& problem,
 
 double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLimits& limits) {
     const sm100::GemmLayout layout{row};
-    const int64_t rows = row.swap_ab ? problem.n : problem.m;
-    const int64_t cols = row.swap_ab ? problem.m : problem.n;
-    const int64_t tiles = ceil_div(rows, row.tile_rows()) * ceil_div(cols, row.tile_cols());
+    // K-grouped: each group has its part of K. Summed: all groups share the tiles, and K adds up.
+    const int64_t m = expected_rows(problem), n = problem.n, groups = problem.num_groups;
+    const int64_t k = row.grouping == Grouping::kKGrouped ? ceil_div(problem.k, groups)
+                      : row.grouping == Grouping::kSummed ? problem.k * groups
+                                                          : problem.k;
+    const int64_t results = row.grouping == Grouping::kSummed ? 1 : groups;
+    const int64_t tiles = ceil_div(n, row.tile_n()) * (row.grouping == Grouping::kMGrouped
+                                                           ? tiles_along_m(row, problem)
+                                                           : ceil_div(m, row.tile_m()) * results);
     const int64_t resident = resident_clusters(row.cluster_size(), limits.num_sms);
     const double d_bytes = size_of(problem.d_type);
 
@@ -72,7 +81,7 @@ double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const Selec
     const double block = std::max({products, stage_bytes / kSharedBytes, stage_bytes / kFillBytes});
 
     // A tile, whose epilogue hides behind the next one's products if it is the shorter of the two.
-    const double k_blocks = static_cast<double>(ceil_div(ceil_div(problem.k, layout.block_k()), row.split_k));
+    const double k_blocks = static_cast<double>(ceil_div(ceil_div(k, layout.block_k()), row.split_k));
     const double accumulator = sm100::kBlockRows * static_cast<double>(row.block_cols);
     double epilogue = 4 * accumulator / kTensorReadBytes + d_bytes * accumulator / row.split_k / kStoreBytes;
     if (row.split_k > 1) epilogue += kReduceClocks + kReduceColumnClocks * row.block_cols;
@@ -80,9 +89,10 @@ double sm100_cost_us(const GemmRow& row, const GemmProblem& problem, const Selec
 
     const double waves = static_cast<double>(ceil_div(tiles, resident));
     const double item = problem.operands == OperandType::kBF16 ? 2 : 1;
-    const double bytes = static_cast<double>(problem.m) * problem.k * (problem.a_is_fp4 ? 0.5 : item) +
-                         static_cast<double>(problem.n) * problem.k * (problem.b_is_fp4 ? 0.5 : item) +
-                         static_cast<double>(problem.m) * problem.n * d_bytes;
+    const double bytes = static_cast<double>(results) *
+                         (static_cast<double>(m) * k * (problem.a_is_fp4 ? 0.5 : item) +
+                          static_cast<double>(n) * k * (problem.b_is_fp4 ? 0.5 : item) +
+                          static_cast<double>(m) * n * d_bytes);
     const double used = static_cast<double>(std::min(tiles, resident)) * row.cluster_size() / limits.num_sms;
     const double memory = bytes / kMemoryBytes / std::min(1.0, 2 * used);  // half of the SMs can load at full rate
     const double start = kLaunchClocks + kFirstBlockClocks + (row.cluster_size() > 1 ? kClusterClocks : 0);

@@ -123,7 +123,7 @@ OwnedTensor run(const char* op, const std::string& expr, const TensorInfo& a, co
         result.fill(c);
         return std::move(result.allocated);
     }
-    check_architecture(op, device);
+    const bool sm100 = check_architecture(op, device);
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -133,13 +133,14 @@ OwnedTensor run(const char* op, const std::string& expr, const TensorInfo& a, co
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    set_operands(problem, prepare_operand(op, a, expression->a, stream, scratch_a),
-                 prepare_operand(op, b, expression->b, stream, scratch_b));
+    set_operands(problem, prepare_operand(op, a, expression->a, stream, scratch_a, sm100),
+                 prepare_operand(op, b, expression->b, stream, scratch_b, sm100));
     if (is_fp8) {
         problem.gran_k = static_cast<int>(grans.k);
-        problem.sfa = prepare_scales(op, *sfa, expression->a, m, grans.m, true, grans.k, k, stream, scratch_sfa);
-        problem.sfb = prepare_scales(op, *sfb, expression->b, n, grans.n, !grans.is_1d2d(), grans.k, k, stream,
-                                     scratch_sfb);
+        problem.sfa =
+            prepare_scales(op, *sfa, expression->a, m, grans.m, true, grans.k, k, stream, scratch_sfa, 0, sm100);
+        problem.sfb = prepare_scales(op, *sfb, expression->b, n, grans.n, sm100 || !grans.is_1d2d(), grans.k, k, stream,
+                                     scratch_sfb, 0, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.a_mn_major = expression->a.k != 2;

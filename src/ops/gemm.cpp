@@ -44,17 +44,6 @@ void zero_columns(const Result& result, const Heads& parts, int64_t first, int64
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(columns.get()));
 }
 
-// What TMA needs to unpack FP4 on its way to shared memory, beyond what it needs of bytes.
-void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k) {
-    if (!is_fp4(x)) return;
-    if (k % 128 != 0) fail(op, arg, "K", k, "a multiple of 128", "FP4");
-    if (x.size(0) > 1 && x.stride(0) % 32 != 0) {
-        fail(op, arg, "row stride", std::to_string(x.stride(0)) + " bytes", "a multiple of 32 bytes", "FP4");
-    }
-    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 32;
-    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
-}
-
 // Checks everything, then runs. `sfa` and `sfb` are there for FP8 operands, `head_splits` where columns have gaps. Returns
 // the result, allocated here, unless `out` is there to write to. With `or_fp4` K-major operands may be FP4.
 OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const TensorInfo* sfa, const TensorInfo& b,
@@ -123,12 +112,10 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
         }
         return std::move(result.allocated);
     }
-    const bool sm100 = compute_capability(device) == 100 && !heads.any();
+    const bool sm100 = check_architecture(op, device);
     if (sm100) {
         check_fp4_unpackable(op, "a", a, k);
         check_fp4_unpackable(op, "b", b, k);
-    } else {
-        check_architecture(op, device);
     }
 
     const cudaStream_t stream = current_stream(device);

@@ -97,12 +97,13 @@ struct MGrouped {
 
 OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo& groups, const TensorInfo* out);
 
-// A zero-filled tensor on the device of `like`.
-TensorArgument zeros(std::span<const int64_t> sizes, ScalarType dtype, const TensorInfo& like, cudaStream_t stream) {
+// A tensor on the device of `like`, all of whose bytes are `byte`.
+TensorArgument filled(std::span<const int64_t> sizes, ScalarType dtype, int byte, const TensorInfo& like,
+                      cudaStream_t stream) {
     const std::array<int64_t, 3> strides = {sizes[1] * sizes[2], sizes[2], 1};
     TensorArgument result{OwnedTensor(new_empty_strided(sizes, strides, dtype, like.get()))};
     const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * element_size(dtype);
-    check_enqueued(cudaMemsetAsync(result.info.data_ptr(), 0, bytes, stream), "m_grouped_gemm", "clearing operands");
+    check_enqueued(cudaMemsetAsync(result.info.data_ptr(), byte, bytes, stream), "m_grouped_gemm", "clearing operands");
     return result;
 }
 
@@ -114,12 +115,14 @@ void write_zeros(const MGrouped& call, const Operands& operands, const TensorInf
     const int64_t num_groups = a.size(0), m = a.size(1), n = b.size(1);
     std::optional<TensorArgument> sfa, sfb;
     if (operands.is_fp8()) {
-        sfa.emplace(zeros(std::array{num_groups, m, int64_t{1}}, ScalarType::Float, a, stream));
-        sfb.emplace(zeros(std::array{num_groups, (n + 127) / 128, int64_t{1}}, ScalarType::Float, a, stream));
+        constexpr ScalarType kScaleType = ScalarType::Float8_e8m0fnu;
+        constexpr int kOne = 127;
+        sfa.emplace(filled(std::array{num_groups, m, int64_t{1}}, kScaleType, kOne, a, stream));
+        sfb.emplace(filled(std::array{num_groups, (n + 127) / 128, int64_t{1}}, kScaleType, kOne, a, stream));
     }
     const ScalarType dtype = operands.is_fp8() ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
-    Operands empty = {zeros(std::array{num_groups, m, int64_t{16}}, dtype, a, stream), std::move(sfa),
-                      zeros(std::array{num_groups, n, int64_t{16}}, dtype, a, stream), std::move(sfb)};
+    Operands empty = {filled(std::array{num_groups, m, int64_t{16}}, dtype, 0, a, stream), std::move(sfa),
+                      filled(std::array{num_groups, n, int64_t{16}}, dtype, 0, a, stream), std::move(sfb)};
     MGrouped zero_call = call;
     zero_call.recipe = {1, 128, 128};
     run(zero_call, empty, masked_m, &out);
@@ -193,7 +196,11 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
         if (k == 0 || !out) result.zero();
         return std::move(result.allocated);
     }
-    check_architecture(op, device);
+    const bool sm100 = check_architecture(op, device);
+    if (sm100) {
+        check_fp4_unpackable(op, "a", a, k);
+        check_fp4_unpackable(op, "b", b, k);
+    }
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -205,11 +212,11 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     problem.n = n;
     problem.k = k;
     OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
-    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a),
-                 prepare_operand(op, b, axes_b, stream, scratch_b, false, sm90_keeps_fp4(grans)));
+    set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
+                 prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
         set_scales(op, problem, operands.sfa->info, axes_a, scratch_sfa, operands.sfb->info, axes_b, scratch_sfb, grans,
-                   stream);
+                   stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.b_mn_major = !call.b_k_major;
@@ -357,7 +364,7 @@ OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo
         result.fill(c);
         return std::move(result.allocated);
     }
-    check_architecture(op, device);
+    const bool sm100 = check_architecture(op, device);
 
     const cudaStream_t stream = current_stream(device);
     GemmProblem problem;
@@ -392,10 +399,12 @@ OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo
             if (rows * 128 < k) rows = copied_rows = groups.scale_rows();
         }
         problem.k = rows * 128;
+        // Words of four scales may hold those of two groups: blocks of K are counted through all groups.
+        if (sm100) copied_rows = (copied_rows + 3) / 4;
         problem.sfa = prepare_scales(op, sfa, kMNMajor, m, 1, true, 128, 128 * std::min(rows, sfa.size(0)), stream,
-                                     scratch_sfa, copied_rows);
+                                     scratch_sfa, copied_rows, sm100);
         problem.sfb = prepare_scales(op, sfb, kMNMajor, n, 1, true, 128, 128 * std::min(rows, sfb.size(0)), stream,
-                                     scratch_sfb, copied_rows);
+                                     scratch_sfb, copied_rows, sm100);
     }
     set_result(problem, result, kKMajorGroups, c);
     run_product(problem, device, stream);

@@ -95,10 +95,11 @@ IntSource ints(const TensorInfo& x) {
     return {static_cast<const int32_t*>(x.data_ptr()), x.stride(0), x.dim() == 2 ? x.stride(1) : 0};
 }
 
-void check_architecture(const char* op, const char* arg, int device) {
-    if (compute_capability(device) != 90) {
-        fail(op, arg, "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
-    }
+// The architecture of the device, one that there are kernels for.
+int check_architecture(const char* op, const char* arg, int device) {
+    const int arch = compute_capability(device);
+    if (arch != 90 && arch != 100) fail(op, arg, "architecture", "sm_" + std::to_string(arch), "sm_90 or sm_100");
+    return arch;
 }
 
 // The result: allocated, or what was given.
@@ -189,7 +190,7 @@ std::optional<Tensor> run_dense(const Tensor& q_, const Tensor& kv_, const Tenso
     const DeviceGuard guard(device);
     Result result(out ? &*out : nullptr, tokens, columns, dtype, q);
     if (tokens == 0 || columns == 0) return result.tensor;
-    check_architecture(op, "q", device);
+    const int arch = check_architecture(op, "q", device);
     MqaLogitsProblem problem;
     fill_common(problem, q, queries, weights, result, columns, clean);
     problem.kv = kv.data_ptr();
@@ -201,7 +202,7 @@ std::optional<Tensor> run_dense(const Tensor& q_, const Tensor& kv_, const Tenso
     problem.end = ints(end);
     problem.compressed = compressed;
     DeviceBackend backend(device, current_stream(device));
-    run_mqa_logits(problem, usable_sms(device), forced_mqa_row(), knobs().pdl, backend);
+    run_mqa_logits(problem, arch, usable_sms(device), forced_mqa_row(), knobs().pdl, backend);
     return result.tensor;
 }
 
@@ -237,7 +238,7 @@ std::optional<Tensor> run_metadata(const Tensor& context_lens_, int64_t block_kv
 
     const int device = context_lens.get_device_index();
     const DeviceGuard guard(device);
-    check_architecture(op, "context_lens", device);
+    const int arch = check_architecture(op, "context_lens", device);
     std::optional<Tensor> allocated;
     if (!out) {
         const std::array<int64_t, 2> sizes = {num_sms + 1, 2}, strides = {2, 1};
@@ -251,7 +252,7 @@ std::optional<Tensor> run_metadata(const Tensor& context_lens_, int64_t block_kv
     problem.num_ctas = num_sms;
     problem.schedule = static_cast<int32_t*>(out ? out->data_ptr() : allocated->mutable_data_ptr());
     DeviceBackend backend(device, current_stream(device));
-    run_mqa_metadata(problem, knobs().pdl, backend);
+    run_mqa_metadata(problem, arch, knobs().pdl, backend);
     return allocated;
 }
 
@@ -342,7 +343,7 @@ std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const
     const DeviceGuard guard(device);
     Result result(out ? &*out : nullptr, tokens, max_context_len, dtype, q);
     if (tokens == 0 || max_context_len == 0) return result.tensor;
-    check_architecture(op, "q", device);
+    const int arch = check_architecture(op, "q", device);
     MqaLogitsProblem problem;
     fill_common(problem, q, queries, weights, result, max_context_len, clean);
     problem.paged = true;
@@ -360,7 +361,7 @@ std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const
     problem.schedule = static_cast<const int32_t*>(schedule.data_ptr());
     problem.schedule_ctas = schedule.size(0) - 1;
     DeviceBackend backend(device, current_stream(device));
-    run_mqa_logits(problem, usable_sms(device), forced_mqa_row(), knobs().pdl, backend);
+    run_mqa_logits(problem, arch, usable_sms(device), forced_mqa_row(), knobs().pdl, backend);
     return result.tensor;
 }
 

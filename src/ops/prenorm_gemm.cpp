@@ -85,9 +85,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& a, const Tensor& b, std::optional<i
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(sqr_sum.get()));
         return {std::move(out), std::move(sqr_sum)};
     }
-    if (compute_capability(device) != 90) {
-        fail(kOp, "a", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
-    }
+    const int arch = compute_capability(device);
+    if (arch != 90 && arch != 100) fail(kOp, "a", "architecture", "sm_" + std::to_string(arch), "sm_90 or sm_100");
 
     PrenormGemmProblem problem;
     problem.m = m;
@@ -116,7 +115,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& a, const Tensor& b, std::optional<i
         }
     }
     DeviceBackend backend(device, current_stream(a));
-    run_prenorm_gemm(problem, num_sms, knobs().pdl, backend);
+    run_prenorm_gemm(problem, arch, num_sms, knobs().pdl, backend);
     return {std::move(out), std::move(sqr_sum)};
 }
 

@@ -192,7 +192,7 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
     const bool repeat = per_row && gran_mn == 128;
     const bool strides_fit = (columns == 1 || (stride_k % 4 == 0 && stride_k >= mn)) &&
                              (groups == 1 || (stride_group % 4 == 0 && stride_group >= mn));
-    const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= k_groups &&
+    const bool tma_readable = (stride_mn == 1 || mn == 1) && strides_fit && k_rows <= columns &&
                               reinterpret_cast<uintptr_t>(sf.data_ptr()) % 16 == 0;
     if (type == wanted && !repeat && k_repeat == 1 && (!per_row || tma_readable)) {
         return {static_cast<const float*>(sf.data_ptr()), stride_mn, stride_k, static_cast<int>(gran_mn),
@@ -284,6 +284,18 @@ void set_operands(GemmProblem& problem, const Operand& a, const Operand& b) {
     problem.b_is_fp4 = b.is_fp4;
 }
 
+void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k) {
+    if (!is_fp4(x)) return;
+    if (k % 128 != 0) fail(op, arg, "K", k, "a multiple of 128", "FP4");
+    for (int64_t axis = x.dim() - 2; axis >= 0; --axis) {
+        if (x.size(axis) <= 1 || x.stride(axis) % 32 == 0) continue;
+        const char* what = axis == x.dim() - 2 ? "row stride" : "group stride";
+        fail(op, arg, what, std::to_string(x.stride(axis)) + " bytes", "a multiple of 32 bytes", "FP4");
+    }
+    const int64_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 32;
+    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
+}
+
 void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes_a, OwnedTensor& scratch_a,
                 const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, const Granularities& grans,
                 cudaStream_t stream, bool sm100) {
@@ -372,10 +384,12 @@ void set_result(GemmProblem& problem, const Result& result, Axes axes, const Ten
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-void check_architecture(const char* op, int device) {
-    if (compute_capability(device) != 90) {
-        fail(op, "a", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
+bool check_architecture(const char* op, int device) {
+    const int capability = compute_capability(device);
+    if (capability != 90 && capability != 100) {
+        fail(op, "a", "architecture", "sm_" + std::to_string(capability), "sm_90 or sm_100");
     }
+    return capability == 100;
 }
 
 void check_enqueued(cudaError_t error, const char* op, const char* what) {

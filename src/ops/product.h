@@ -104,8 +104,8 @@ inline constexpr Axes kKMajorGroups = {0, 1, 2}, kMNMajorGroups = {0, 2, 1};
 
 // Scales of an operand with `mn` rows as the kernels take them (see ScaleTensor): float32, and MN-major where there is
 // one per row; or, `packed`, UE8M0 words. What is not so is brought into that form in `scratch` by one small kernel.
-// There, K may have more `k_rows` than there are scales, which are then undefined. `gran_k` is that of the result, `k_repeat`
-// times as fine as what there is.
+// There, K may have more `k_rows`, of scales or words, than there are in `sf`, which are then undefined. `gran_k` is that of
+// the result, `k_repeat` times as fine as what there is.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0,
                            bool packed = false, int k_repeat = 1);
@@ -140,6 +140,9 @@ Operand prepare_operand(const char* op, const TensorInfo& x, Axes axes, cudaStre
                         bool sm100 = false, bool keep_fp4 = false);
 
 // What SM90's kernels make of B in FP4: they multiply it as it is where it has a scale for each 32 of K.
+// What TMA needs to unpack FP4 on its way to SM100's shared memory, beyond what it needs of bytes.
+void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, int64_t k);
+
 inline bool sm90_keeps_fp4(const Granularities& grans) { return grans.k_b == 32; }
 
 void set_operands(GemmProblem& problem, const Operand& a, const Operand& b);
@@ -181,8 +184,8 @@ void set_result(GemmProblem& problem, const Result& result, Axes axes, const Ten
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-// Throws where the device is none that the kernels are for.
-void check_architecture(const char* op, int device);
+// Throws where the device is none that the kernels are for. True for SM100, false for SM90.
+bool check_architecture(const char* op, int device);
 
 // Throws, naming `what` failed, unless it succeeded.
 void check_enqueued(cudaError_t error, const char* op, const char* what);

@@ -6,12 +6,14 @@
 //             in place, too: TMA adds
 //   elements  C, a bias, odd strides: transposed in shared memory, so that a warp reads and writes 32 neighbours of a row
 //   swapped   a register is 32 neighbours of a row of D already
+// Where a group of tokens ends inside a box, the box is stored by elements: TMA would write the next group's rows.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_params.h"
 #include "gemm_traits.h"
 #include "tcgen05.cuh"
@@ -23,29 +25,45 @@ class Epilogue {
     static constexpr GemmLayout kLayout = Traits::kLayout;
     static constexpr int kBlockCols = kLayout.row.block_cols;
     static constexpr int kLoadCols = kBlockCols % 32 == 0 ? 32 : 16;
+    static constexpr bool kMGrouped = kLayout.is_m_grouped();
+    static constexpr bool kHasGroups = kLayout.has_groups() || kLayout.is_k_grouped();
+    static constexpr bool kHasHeads = kLayout.row.grouping == Grouping::kBatched;
 
 public:
-    // Stores the accumulator at tensor-memory address `accumulator` (of the warp's first lane), whose first element is
-    // (row, col) of the instruction. `boxes`: the warp's buffers. `done()` is called once the accumulator has been read.
+    // Stores the accumulator at tensor-memory address `accumulator` (of the warp's first lane), whose first row of the
+    // instruction is `row`. `boxes`: the warp's buffers. `done()` is called once the accumulator has been read.
     template <class Element, class Done>
-    __device__ __forceinline__ static void store(const GemmParams& params, uint32_t accumulator, uint8_t* boxes,
-                                                 int& buffer, int row, int col, Done&& done) {
+    __device__ __forceinline__ static void store(const GemmParams& params, const WorkTile& work, uint32_t accumulator,
+                                                 uint8_t* boxes, int& buffer, int row, Done&& done) {
         const int lane = threadIdx.x % 32;
+        const int col = work.col;
+        // Groups may have no K, and tiles of padding have nothing to multiply.
+        const bool is_zero = (kMGrouped || kLayout.is_k_grouped()) && work.num_k_blocks == 0;
+        const int end = end_of_rows(params, work);
+        const bool by_elements = params.output_mode == kStoreDirect || (kMGrouped && row + 32 > end && end < params.m);
 #pragma unroll 1
         for (int offset = 0; offset < kBlockCols; offset += kLoadCols) {
-            uint32_t bits[kLoadCols];
-            load_columns(accumulator + offset, bits);
-            load_wait(bits);
+            uint32_t bits[kLoadCols] = {};
+            if (!is_zero) {
+                load_columns(accumulator + offset, bits);
+                load_wait(bits);
+            }
             if (offset + kLoadCols == kBlockCols) done();
+            if constexpr (kMGrouped) {
+#pragma unroll
+                for (int i = 0; i < kLoadCols; ++i) {
+                    if ((kLayout.row.swap_ab ? col + offset + i : row + lane) >= work.group_end) bits[i] = 0;
+                }
+            }
             if constexpr (kLayout.row.swap_ab) {
                 float values[kLoadCols];
 #pragma unroll
                 for (int i = 0; i < kLoadCols; ++i) values[i] = __uint_as_float(bits[i]);
-                store_swapped<Element>(params, row + lane, col + offset, values);
-            } else if (params.output_mode != kStoreDirect) {
-                store_box<Element>(params, boxes, buffer, row, col, offset, lane, bits);
+                store_swapped<Element>(params, work, row + lane, col + offset, values);
+            } else if (by_elements) {
+                store_elements<Element>(params, work, reinterpret_cast<float*>(boxes), row, col + offset, lane, bits);
             } else {
-                store_elements<Element>(params, reinterpret_cast<float*>(boxes), row, col + offset, lane, bits);
+                store_box<Element>(params, work, boxes, buffer, row, col, offset, lane, bits);
             }
         }
     }
@@ -98,16 +116,36 @@ public:
         }
         __syncwarp();
         if (lane < kParts && lane != part) ptx::mbarrier_arrive_remote(empty, lane);
-        store_swapped<Element>(params, row + lane, col + part * kSliceCols, sums);
+        store_swapped<Element>(params, {}, row + lane, col + part * kSliceCols, sums);
     }
 
 private:
     __device__ __forceinline__ static float to_float(float value) { return value; }
     __device__ __forceinline__ static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+    // The group's part of C or D.
     template <class Element>
-    __device__ __forceinline__ static void store_box(const GemmParams& params, uint8_t* boxes, int& buffer, int row,
-                                                     int col, int offset, int lane, const uint32_t (&bits)[kLoadCols]) {
+    __device__ __forceinline__ static Element* of_group(Element* matrix, int64_t group_stride, const WorkTile& work) {
+        if constexpr (kHasGroups) return matrix + work.token_group * group_stride;
+        return matrix;
+    }
+
+    // Where the rows of D end that this tile may store.
+    __device__ __forceinline__ static int end_of_rows(const GemmParams& params, const WorkTile& work) {
+        if constexpr (kMGrouped) return work.store_end;
+        return params.m;
+    }
+
+    // Where a column of the product lies in D.
+    __device__ __forceinline__ static int d_col(const GemmParams& params, int col) {
+        if constexpr (kHasHeads) return column_of_result(params.heads, col);
+        return col;
+    }
+
+    template <class Element>
+    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, uint8_t* boxes,
+                                                     int& buffer, int row, int col, int offset, int lane,
+                                                     const uint32_t (&bits)[kLoadCols]) {
         constexpr int kBoxCols = kLayout.box_cols(sizeof(Element));
         constexpr int kRowBytes = kBoxCols * sizeof(Element);
         const int col_in_box = offset % kBoxCols;
@@ -134,10 +172,18 @@ private:
             ptx::fence_async_shared();
             __syncwarp();
             if (lane == 0) {
-                if (sizeof(Element) == 4 && params.output_mode == kAddTma) {
-                    ptx::tma_add_2d(params.d_map, box, col + offset - col_in_box, row);
+                const int first_col = d_col(params, col + offset - col_in_box);
+                const bool adds = sizeof(Element) == 4 && params.output_mode == kAddTma;
+                if constexpr (kHasGroups) {
+                    if (adds) {
+                        ptx::tma_add_3d(params.d_map, box, first_col, row, work.token_group);
+                    } else {
+                        ptx::tma_store_3d(params.d_map, box, first_col, row, work.token_group);
+                    }
+                } else if (adds) {
+                    ptx::tma_add_2d(params.d_map, box, first_col, row);
                 } else {
-                    ptx::tma_store_2d(params.d_map, box, col + offset - col_in_box, row);
+                    ptx::tma_store_2d(params.d_map, box, first_col, row);
                 }
                 ptx::tma_store_commit();
             }
@@ -151,18 +197,24 @@ private:
     }
 
     template <class Element>
-    __device__ __forceinline__ static void store_elements(const GemmParams& params, float* staging, int row, int col,
-                                                          int lane, const uint32_t (&bits)[kLoadCols]) {
+    __device__ __forceinline__ static void store_elements(const GemmParams& params, const WorkTile& work, float* staging,
+                                                          int row, int col, int lane, const uint32_t (&bits)[kLoadCols]) {
         constexpr int kStride = kLoadCols + 1;  // floats between rows: neither side of the transposition has conflicts
+        if constexpr (kMGrouped) {
+            // Boxes of the tile before.
+            if (lane == 0) ptx::tma_store_wait_read<0>();
+        }
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < kLoadCols; ++i) staging[lane * kStride + i] = __uint_as_float(bits[i]);
         __syncwarp();
         col += lane;
         if (col >= params.n) return;
-        const int rows = min(32, params.m - row);
-        Element* d = static_cast<Element*>(params.d) + row * params.d_stride + col;
-        const Element* c = static_cast<const Element*>(params.c) + row * params.c_stride + col;
+        const int rows = min(32, end_of_rows(params, work) - row);
+        Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work) + row * params.d_stride +
+                     d_col(params, col);
+        const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work) +
+                           row * params.c_stride + col;
         constexpr int kBatch = 8;  // loads of C in flight; C may be D
 #pragma unroll 1
         for (int first = 0; first < rows; first += kBatch) {
@@ -181,19 +233,23 @@ private:
 
     // `n`: this thread's column of D; values are those of rows from `m` on.
     template <class Element, int kRows>
-    __device__ __forceinline__ static void store_swapped(const GemmParams& params, int n, int m, float (&values)[kRows]) {
+    __device__ __forceinline__ static void store_swapped(const GemmParams& params, const WorkTile& work, int n, int m,
+                                                         float (&values)[kRows]) {
         if (n >= params.n) return;
+        const int end = end_of_rows(params, work);
         if (params.c != nullptr) {
-            const Element* c = static_cast<const Element*>(params.c) + m * params.c_stride + n;
+            const Element* c = of_group(static_cast<const Element*>(params.c), params.c_group_stride, work) +
+                               m * params.c_stride + n;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                if (m + i < params.m) values[i] += to_float(c[i * params.c_stride]);
+                if (m + i < end) values[i] += to_float(c[i * params.c_stride]);
             }
         }
-        Element* d = static_cast<Element*>(params.d) + m * params.d_stride + n;
+        Element* d = of_group(static_cast<Element*>(params.d), params.d_group_stride, work) + m * params.d_stride +
+                     d_col(params, n);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            if (m + i < params.m) d[i * params.d_stride] = static_cast<Element>(values[i]);
+            if (m + i < end) d[i * params.d_stride] = static_cast<Element>(values[i]);
         }
     }
 };

@@ -19,6 +19,13 @@ constexpr GemmRow scaled_row(int block_cols, int ctas, bool swap_ab, int split_k
     return row;
 }
 
+constexpr GemmRow of_groups(Grouping grouping, GemmRow row) {
+    row.grouping = grouping;
+    return row;
+}
+
+using enum Grouping;
+
 inline constexpr GemmRow kGemmRows[] = {
     // block_cols, ctas, swap_ab, split_k
 
@@ -54,6 +61,38 @@ inline constexpr GemmRow kGemmRows[] = {
     bf16_row(16, 1, true),
     bf16_row(16, 1, true, 2),
     bf16_row(16, 1, true, 4),
+
+    // M-grouped. A pair with swapped operands has tiles of 128 tokens, which alignments of 128 want.
+    of_groups(kMGrouped, scaled_row(192, 2, false)),
+    of_groups(kMGrouped, scaled_row(128, 2, true)),
+    of_groups(kMGrouped, scaled_row(128, 1, false)),
+    of_groups(kMGrouped, scaled_row(64, 1, true)),
+    of_groups(kMGrouped, scaled_row(32, 1, true)),
+    of_groups(kMGrouped, scaled_row(16, 1, true)),
+    of_groups(kMGrouped, bf16_row(256, 2, false)),
+    of_groups(kMGrouped, bf16_row(128, 2, true)),
+    of_groups(kMGrouped, bf16_row(128, 1, false)),
+    of_groups(kMGrouped, bf16_row(64, 1, true)),
+    of_groups(kMGrouped, bf16_row(16, 1, true)),
+
+    // K-grouped: weight gradients of experts.
+    of_groups(kKGrouped, scaled_row(192, 2, false)),
+    of_groups(kKGrouped, scaled_row(128, 1, false)),
+    of_groups(kKGrouped, bf16_row(256, 2, false)),
+    of_groups(kKGrouped, bf16_row(128, 1, false)),
+
+    // Batched. Also dense products whose result has gaps between heads.
+    of_groups(kBatched, scaled_row(192, 2, false)),
+    of_groups(kBatched, scaled_row(128, 1, false)),
+    of_groups(kBatched, scaled_row(32, 1, true)),
+    of_groups(kBatched, bf16_row(256, 2, false)),
+    of_groups(kBatched, bf16_row(128, 1, false)),
+    of_groups(kBatched, bf16_row(32, 1, true)),
+
+    // Summed over a batch.
+    of_groups(kSummed, bf16_row(256, 2, false)),
+    of_groups(kSummed, bf16_row(128, 1, false)),
+    of_groups(kSummed, bf16_row(64, 1, true, 4)),
 };
 inline constexpr int kNumGemmRows = sizeof(kGemmRows) / sizeof(kGemmRows[0]);
 

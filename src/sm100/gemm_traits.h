@@ -40,14 +40,31 @@ struct GemmLayout {
     constexpr int row_tile_bytes() const { return kBlockRows * kBlockBytes; }
     constexpr int col_tile_bytes() const { return own_cols() * kBlockBytes; }
 
-    // Scales of a K word: 4 bytes for each row, and for each column of the whole instruction.
-    constexpr int row_scale_bytes() const { return scaled() ? 4 * kScaleRows : 0; }
-    constexpr int col_scale_bytes() const { return scaled() ? 4 * align_up(row.block_cols, kScaleRows) : 0; }
+    // Tensor maps have the group as a third dimension. One warp finds the tiles of M-grouped products, for all roles.
+    constexpr bool is_m_grouped() const { return row.grouping == Grouping::kMGrouped; }
+    constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
+    constexpr bool has_groups() const { return is_m_grouped() || row.grouping == Grouping::kBatched; }
+    // K-grouped BF16: groups start anywhere along K, and the next one's values follow in the last stage.
+    constexpr bool has_ragged_k() const { return is_k_grouped() && !scaled(); }
+
+    // Scales of a K word: one word for each row, and for each column of the whole instruction, 128 at a time. A group of
+    // tokens may start at any row, but TMA only reads from multiples of 16 bytes on: its box has 4 words more.
+    constexpr int row_scale_groups() const { return scaled() ? 1 : 0; }
+    constexpr int col_scale_groups() const { return scaled() ? align_up(row.block_cols, kScaleRows) / kScaleRows : 0; }
+    constexpr int scale_groups() const { return row_scale_groups() + col_scale_groups(); }
+    constexpr int row_scale_slack() const { return scaled() && is_m_grouped() && !row.swap_ab ? 4 : 0; }
+    constexpr int col_scale_slack() const { return scaled() && is_m_grouped() && row.swap_ab ? 4 : 0; }
+    constexpr int row_scale_box() const { return kScaleRows * row_scale_groups() + row_scale_slack(); }
+    constexpr int col_scale_box() const { return kScaleRows * col_scale_groups() + col_scale_slack(); }
+    constexpr int scale_box_bytes() const { return 4 * (row_scale_box() + col_scale_box()); }
+    // In shared memory, where boxes start on multiples of 128 bytes.
+    constexpr int row_scale_words() const { return align_up(row_scale_box(), 32); }
+    constexpr int scale_words() const { return row_scale_words() + align_up(col_scale_box(), 32); }
 
     // Columns of tensor memory: accumulators first, then the scales of rows and of columns.
     constexpr int row_scale_column() const { return kAccumulators * row.block_cols; }
-    constexpr int col_scale_column() const { return row_scale_column() + row_scale_bytes() / (4 * kScaleRows) * kScaleColumns; }
-    constexpr int used_columns() const { return col_scale_column() + col_scale_bytes() / (4 * kScaleRows) * kScaleColumns; }
+    constexpr int col_scale_column() const { return row_scale_column() + row_scale_groups() * kScaleColumns; }
+    constexpr int used_columns() const { return col_scale_column() + col_scale_groups() * kScaleColumns; }
     constexpr int allocated_columns() const {
         int columns = 32;
         while (columns < used_columns()) columns *= 2;
@@ -65,10 +82,12 @@ struct GemmLayout {
     constexpr int reduce_bytes() const { return row.split_k == 1 ? 0 : kBlockRows * row.block_cols * 4; }
 
     constexpr int stage_bytes() const {
-        return row_tile_bytes() + col_tile_bytes() + row_scale_bytes() + col_scale_bytes() + 5 * 8;
+        return row_tile_bytes() + col_tile_bytes() + 4 * scale_words() + 5 * 8;
     }
+    // What schedulers keep of groups, at most: gemm_kernel.cuh checks the sum.
+    constexpr int group_bytes() const { return is_m_grouped() ? 1280 : is_k_grouped() ? 2048 : 0; }
     constexpr int fixed_bytes() const {
-        return staging_bytes() + reduce_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024;
+        return staging_bytes() + reduce_bytes() + group_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024;
     }
     constexpr int num_stages() const {
         return std::min(kMaxStages, (kMaxSharedBytes - fixed_bytes()) / stage_bytes());
@@ -102,6 +121,13 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_cols > 16 && row.block_cols % 32 != 0) return "the epilogue reads 32 columns at a time";
     if (!row.swap_ab && row.block_cols % 32 != 0) return "stores need 32 columns at a time";
     if (layout.used_columns() > kTensorColumns) return "two accumulators and the scales do not fit into tensor memory";
+    if (row.split_k > 1 && row.grouping != Grouping::kDense && row.grouping != Grouping::kSummed) {
+        return "CTAs of grouped and batched products do not split K";
+    }
+    if (row.grouping == Grouping::kSummed && layout.scaled()) return "summed products are BF16";
+    if (row.swap_ab && layout.col_scale_slack() > 0 && layout.col_scale_groups() > 1) {
+        return "groups of tokens along the columns have scales of 128";
+    }
     if (layout.num_stages() < 3) return "fewer than 3 stages fit into shared memory";
     return nullptr;
 }

@@ -1,7 +1,10 @@
 // Shared memory of one CTA.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/ptx_mbarrier.cuh"
+#include "../device/tile_scheduler.cuh"
 #include "gemm_traits.h"
 
 namespace deep_gemm::sm100 {
@@ -19,9 +22,8 @@ struct alignas(1024) SharedStorage {
     static constexpr int kBoxBytes = kLayout.row.swap_ab ? 16 : kStoreBufferBytes;
     alignas(1024) uint8_t boxes[kLayout.row.swap_ab ? 1 : kEpilogueWarps][kStoreBuffers][kBoxBytes];
 
-    // Packed UE8M0 words, a ring of its own: those of rows, then those of columns, 128 at a time.
-    static constexpr int kScaleGroups = (kLayout.row_scale_bytes() + kLayout.col_scale_bytes()) / (4 * kScaleRows);
-    alignas(128) uint32_t scales[kStages][kScaleGroups + !kLayout.scaled()][kLayout.scaled() ? kScaleRows : 4];
+    // Packed UE8M0 words, a ring of its own: those of rows, then those of columns.
+    alignas(128) uint32_t scales[kStages][kLayout.scaled() ? kLayout.scale_words() : 4];
 
     // Split K: FP32 parts of this CTA's slice, [source CTA][epilogue warp][4 columns][lane].
     float4 reduce[kLayout.reduce_bytes() / 16 + (kLayout.reduce_bytes() == 0)];
@@ -36,6 +38,11 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier reduce_full[kEpilogueWarps];
     ptx::Barrier reduce_empty[kEpilogueWarps];
     uint32_t tensor_memory;
+
+    // M-grouped: tiles for all roles, and what is needed to find them. K-grouped: each group's part of K.
+    struct Nothing {};
+    std::conditional_t<kLayout.is_m_grouped(), typename Traits::MGroups::Storage, Nothing> groups;
+    std::conditional_t<kLayout.is_k_grouped(), typename Traits::KGroups::Storage, Nothing> k_groups;
 };
 
 }  // namespace deep_gemm::sm100

@@ -67,11 +67,14 @@ __device__ __forceinline__ void load_columns(uint32_t address, uint32_t (&r)[16]
 }
 
 // The registers are operands, so that the compiler does not read them earlier.
-template <int kCount>
-__device__ __forceinline__ void load_wait(uint32_t (&r)[kCount]) {
+template <int... kCounts>
+__device__ __forceinline__ void load_wait(uint32_t (&... registers)[kCounts]) {
     asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory");
+    const auto pin = []<int kCount>(uint32_t(&r)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
+        for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
+    };
+    (pin(registers), ...);
 }
 
 // ---- operations of the tensor core's queue, issued by one thread and executed in the order of issue ----
@@ -106,6 +109,16 @@ __device__ __forceinline__ void multiply_bf16(uint32_t accumulator, uint64_t row
             "l"(rows), "l"(cols), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
             : "memory");
     }
+}
+
+// The same of 32 E4M3 products, by a single CTA.
+__device__ __forceinline__ void multiply_fp8(uint32_t accumulator, uint64_t rows, uint64_t cols, uint32_t instruction,
+                                             bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %4, 0;\n"
+        "tcgen05.mma.cta_group::1.kind::f8f6f4 [%0], %1, %2, %3, accumulate;\n}" ::"r"(accumulator),
+        "l"(rows), "l"(cols), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
+        : "memory");
 }
 
 // The same of 32 FP8 or FP4 products, each operand's 32 elements of K times the UE8M0 scale of their row.
@@ -160,6 +173,20 @@ __device__ __forceinline__ void tma_load_2d_pair(const CUtensorMap& map, ptx::Ba
         " [leader];\n"
         "}\n" ::"r"(ptx::smem_address(destination)),
         "l"(&map), "r"(ptx::smem_address(&barrier)), "r"(x), "r"(y)
+        : "memory");
+}
+
+// As above, from a tensor of three dimensions.
+__device__ __forceinline__ void tma_load_3d_pair(const CUtensorMap& map, ptx::Barrier& barrier, void* destination, int x,
+                                                 int y, int z) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 leader;\n"
+        "mapa.shared::cluster.u32 leader, %2, 0;\n"
+        "cp.async.bulk.tensor.3d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}],"
+        " [leader];\n"
+        "}\n" ::"r"(ptx::smem_address(destination)),
+        "l"(&map), "r"(ptx::smem_address(&barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 

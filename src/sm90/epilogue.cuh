@@ -90,14 +90,7 @@ private:
 
     // Where a column of the product lies in D.
     __device__ __forceinline__ static int d_col(const GemmParams& params, int col) {
-        if constexpr (kHasHeads) {
-            const HeadMap& heads = params.heads;
-            if (heads.width.divisor != 0) {
-                const int head = divide(col, heads.width);
-                const bool is_right = col - head * heads.width.divisor >= heads.left;
-                return col + (head + is_right) * heads.mid;
-            }
-        }
+        if constexpr (kHasHeads) return column_of_result(params.heads, col);
         return col;
     }
 

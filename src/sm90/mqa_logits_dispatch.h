@@ -8,6 +8,5 @@ template <int kShard>
 const void* mqa_kernel_in_shard(int row);
 
 const void* mqa_metadata_kernel();
-inline constexpr int kMqaMetadataThreads = 1024;
 
 }  // namespace deep_gemm::sm90

@@ -8,7 +8,7 @@
 // addition and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
 // Inf or NaN it multiplies each product instead, as the formula says.
 //
-// A CTA works on a run of groups (mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
+// A CTA works on a run of groups (device/mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
 // registers, while tiles of keys pass. Tile n of the run belongs to consumer warpgroup n modulo their number. A warpgroup
 // issues the products of its next tile, which may belong to the next group, as soon as an accumulator has been summed, and
 // then reduces across the quad and stores.
@@ -28,11 +28,12 @@
 
 #include <type_traits>
 
+#include "../device/mqa_logits_producer.cuh"
+#include "../device/mqa_logits_schedule.cuh"
 #include "../device/pipeline.cuh"
 #include "../device/ptx_tma.cuh"
 #include "../device/warp.cuh"
 #include "mqa_logits_instances.h"
-#include "mqa_logits_schedule.cuh"
 #include "mqa_logits_traits.h"
 #include "wgmma.cuh"
 
@@ -123,8 +124,8 @@ public:
         if (warp < 4) {
             shrink_registers<kLayout.producer_registers()>();
             if (warp == 0) load_tiles(params, shared);
-            if (warp == 1) stage_groups(params, shared);
-            if (warp >= 2 && params.clean) clean(params, threadIdx.x - 64);
+            if (warp == 1) stage_mqa_groups<kRow.paged, kHeads, kTokens>(params, shared);
+            if (warp >= 2 && params.clean) clean_mqa_logits<kRow.paged, 64>(params, threadIdx.x - 64);
         } else {
             grow_registers<kLayout.consumer_registers()>();
             consume(params, shared, warp / 4 - 1);
@@ -132,53 +133,6 @@ public:
     }
 
 private:
-    // ---- producer, warp 1 ----
-
-    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared) {
-        if constexpr (kRow.paged) {
-            PagedWalk<kTokens> walk(params);
-            stage_groups(params, shared, walk);
-        } else {
-            DenseWalk<kTokens> walk(params, shared.dense_work.work);
-            stage_groups(params, shared, walk);
-        }
-    }
-
-    template <class Walk>
-    __device__ __forceinline__ static void stage_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
-        constexpr int kLoads = kRow.tile_cols() / 32;
-        const int lane = threadIdx.x % 32;
-        QueryState state;
-        MqaGroup group = {};
-        KeyRange range;
-        bool more;
-        do {
-            more = walk.next(group, range);
-            float weights[kLoads];
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                const int col = i * 32 + lane, token = col / kHeads;
-                weights[i] = 0;
-                if (more && token < group.num_tokens) {
-                    weights[i] = params.weights[(group.first_token + token) * params.weights_stride + col % kHeads];
-                }
-            }
-            if (!more) group.num_tiles = 0;
-            const int s = state.stage_idx;
-            ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
-            if (lane < kTokens) shared.ranges[s][lane] = range;
-            if (lane == 0) {
-                shared.groups[s] = group;
-                ptx::mbarrier_arrive(shared.group_full[s]);  // keys are loaded while the weights are on their way
-            }
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
-            __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(shared.q_full[s]);
-            state.advance();
-        } while (more);
-    }
-
     // ---- producer, warp 0 ----
 
     __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared) {
@@ -186,7 +140,7 @@ private:
         const int lane = threadIdx.x % 32;
         QueryState q_state;
         PipelineState<kStages> kv_state;
-        TableEntries entries;
+        MqaTableEntries entries;
         if constexpr (kRow.paged) entries.load_first(params, lane);
         while (true) {
             const int g = q_state.stage_idx;
@@ -222,32 +176,10 @@ private:
         }
     }
 
-    // A lane holds the block table's entry of one block, for 32 blocks at once.
-    struct TableEntries {
-        int row = -1;
-        int first = -1;  // block of lane 0
-        int block;
-
-        __device__ __forceinline__ void load(const MqaLogitsParams& params, int table_row, int first_block, int lane) {
-            row = table_row;
-            first = first_block;
-            const int column = min(first_block + lane, params.max_blocks - 1);
-            block = params.block_table.data[row * params.block_table.stride + column * params.block_table.inner_stride];
-        }
-
-        // Those that the CTA starts with, by its schedule: before the lengths are known, which take as long to read.
-        __device__ __forceinline__ void load_first(const MqaLogitsParams& params, int lane) {
-            const int index = params.schedule[2 * blockIdx.x], tile = params.schedule[2 * blockIdx.x + 1];
-            if (params.indices.data != nullptr || params.max_blocks == 0) return;
-            if (index < 0 || index >= params.table_rows || tile < 0 || tile >= params.max_blocks) return;
-            load(params, index, tile * (kMqaTileKeys / params.block_kv), lane);
-        }
-    };
-
     // Asks for the next 32 entries before it uses these. TMA reads blocks outside of the cache as zeros, whatever the entry
     // says.
     __device__ __forceinline__ static void load_paged(const MqaLogitsParams& params, Storage& shared,
-                                                      const MqaGroup& group, TableEntries& entries,
+                                                      const MqaGroup& group, MqaTableEntries& entries,
                                                       PipelineState<kStages>& state) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
@@ -281,55 +213,6 @@ private:
                 }
             }
         }
-    }
-
-    // ---- producer, warps 2 and 3 ----
-
-    // Rows in pieces, over all CTAs.
-    __device__ __forceinline__ static void clean(const MqaLogitsParams& params, int thread) {
-        constexpr int kPiece = 8192;
-        const int pieces = (params.width + kPiece - 1) / kPiece;
-        const long long count = static_cast<long long>(params.num_tokens) * pieces;
-#pragma unroll 1
-        for (long long i = blockIdx.x; i < count; i += gridDim.x) {
-            const int token = static_cast<int>(i / pieces);
-            const int from = static_cast<int>(i - static_cast<long long>(token) * pieces) * kPiece;
-            const int to = min(params.width - from, kPiece) + from;
-            KeyRange range;
-            if constexpr (kRow.paged) {
-                range = paged_range(params, token);
-            } else {
-                range = dense_range(params, token);
-                if (params.compressed) range = {0, range.end - range.begin};
-            }
-            const long long row = token * params.logits_stride;
-            fill(params, row, from, min(to, range.begin), thread);
-            fill(params, row, max(from, range.end), to, thread);
-        }
-    }
-
-    // Columns [from, to) of a row, 64 threads.
-    __device__ __forceinline__ static void fill(const MqaLogitsParams& params, long long row, int from, int to, int thread) {
-        if (params.logits_is_float) {
-            fill_with(static_cast<uint32_t*>(params.logits) + row, from, to, 0xff800000u, thread);
-        } else {
-            fill_with(static_cast<uint16_t*>(params.logits) + row, from, to, 0xff80ff80u, thread);
-        }
-    }
-
-    // Element stores up to a multiple of 16 bytes and from the last one on.
-    template <class T>
-    __device__ __forceinline__ static void fill_with(T* row, int from, int to, uint32_t value, int thread) {
-        constexpr int kThreads = 64, kVector = 16 / sizeof(T);
-        const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + from) % 16 / sizeof(T));
-        const int head = min(from + (kVector - past) % kVector, to);
-        const int vectors = max(to - head, 0) / kVector;
-        if (from + thread < head) row[from + thread] = static_cast<T>(value);
-        auto* wide = reinterpret_cast<uint4*>(row + head);
-#pragma unroll 4
-        for (int i = thread; i < vectors; i += kThreads) wide[i] = make_uint4(value, value, value, value);
-        const int tail = head + vectors * kVector + thread;
-        if (tail < to) row[tail] = static_cast<T>(value);
     }
 
     // ---- consumers ----

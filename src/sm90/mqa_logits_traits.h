@@ -8,7 +8,6 @@
 
 namespace deep_gemm::sm90 {
 
-inline constexpr int kMqaQueryStages = 2;
 inline constexpr int kMqaMaxStages = 24;
 
 struct MqaLayout {

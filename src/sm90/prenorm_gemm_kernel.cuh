@@ -22,11 +22,8 @@
 // empty[s]   consumer warps                    stage s may be overwritten
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include <cmath>
-
 #include "../device/pipeline.cuh"
+#include "../device/prenorm_gemm.cuh"
 #include "../device/prenorm_gemm_params.h"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
@@ -74,15 +71,6 @@ class PrenormGemmKernel {
 
     using State = PipelineState<kStages>;
 
-    // A tile of D, for a part of K.
-    struct Work {
-        int row;  // first of A
-        int col;  // first of D
-        int split;
-        int k_block;
-        int num_k_blocks;
-    };
-
 public:
     __device__ __forceinline__ static void run(const PrenormGemmParams& params, uint8_t* memory) {
         Storage& shared = *reinterpret_cast<Storage*>(memory);
@@ -114,43 +102,28 @@ public:
         if (warpgroup == 0) {
             if constexpr (kSetRegisters) shrink_registers<72>();
             State state;
-            for_each_tile(params, [&](const Work& work) { sum_squares(params, shared, work, state, threadIdx.x); });
+            for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
+                sum_prenorm_squares<kRows>(params, shared, work, state, threadIdx.x);
+            });
         } else if (warpgroup <= kColGroups) {
             if constexpr (kSetRegisters) grow_registers<232>();
             State state;
-            for_each_tile(params, [&](const Work& work) {
+            for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
                 multiply(params, shared, work, state, warpgroup - 1, threadIdx.x % 128);
             });
         } else {
             if constexpr (kSetRegisters) shrink_registers<40>();
             if (threadIdx.x == kLayout.num_threads() - 128) {
                 State state;
-                for_each_tile(params, [&](const Work& work) { load(params, shared, work, state); });
+                for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) { load(params, shared, work, state); });
             }
         }
     }
 
 private:
-    // Column tiles side by side, so that they find A in L2; then row tiles, which read the same part of B.
-    template <class Visit>
-    __device__ __forceinline__ static void for_each_tile(const PrenormGemmParams& params, Visit&& visit) {
-#pragma unroll 1
-        for (int tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
-            const int row_tile = tile / params.num_col_tiles % params.num_row_tiles;
-            Work work;
-            work.split = tile / params.num_col_tiles / params.num_row_tiles;
-            work.row = row_tile * params.tile_rows;
-            work.col = tile % params.num_col_tiles * kCols;
-            const int64_t blocks = params.num_k_blocks;
-            work.k_block = static_cast<int>(blocks * work.split / params.num_splits);
-            work.num_k_blocks = static_cast<int>(blocks * (work.split + 1) / params.num_splits) - work.k_block;
-            visit(work);
-        }
-    }
-
     // ---- producer ----
 
-    __device__ __forceinline__ static void load(const PrenormGemmParams& params, Storage& shared, const Work& work,
+    __device__ __forceinline__ static void load(const PrenormGemmParams& params, Storage& shared, const PrenormWork& work,
                                                 State& state) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const uint32_t bytes = params.tile_rows * 128 + (params.n > 0 ? params.b_box_rows * 256 : 0);
@@ -169,73 +142,9 @@ private:
         }
     }
 
-    __device__ __forceinline__ static void release(ptx::Barrier& empty) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-    }
-
-    // ---- squares ----
-
-    __device__ __forceinline__ static void sum_squares(const PrenormGemmParams& params, Storage& shared,
-                                                       const Work& work, State& state, int thread) {
-        constexpr int kThreadsPerRow = kRows < 128 ? 128 / kRows : 1;
-        constexpr int kRowsPerThread = kRows < 128 ? 1 : kRows / 128;
-        constexpr int kChunks = 8 / kThreadsPerRow;  // of 16 bytes, in a row of a stage
-        const int first_row = thread / kThreadsPerRow;
-        const int first_chunk = thread % kThreadsPerRow * kChunks;
-        float sums[kRowsPerThread][8] = {};  // by position in a chunk: short chains, small rounding errors
-#pragma unroll 1
-        for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
-            ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
-#pragma unroll
-            for (int r = 0; r < kRowsPerThread && work.col == 0; ++r) {
-                const int row = first_row + 128 * r;
-                const uint4* chunks = reinterpret_cast<const uint4*>(shared.a[state.stage_idx] + row * 128);
-#pragma unroll
-                for (int j = 0; j < kChunks; ++j) {
-                    const uint4 chunk = chunks[(first_chunk + j) ^ (row % 8)];
-                    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-                    for (int w = 0; w < 4; ++w) {
-                        const float even = __uint_as_float(words[w] << 16);
-                        const float odd = __uint_as_float(words[w] & 0xffff0000u);
-                        sums[r][2 * w] = fmaf(even, even, sums[r][2 * w]);
-                        sums[r][2 * w + 1] = fmaf(odd, odd, sums[r][2 * w + 1]);
-                    }
-                }
-            }
-            release(shared.empty[state.stage_idx]);
-        }
-#pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r) {
-            float (&s)[8] = sums[r];
-            float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-            if constexpr (kThreadsPerRow == 2) sum += __shfl_xor_sync(0xffffffff, sum, 1);
-            const int row = first_row + 128 * r;
-            const bool is_mine = work.col == 0 && thread % kThreadsPerRow == 0;
-            if (is_mine && row < min(params.tile_rows, params.m - work.row)) {
-                params.output.sqr_sum[work.split * params.output.sqr_split_stride + work.row + row] = sum;
-            }
-        }
-    }
-
     // ---- product ----
 
-    // What a BF16 of x's upper 16 bits leaves of x. Infinity leaves itself, and what has nothing left leaves a trace, so
-    // that an infinite or NaN element of A meets no zero that x is not.
-    __device__ __forceinline__ static float rest(float x) {
-        const float upper = __uint_as_float(__float_as_uint(x) & 0xffff0000u);
-        return fabsf(x) == INFINITY ? x : fmaf(x, 0x1p-60f, x - upper);
-    }
-
-    // BF16 pairs of the upper parts and of the rests of two neighbours along K.
-    __device__ __forceinline__ static void split(float2 x, uint32_t& upper, uint32_t& lower) {
-        upper = __byte_perm(__float_as_uint(x.x), __float_as_uint(x.y), 0x7632);
-        const __nv_bfloat162 rests = __floats2bfloat162_rn(rest(x.x), rest(x.y));
-        lower = reinterpret_cast<const uint32_t&>(rests);
-    }
-
-    __device__ __forceinline__ static void multiply(const PrenormGemmParams& params, Storage& shared, const Work& work,
+    __device__ __forceinline__ static void multiply(const PrenormGemmParams& params, Storage& shared, const PrenormWork& work,
                                                     State& state, int col_group, int thread) {
         constexpr int kSteps = kPrenormBlockK / 16;
         const int lane = thread % 32, quad = lane / 4, in_quad = lane % 4;
@@ -264,8 +173,8 @@ private:
                 }
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    split(raw[step][0], rows[step][0], rows[step][1]);
-                    split(raw[step][1], rows[step][2], rows[step][3]);
+                    split_bf16(raw[step][0], rows[step][0], rows[step][1]);
+                    split_bf16(raw[step][1], rows[step][2], rows[step][3]);
                 }
             }
             const Descriptor cols(shared.a[s]);
@@ -279,7 +188,7 @@ private:
             wgmma_commit();
             wgmma_wait<0>();
             pin_registers(accumulator);
-            release(shared.empty[s]);
+            release_stage(shared.empty[s]);
         }
 
         const int col = work.col + b_row;
@@ -307,50 +216,10 @@ __global__ void __launch_bounds__(PrenormLayout{kRows, kColGroups}.num_threads()
 #endif
 }
 
-// A CTA has 128 elements, four a thread, and each of its warps every eighth part: then the warps' sums in their order.
 __global__ void __launch_bounds__(kPrenormReduceThreads)
     sm90_prenorm_reduce(const __grid_constant__ PrenormReduceParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr int kWarps = kPrenormReduceThreads / 32;
-    __shared__ float4 sums[kWarps][32];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t first = blockIdx.x * kPrenormReduceElements + lane * 4;
-    const uint32_t num_products = static_cast<uint32_t>(params.m) * params.n, count = num_products + params.m;
-    ptx::grid_dependency_launch();
-    ptx::grid_dependency_wait();
-
-    float4 sum = {};
-    if (first < count) {
-#pragma unroll 4
-        for (int part = warp; part < params.num_parts; part += kWarps) {
-            const float4 x = *reinterpret_cast<const float4*>(params.parts + part * params.part_stride + first);
-            sum.x += x.x;
-            sum.y += x.y;
-            sum.z += x.z;
-            sum.w += x.w;
-        }
-    }
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp > 0) return;
-#pragma unroll
-    for (int other = 1; other < kWarps; ++other) {
-        const float4 x = sums[other][lane];
-        sum.x += x.x;
-        sum.y += x.y;
-        sum.z += x.z;
-        sum.w += x.w;
-    }
-    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t at = first + i;
-        if (at < num_products) {
-            params.output.d[at / params.n * params.output.d_row_stride + at % params.n] = values[i];
-        } else if (at < count) {
-            params.output.sqr_sum[at - num_products] = values[i];
-        }
-    }
+    prenorm_reduce(params);
 #endif
 }
 

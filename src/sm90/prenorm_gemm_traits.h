@@ -1,11 +1,9 @@
 // Tile sizes and shared memory of tf32_hc_prenorm_gemm: plain C++, so that host and device cannot disagree.
 #pragma once
 
-namespace deep_gemm::sm90 {
+#include "../device/prenorm_gemm_params.h"
 
-inline constexpr int kPrenormBlockK = 64;  // 128 bytes of A, twice 128 bytes of B
-inline constexpr int kPrenormReduceThreads = 256;
-inline constexpr int kPrenormReduceElements = 128;  // of a CTA
+namespace deep_gemm::sm90 {
 
 struct PrenormLayout {
     int rows;        // of A, the N of the instruction
@@ -22,8 +20,5 @@ struct PrenormLayout {
     }
     constexpr int shared_bytes() const { return num_stages() * (a_bytes() + b_bytes()) + 1024; }
 };
-
-// Rows of the tallest kernel: with two column groups a thread has half the registers for accumulators.
-constexpr int prenorm_max_rows(int col_groups) { return col_groups == 1 ? 256 : 128; }
 
 }  // namespace deep_gemm::sm90

@@ -312,18 +312,11 @@ private:
 
 }  // namespace
 
-void run_sm100_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) {
-    if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups != 1) throw std::runtime_error("host_ops: an empty problem");
-    if (p.grouping != Grouping::kDense || p.head_left + p.head_right > 0) throw std::runtime_error("host_ops: not dense");
-    const Product product(p, true);
-    for (int64_t m = 0; m < p.m; ++m) {
-        for (int64_t n = 0; n < p.n; ++n) product.store(0, m, n, product.dot(0, 0, m, n, 0, p.k));
-    }
-}
+namespace {
 
-void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) {
+void run_on_host(const GemmProblem& p, bool sm100) {
     if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");
-    const Product product(p);
+    const Product product(p, sm100);
     const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
         for (int64_t m = rows.begin; m < rows.end; ++m) {
             for (int64_t n = 0; n < p.n; ++n) product.store(group_d, m, n, product.dot(group_a, group_b, m, n, k.begin, k.end));
@@ -377,6 +370,11 @@ void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&)
         }
     }
 }
+
+}  // namespace
+
+void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) { run_on_host(p, false); }
+void run_sm100_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) { run_on_host(p, true); }
 
 }  // namespace deep_gemm
 

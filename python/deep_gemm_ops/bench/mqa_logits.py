@@ -175,8 +175,10 @@ def _measure(
     problem.sets(count)
     heads, dim, paged = problem.row
     contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.call}
+    arch = "sm_100a" if limits.major == 10 else "sm_90a"
     for row in _capi.mqa_instances():
-        if suites.DEVICE == "cuda" and (row["heads"], row["head_dim"], row["paged"]) == (heads, dim, paged):
+        fits = (row["arch"], row["heads"], row["paged"]) == (arch, heads, paged) and row["head_dim"] in (0, dim)
+        if suites.DEVICE == "cuda" and fits:
 
             def forced(i: int, index: int = row["index"]) -> torch.Tensor:
                 with _capi.force_mqa_row(index):

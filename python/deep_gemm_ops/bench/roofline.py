@@ -1,4 +1,4 @@
-"""``python -m deep_gemm_ops.bench.roofline``: what dense products should cost on a B200, where nobody has timed them.
+"""``python -m deep_gemm_ops.bench.roofline``: what products should cost on a B200, where nobody has timed them.
 
 For each problem the row that selection chooses, what it moves and computes, and the shortest time that each resource
 allows. All rates are the datasheet's but one: 64 bytes per clock from L2 into an SM are an H100's. Needs the compiled
@@ -49,26 +49,43 @@ class Roofline:
         return max(times.items(), key=lambda item: item[1])
 
 
-def roofline(m: int, n: int, k: int, operands: str = "fp8", gran_k: int = 128) -> Roofline:
-    """``operands``: fp8, fp4 (B, the weights) or bf16; BF16 result."""
+def roofline(
+    m: int, n: int, k: int, operands: str = "fp8", gran_k: int = 128, groups: int = 1, grouping: str = "dense"
+) -> Roofline:
+    """``operands``: fp8, fp4 (B, the weights) or bf16; BF16 result. ``grouping``: of _capi.GROUPINGS, or masked.
+
+    M, N and K are those of each group, all alike; K-grouped results are FP32.
+    """
     bf16 = operands == "bf16"
     recipe = None if bf16 else (1, 1, gran_k)
     fp4 = "b" if operands == "fp4" else ""
-    choice = _capi.select(m, n, k, recipe=recipe, fp4=fp4, arch="sm_100a", num_sms=NUM_SMS)
+    options: dict[str, Any] = {"num_groups": groups, "grouping": grouping, "expected_m": m}
+    of_all = {"m": m, "n": n, "k": k}
+    if grouping == "masked":
+        options |= {"grouping": "m_grouped", "group_layout": "masked"}
+    elif grouping == "m_grouped":
+        options |= {"group_layout": "offsets"}
+        of_all["m"] *= groups
+    elif grouping == "k_grouped":
+        options |= {"group_layout": "sizes", "float_output": True, "layout": "tn" if bf16 else "nt", "expected_m": 0}
+        of_all["k"] *= groups
+    choice = _capi.select(**of_all, recipe=recipe, fp4=fp4, arch="sm_100a", num_sms=NUM_SMS, **options)
     row = next(row for row in _capi.instances("sm_100a") if row["index"] == choice["row"])
-    return _of_row(row, m, n, k, operands, gran_k)
+    return _of_row(row, m, n, k, operands, gran_k, groups)
 
 
-def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: int) -> Roofline:
+def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: int, groups: int = 1) -> Roofline:
     rows, cols = (n, m) if row["swap_ab"] else (m, n)
     block_rows, block_cols = (row["block_n"], row["block_m"]) if row["swap_ab"] else (row["block_m"], row["block_n"])
     pair, split = row["row_ctas"], row["split_k"]
-    tiles = math.ceil(rows / (block_rows * pair)) * math.ceil(cols / block_cols)
+    tiles = groups * math.ceil(rows / (block_rows * pair)) * math.ceil(cols / block_cols)
     blocks = math.ceil(k / row["block_k"])
     ctas = tiles * pair * split
     item = 2.0 if operands == "bf16" else 1.0
     scale_bytes = 0.0 if operands == "bf16" else (m + n) * k / gran_k
-    memory = m * k * item + n * k * (0.5 if operands == "fp4" else item) + scale_bytes + 2.0 * m * n
+    d_bytes = 4.0 if row["grouping"] == "k_grouped" else 2.0
+    memory = m * k * item + n * k * (0.5 if operands == "fp4" else item) + scale_bytes + d_bytes * m * n
+    memory *= groups
     # A CTA's stage: its rows, and its part of the columns. FP4 leaves L2 packed and lies in shared memory unpacked.
     stage = 128 * (block_rows + block_cols / pair)
     packed = 64 * (block_rows if row["swap_ab"] else block_cols / pair) if operands == "fp4" else 0
@@ -76,7 +93,7 @@ def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: 
     busy = min(ctas, NUM_SMS)  # SMs with work, all of them equally much: waves are not counted here
     clock = CLOCK_GHZ * 1e3  # per microsecond
     work = tiles * blocks * pair  # stages of all CTAs
-    operations = 2.0 * m * n * k
+    operations = 2.0 * groups * m * n * k
     padded = 2.0 * tiles * block_rows * pair * block_cols * k
     rate = 2 * MULTIPLY_ADDS["bf16" if operands == "bf16" else "fp8"]
     return Roofline(
@@ -92,31 +109,41 @@ def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: 
     )
 
 
-def table(problems: Iterator[tuple[int, int, int, str, int]]) -> str:
-    """Markdown, one line for each problem."""
+def table(problems: Iterator[tuple]) -> str:
+    """Markdown, one line for each problem: arguments of `roofline`."""
     lines = [
         "| M | N | K | operands | row | GFLOP | memory, MB | L2 to SM, MB | tensor memory, MB | bound | at least, µs |",
         "|---:|---:|---:|---|---|---:|---:|---:|---:|---|---:|",
     ]
-    for m, n, k, operands, gran_k in problems:
-        r = roofline(m, n, k, operands, gran_k)
+    for m, n, k, operands, gran_k, *groups in problems:
+        r = roofline(m, n, k, operands, gran_k, *groups)
         bound, us = r.bound
         names = {"fp8": f"FP8, {gran_k}", "fp4": f"FP8 x FP4, {gran_k}", "bf16": "BF16"}
         megabytes = [f"{x * 1e-6:.1f}" for x in (r.memory_bytes, r.fill_bytes, r.tensor_memory_bytes)]
         row = r.row.removeprefix("sm100_")
-        cells = [m, n, k, names[operands], f"`{row}`", f"{r.operations * 1e-9:.1f}", *megabytes, bound, f"{us:.1f}"]
+        kind = names[operands] if not groups else f"{names[operands]}; {groups[0]} x {groups[1].replace('_', '-')}"
+        cells = [m, n, k, kind, f"`{row}`", f"{r.operations * 1e-9:.1f}", *megabytes, bound, f"{us:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def problems() -> Iterator[tuple[int, int, int, str, int]]:
-    """The benchmark's shapes in FP8, and one of them in every type."""
+def problems() -> Iterator[tuple]:
+    """The benchmark's shapes in FP8, one of them in every type, and groups: arguments of `roofline`."""
     for m in BENCH_M:
         for n, k in BENCH_SHAPES:
             yield m, n, k, "fp8", 128
     for m in (1, 64, 4096):
         for operands, gran_k in (("fp8", 32), ("fp4", 32), ("bf16", 128)):
             yield m, 4096, 7168, operands, gran_k
+    for operands, gran_k in (("fp8", 128), ("fp4", 32), ("bf16", 128)):
+        for m, groups in ((4096, 8), (1024, 32), (128, 32)):
+            yield m, 4096, 7168, operands, gran_k, groups, "m_grouped"
+            yield m, 7168, 2048, operands, gran_k, groups, "m_grouped"
+        for m, groups in ((16, 32), (192, 6)):
+            yield m, 4096, 7168, operands, gran_k, groups, "masked"
+    for operands in ("fp8", "bf16"):
+        yield 4096, 7168, 4096, operands, 128, 8, "k_grouped"
+        yield 128, 512, 128, operands, 128, 128, "batched"
 
 
 if __name__ == "__main__":

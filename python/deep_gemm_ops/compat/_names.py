@@ -55,7 +55,9 @@ def works(op: str) -> bool:
     if key == "CPU" or _FOR_EVERY_ARCHITECTURE.search(op) or not torch.cuda.is_initialized():
         return True
     major, _ = torch.cuda.get_device_capability()
-    return any(f"sm_{major}0" in row["arch"] for row in _capi.instances())
+    if "mega_moe" in op and major != 9:
+        return False
+    return any(f"sm_{major}0" in row["arch"] for row in _capi.instances(None))
 
 
 def exists(name: str) -> bool:

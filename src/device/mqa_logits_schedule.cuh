@@ -10,10 +10,10 @@
 //           where the next one starts. Sequences of more tokens than a group holds are passed over several times.
 #pragma once
 
-#include "../device/mqa_logits_params.h"
-#include "../device/ptx_mbarrier.cuh"
+#include "mqa_logits_params.h"
+#include "ptx_mbarrier.cuh"
 
-namespace deep_gemm::sm90 {
+namespace deep_gemm {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -263,4 +263,4 @@ private:
     int done_tokens_ = 0;
 };
 
-}  // namespace deep_gemm::sm90
+}  // namespace deep_gemm
