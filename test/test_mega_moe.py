@@ -16,7 +16,7 @@ from expecttest import assert_expected_inline
 import deep_gemm_ops
 from deep_gemm_ops import mega_moe, reference
 
-from common import assert_close, assert_equal, generator, same_bits
+from common import assert_close, generator, same_bits
 from mega_cases import MegaCase, call, run_ranks, samples, to_device
 from test_bad_input import changed, messages, other_device
 
@@ -68,14 +68,13 @@ def test_exact(device: str) -> None:
     """Small integers leave no rounding but those that the operator promises."""
     for tokens in [(3,), (70,)]:
         case = MegaCase(tokens, 4, 2, 512, 256, data="integer", clamp=3.0)
-        if device == "cuda":
-            run(case, device)
-            continue
         # The CPU multiplies what is dequantised: the same to the rounding of FP32.
-        (buffer,), (weights,), (inputs,) = case.buffers(), case.weights(), case.inputs()
-        case.write([buffer], [inputs])
+        (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
+        case.write([buffer], [to_device(inputs, device)])
         (expected,) = case.expected([inputs], [weights], exact=False)
-        assert_equal(call(case, buffer, weights, tokens[0]), expected.bfloat16())
+        y = call(case, buffer, to_device(weights, device), tokens[0]).cpu()
+        # A GPU's approximate exponential differs in its last bit: a few values are rounded the other way.
+        assert_close(y, expected.bfloat16(), tol=2e-3 if device == "cuda" else 0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 13, 130])
@@ -347,7 +346,7 @@ def test_graph(cuda: str) -> None:
     with torch.cuda.graph(graph):
         call(case, buffer, on_device, 20, y=y)
     for number in range(case.calls):
-        inputs = case.inputs(number)
+        (inputs,) = case.inputs(number)
         case.write([buffer], [to_device(inputs, cuda)])
         graph.replay()
         torch.cuda.synchronize()

@@ -114,7 +114,7 @@ def select(
 def mqa_instances() -> list[dict[str, Any]]:
     """The rows of the tables of kernels for MQA logits, in their order.
 
-    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel``, ``heads``, ``head_dim`` (0 on SM100, whose
+    Each is a dict with ``index``, ``name``, ``arch``, ``family``, ``kernel``, ``heads``, ``head_dim`` (0 on SM100, its
     rows take any), ``cols``, ``parts``, ``warpgroups``, ``paged``, ``num_stages``, ``shared_bytes`` and
     ``num_threads``. Empty without the library.
     """
