@@ -198,7 +198,7 @@ class MegaCase:
             for actual, want in zip(y, kernel_reference(self, inputs, weights)):
                 assert_equal(actual, want, repro=self.repro)
             return
-        # The same roundings, but other sums and, on a GPU, another exponential: some elements are rounded the other way,
+        # The same roundings, but other sums and, on a GPU, another exponential: some are rounded the other way,
         # by a step of E4M3. Then none of the roundings.
         for exact, tol in ((False, 5e-3 if self.is_bf16 else 2.5e-2), (True, 8e-3 if self.is_bf16 else 4e-2)):
             for actual, want in zip(y, self.expected(inputs, weights, exact)):
