@@ -17,10 +17,10 @@ static_assert(sm90::first_invalid(sm90::kGemmRows) == -1,
 
 #if DG_WITH_SM90
 template <int kShard>
-struct Shard {
+struct GemmShard {
     static const void* find(int row) { return sm90::gemm_kernel_in_shard<kShard>(row); }
 };
-const void* find_kernel(int row) { return find_in_shards<Shard>(row); }
+const void* find_kernel(int row) { return find_in_shards<GemmShard>(row); }
 #else
 const void* find_kernel(int) { return nullptr; }
 #endif

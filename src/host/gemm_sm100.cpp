@@ -18,10 +18,10 @@ static_assert(sm100::first_invalid(sm100::kGemmRows) == -1,
 
 #if DG_WITH_SM100
 template <int kShard>
-struct Shard {
+struct Sm100GemmShard {
     static const void* find(int row) { return sm100::gemm_kernel_in_shard<kShard>(row); }
 };
-const void* find_kernel(int row) { return find_in_shards<Shard>(row); }
+const void* find_kernel(int row) { return find_in_shards<Sm100GemmShard>(row); }
 #else
 const void* find_kernel(int) { return nullptr; }
 #endif

@@ -26,10 +26,10 @@ static_assert(sm90::first_invalid_mqa_row(sm90::kMqaRows, sm90::kNumMqaRows) == 
 
 #if DG_WITH_SM90
 template <int kShard>
-struct Shard {
+struct MqaShard {
     static const void* find(int row) { return sm90::mqa_kernel_in_shard<kShard>(row); }
 };
-const void* sm90_kernel(int row) { return find_in_shards<Shard>(row); }
+const void* sm90_kernel(int row) { return find_in_shards<MqaShard>(row); }
 const void* sm90_metadata() { return sm90::mqa_metadata_kernel(); }
 #else
 const void* sm90_kernel(int) { return nullptr; }
