@@ -48,8 +48,8 @@ def k_blocks(row: Row, count: int) -> int:
     return count * row["split_k"] * row["block_k"] - row["block_k"] * 91 // 128
 
 
-def check(case: RowCase) -> None:
-    results = [dataclasses.replace(case, seed=seed).run() for seed in range(SEEDS)]
+def check(case: RowCase, schedules: int = SEEDS) -> None:
+    results = [dataclasses.replace(case, seed=seed).run() for seed in range(schedules)]
     for seed, result in enumerate(results):
         assert same_bits(result, results[0]), (
             f"seeds 0 and {seed} give other bits\nreproduce with: {dataclasses.replace(case, seed=seed).repro}"
@@ -67,7 +67,8 @@ def test_outputs(row: Row, d: str, c: str) -> None:
     """Each way to store D with each kind of C, on more than one tile, the last ones ragged. K does not split evenly."""
     m, n = cluster_tile(row)
     k = k_blocks(row, 1) + row["block_k"]
-    check(RowCase(row["name"], m + 5, ragged(n, 9, d == "tma"), k, d, c, "integer", 2 * row["cluster_size"]))
+    case = RowCase(row["name"], m + 5, ragged(n, 9, d == "tma"), k, d, c, "integer", 2 * row["cluster_size"])
+    check(case, max(1, SEEDS // 2))  # the shapes below give each row more schedules
 
 
 def several_waves(row: Row) -> RowCase:

@@ -224,8 +224,7 @@ TileReads readGlobal(Machine& M, const GlobalAccess& by, Cta* c, u32 off, const 
     if (!by.seen) return [](u64, u32) {};
     Mbarrier& b = mbarrierAt(M, nullptr, -1, c, off, what);
     return [&M, by, what, queue = b.queue, count = u32(b.phase) + 1](u64 address, u32 bytes) {
-        orderGlobalRead(M, by, address, bytes, what);
-        orderGlobalReadDone(M, by, address, bytes, queue, count);
+        orderGlobalRead(M, by, address, bytes, queue, count, what);
     };
 }
 // ... and what a bulk store writes.
@@ -455,7 +454,7 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
             smemAsyncRead(M, &w, c, at, n, "cp.async.bulk.tensor store");
             orderAsyncRead(w, l, c, at, n, "cp.async.bulk.tensor store");
         });
-        countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, bytes);
+        countBulk(w, x.p[4] < 0 ? kBulkStore : kBulkReduce, tmaTxBytes(t));
         M.stats.bulkOps++;
         auto op = std::make_shared<BulkOp>();
         w.bulk[l].open.push_back(op);

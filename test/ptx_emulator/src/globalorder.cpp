@@ -134,9 +134,10 @@ struct Check {
 void addReader(const GlobalAccess& by, GlobalWord& g, Access a) {
     int slot = -1;
     for (int i = 0; i < 2 && slot < 0; i++) {
-        if (!g.read[i]) slot = i;
-        else if (g.readCluster[i] == by.cluster && !a.isQueue() && !g.read[i].isQueue() && g.read[i].warp() == a.warp()) {
-            if (g.read[i].time() == a.time() && g.read[i].lane() != a.lane())
+        if (!g.read[i]) {
+            slot = i;
+        } else if (g.readCluster[i] == by.cluster && g.read[i].who() == a.who()) {  // a later read by the same
+            if (!a.isQueue() && g.read[i].time() == a.time() && g.read[i].lane() != a.lane())
                 a = Access::byWarp(a.warp(), a.time(), Access::kSeveralLanes, 0, a.bytes());
             slot = i;
         }
@@ -281,19 +282,16 @@ void orderGlobalLoad(Warp& w, const GlobalAccess& by, u64 address, u32 bytes, co
     });
 }
 
-void orderGlobalRead(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, const char* what) {
+void orderGlobalRead(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 queue, u32 count,
+                     const char* what) {
     if (!by.seen || readOnly(m, address, bytes)) return;
     Check check{m, by, nullptr, what};
+    const Access read = Access::byQueue(queue, count);
     eachWord(address, bytes, [&](u64 at) {
-        const GlobalWord& g = m.globalOrder.word(at);
-        check.write(at, g, false);
-        check.proxy(at, g);
+        GlobalWord& g = m.globalOrder.word(at);
+        if (g.write) check.write(at, g, false), check.proxy(at, g);
+        addReader(by, g, read);
     });
-}
-
-void orderGlobalReadDone(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 queue, u32 count) {
-    if (!by.seen || readOnly(m, address, bytes)) return;
-    eachWord(address, bytes, [&](u64 at) { addReader(by, m.globalOrder.word(at), Access::byQueue(queue, count)); });
 }
 
 void orderGlobalWrite(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 serial, bool reduce,

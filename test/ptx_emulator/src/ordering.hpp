@@ -242,8 +242,8 @@ void orderGlobal(Warp& w, const Inst& in, u32 lanes, u32 bytes, bool read, bool 
 GlobalAccess orderGlobalIssue(Warp& w, int lane);
 void orderGlobalLoad(Warp& w, const GlobalAccess& by, u64 address, u32 bytes, const char* what);  // by a thread
 // A copy reads now what must have been ordered before its issue; it has read it when `queue` reaches `count`.
-void orderGlobalRead(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, const char* what);
-void orderGlobalReadDone(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 queue, u32 count);
+void orderGlobalRead(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 queue, u32 count,
+                     const char* what);
 // A bulk store writes, under a serial number, and has been waited for.
 void orderGlobalWrite(Machine& m, const GlobalAccess& by, u64 address, u32 bytes, u32 serial, bool reduce,
                       const char* what);
