@@ -54,7 +54,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
 
     Args:
         a: float8_e4m3fn ``[M, K]``, or FP4 as float4_e2m1fn_x2, int8 or uint8 ``[M, K / 2]``. Inner stride 1, row
-            stride and base address multiples of 16 bytes.
+            stride and base address multiples of 16 bytes; on SM100 those of FP4 multiples of 32 bytes, and K one of
+            128.
         sfa: scales of ``a``; K counts elements. MXFP4 has one per row and 32 of K: ``recipe`` ``[1, 1, 32]``.
         b: ``[G, N, K]`` or ``[G, N, K / 2]``, as ``a``.
         sfb: scales of ``b``.
@@ -65,10 +66,9 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
         ``[M, N]``: a fresh contiguous tensor in which rows that belong to no group are zero, or ``out``.
 
     Raises:
-        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad; a GPU other
-            than SM90.
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad.
 
-    What SM90 makes of FP4: :func:`fp8_fp4_gemm_nt`.
+    What SM90 and SM100 make of FP4: :func:`fp8_fp4_gemm_nt`.
     """
     operands = {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "grouped_layout": grouped_layout}
     keywords = {"layout": layout, "recipe": recipe, "expected_m": expected_m}
