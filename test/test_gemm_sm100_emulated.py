@@ -307,6 +307,8 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         if any("mbarrier.arrive" in line for line in after[:12]):
             if "fence::after" in following[0] and "tcgen05.ld" in following[1]:
                 return "since it read the slot that it gives back, the warp has met to give back an accumulator"
+            if any("redux.sync" in line for line in after[:50]):
+                return "lanes meet in redux.sync once they have read a slot"
     if mutant.kind == "tcgen05 fence":
         # The first two are around the allocation, the last one is in front of the end.
         fences = [i for i, line in enumerate(lines, 1) if "tcgen05.fence" in line]
