@@ -36,7 +36,7 @@ struct CostModel {
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
-    // FP4 weights, not measured yet: counted instructions of a warp for a K block of 64 rows, one a clock.
+    // FP4 weights, not fitted to measurements: counted instructions of a warp for a K block of 64 rows, one a clock.
     double expansion = 195;         // loads, look-ups, addresses
     double expansion_promotion = 4.4;  // more of them per column, with scales of A per 32 of K
     double expansion_folded = 1.8;     // ... per 128

@@ -146,9 +146,7 @@ private:
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
-            // The election also sees to it that all lanes have read the group before the keys come that let consumers give
-            // it back.
-            if (ptx::elect_one()) {
+            if (lane == 0) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
                 } else {
@@ -160,12 +158,15 @@ private:
             if constexpr (kRow.paged) {
                 load_paged(params, shared, group, entries, kv_state);
             } else {
+                // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
+                // shuffles see to that.)
+                __syncwarp();
 #pragma unroll 1
                 for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
-                    const int s = kv_state.stage_idx;
-                    const int key = group.first_key + i * kMqaTileKeys;
-                    ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
-                    if (ptx::elect_one()) {
+                    if (lane == 0) {
+                        const int s = kv_state.stage_idx;
+                        const int key = group.first_key + i * kMqaTileKeys;
+                        ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
                         ptx::mbarrier_arrive_expect_tx(shared.kv_full[s], kLayout.kv_bytes() + kLayout.scale_bytes());
                         ptx::tma_load_2d(params.kv_map, shared.kv_full[s], shared.kv[s], 0, key, kHint);
                         ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
@@ -197,19 +198,16 @@ private:
             for (int j = 0; j < count; j += tile_blocks, state.advance()) {
                 const int upper = __shfl_sync(kAllLanes, blocks, j);
                 const int lower = __shfl_sync(kAllLanes, blocks, j + tile_blocks - 1);
+                if (lane != 0) continue;
                 const int s = state.stage_idx;
                 ptx::Barrier& full = shared.kv_full[s];
                 ptx::mbarrier_wait(shared.kv_empty[s], state.phase ^ 1);
-                // Of one thread, and the compiler knows it: from a lane that was asked for by number each copy would be a
-                // loop over the lanes.
-                if (ptx::elect_one()) {
-                    ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
-                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
-                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
-                    if (tile_blocks == 2) {
-                        ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
-                        ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
-                    }
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
+                ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
+                ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
+                if (tile_blocks == 2) {
+                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
+                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
                 }
             }
         }
