@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstring>
+#include <map>
 #include <stdexcept>
+#include <string>
 
 #include "launcher.h"
 
@@ -17,7 +19,14 @@ public:
     CallbackBackend(EncodeTiledFunction encode, LaunchCallback launch) : encode_(encode), launch_(launch) {}
     EncodeTiledFunction encode_tiled() override { return encode_; }
     void launch(const KernelLaunch& launch) override {
-        if (launch_(launch.symbol(launch.row).c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes,
+        const std::string symbol = launch.symbol(launch.row);
+        // A test runs the kernel by its name, the device by its handle: they have to belong together.
+        static std::map<const void*, std::string> symbols;
+        const auto known = symbols.try_emplace(launch.kernel, symbol).first;
+        if (launch.kernel != nullptr && known->second != symbol) {
+            throw std::runtime_error("the handles of " + known->second + " and " + symbol + " are the same");
+        }
+        if (launch_(symbol.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes,
                     launch.params, launch.params_bytes) != 0) {
             throw std::runtime_error("the launch callback failed");
         }
