@@ -35,7 +35,7 @@ def test_activations_by_weights() -> None:
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8_kwg2
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
 64 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
-128 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
+128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
 1024 576 7168: sm90_fp8_1d2d_m64n96
 4096 576 7168: sm90_fp8_1d2d_m128n160
 1 24576 1536: sm90_fp8_1d2d_m8n64_swap_kwg2
@@ -53,13 +53,13 @@ def test_activations_by_weights() -> None:
 1 7168 16384: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 7168 16384: sm90_fp8_1d2d_m16n64_swap_kwg2
 64 7168 16384: sm90_fp8_1d2d_m64n64_kwg2
-128 7168 16384: sm90_fp8_1d2d_m64n112_kwg2
+128 7168 16384: sm90_fp8_1d2d_m128n64_kwg2
 1024 7168 16384: sm90_fp8_1d2d_m128n160
 4096 7168 16384: sm90_fp8_1d2d_m256n128
 1 4096 7168: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 4096 7168: sm90_fp8_1d2d_m16n64_swap_kwg2
 64 4096 7168: sm90_fp8_1d2d_m64n32_kwg2
-128 4096 7168: sm90_fp8_1d2d_m64n64_kwg2
+128 4096 7168: sm90_fp8_1d2d_m128n64_splitk2
 1024 4096 7168: sm90_fp8_1d2d_m256n128
 4096 4096 7168: sm90_fp8_1d2d_m256n128
 1 7168 2048: sm90_fp8_1d2d_m8n64_swap_kwg2
@@ -205,7 +205,7 @@ def test_experts_with_masks() -> None:
 6 groups, 1024 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 32 groups, 20 6144 7168: sm90_fp8_1d2d_m32n128_mgrouped_swap
 6 groups, 20 6144 7168: sm90_fp8_1d2d_m16n128_mgrouped_swap
-256 groups, 1 6144 7168: sm90_fp8_1d2d_m16n128_mgrouped_swap
+256 groups, 1 6144 7168: sm90_fp8_1d2d_m8n64_mgrouped_swap_kwg2
 32 groups, 192 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 32 groups, 20 7168 3072: sm90_fp8_1d2d_m32n128_mgrouped_swap
@@ -214,7 +214,7 @@ def test_experts_with_masks() -> None:
 32 groups, 192 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 32 groups, 20 4096 2048: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap
+6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
 256 groups, 1 4096 2048: sm90_fp8_1d2d_m16n128_mgrouped_swap""",
     )
 
@@ -285,9 +285,11 @@ def test_costs_stay_sane_far_from_what_was_measured() -> None:
 def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
     """No row is dead: each supports some problem."""
     alive = set()
-    for recipe, layout, grouping, (m, n, k) in itertools.product(
-        [(1, 128, 128), (1, 1, 128), (1, 1, 32), None],
-        ["nt", "nn", "tn", "tt"],
+    fp8_or_bf16 = itertools.product([(1, 128, 128), (1, 1, 128), (1, 1, 32), None], ["nt", "nn", "tn", "tt"], [{}])
+    packed = [{"fp4": "b", "packed_sfb": packed} for packed in (False, True)]
+    fp8_fp4 = itertools.product([(1, 1, 128), (1, 1, 32)], ["nt"], packed)
+    for (recipe, layout, fp4), grouping, (m, n, k) in itertools.product(
+        [*fp8_or_bf16, *fp8_fp4],
         _capi.GROUPINGS,
         [(1, 256, 4096), (128, 2112, 7168), (4096, 7168, 2048)],
     ):
@@ -299,6 +301,7 @@ def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
             layout=layout,
             grouping=grouping,
             group_layout="offsets" if grouping == "m_grouped" else "none",
+            **fp4,
         )["candidates"]
         alive |= {row["index"] for row in candidates if row["cost_us"] is not None}
     assert alive == {row["index"] for row in _capi.instances()}
