@@ -73,9 +73,9 @@ def library() -> Path:
     ("files", "selection", "major"),
     [
         (["test_bad_input.py", "test_bad_input_grouped.py"], "not fake and not cuda", 9),
-        (["test_gemm.py"], "not cuda and (fuzz or recipe or empty or accumulate or strides)", 9),
+        (["test_gemm.py"], "not cuda and not tn and not tt and (fuzz or recipe or empty or accumulate or strides)", 9),
         (["test_grouped.py"], "not cuda and (fuzz or padding or hostile or skip or alignment or empty or casts)", 9),
-        (["test_gemm.py"], "not cuda and (fuzz or recipe or empty or accumulate or strides)", 10),
+        (["test_gemm.py"], "not cuda and not nn and not tt and (fuzz or scale_type or accumulate or strides)", 10),
         (["test_grouped.py"], "not cuda and (fuzz or padding or hostile or skip or alignment or empty or casts)", 10),
         (["test_fp8_fp4_gemm.py"], "not ragged and not fakes and not compiles", 10),
         (["test_fp8_fp4_gemm.py"], "not fakes and not compiles", 9),
