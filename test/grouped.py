@@ -683,8 +683,6 @@ def small_cases(device: str) -> list[Case]:
                 cases.append(BF16Case(48, 40, 72, layout, c="bias" if out else "", **common))
         else:
             cases.append(HeadsCase(6, 2, (16, 8, 24), 272, **common))
-    if on_sm100(device):
-        return cases
     for out, fp4 in itertools.product((False, True), ("b", "a")):
         options: dict[str, Any] = {"device": device, "type": "fp8_fp4", "out": out, "fp4": fp4, "recipe": (1, 1, 32)}
         for order in ("nt", "nn") if fp4 == "a" else ("nt",):

@@ -23,13 +23,6 @@ from gemm_emulation import pack_fp4
 from grouped import MaskedCase, MGroupedCase
 
 
-@pytest.fixture
-def grouped_device(device: str) -> str:
-    if on_sm100(device):
-        pytest.skip("SM100 has no grouped products of FP4 yet")
-    return device
-
-
 @pytest.mark.parametrize("recipe", [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32)], ids=str)
 @pytest.mark.parametrize(("a", "b"), [("fp8", "fp4"), ("fp4", "fp8"), ("fp4", "fp4"), ("fp8", "fp8")])
 def test_values(device: str, a: str, b: str, recipe: tuple[int, int, int]) -> None:
@@ -61,47 +54,53 @@ def test_more_tokens_than_a_tile(device: str, m: int) -> None:
         Fp4Case(m, 264, k, "nt", (1, 1, 32), True, data="integer", c="full", device=device).run()
 
 
-@pytest.mark.parametrize("fp4", ["b", "a", "ab"])
-@pytest.mark.parametrize("recipe", [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32), (1, 1, 128, 32)], ids=str)
-def test_grouped_scales(grouped_device: str, recipe: tuple[int, ...], fp4: str) -> None:
-    if len(recipe) == 4 and fp4 == "a":
-        pytest.skip("B is FP8")
-    for scales, k in itertools.product(("random", "e8m0", "packed"), (256, 416)):
-        options: dict[str, Any] = {"device": grouped_device, "type": "fp8_fp4", "fp4": fp4, "pad": 16}
+GROUPED_RECIPES = [(1, 1, 32), (1, 1, 128), (1, 128, 128), (128, 1, 32), (1, 1, 128, 32)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fp4"),
+    # A granularity of B's own is for B in FP4.
+    [(r, fp4) for r in GROUPED_RECIPES for fp4 in ("b", "a", "ab") if len(r) == 3 or fp4 != "a"],
+    ids=str,
+)
+def test_grouped_scales(device: str, recipe: tuple[int, ...], fp4: str) -> None:
+    ragged = 384 if on_sm100(device) else 416  # SM100 takes multiples of 128
+    for scales, k in itertools.product(("random", "e8m0", "packed"), (256, ragged)):
+        options: dict[str, Any] = {"device": device, "type": "fp8_fp4", "fp4": fp4, "pad": 32}
         options |= {"recipe": recipe, "pass_recipe": True, "scales": scales, "sf_strides": "scattered"}
         MGroupedCase((100, 0, 31), 150, k, layout="psum", **options).run()
         MaskedCase((3, 0, 40), 40, 150, k, **options).run()
 
 
 @pytest.mark.parametrize("layout", ["indices", "psum", "offsets"])
-def test_grouped_sizes(grouped_device: str, layout: str) -> None:
+def test_grouped_sizes(device: str, layout: str) -> None:
     """Groups of no row, a few, a part of a tile and several; rows of padding, set to zero or left alone."""
     for sizes in [(130, 64, 200), (0, 7, 0, 0, 33, 0), (1, 1, 1), (0, 0), ()]:
         for out, scales, data in [(False, "packed", "normal"), (True, "random", "normal"), (False, "e8m0", "integer")]:
-            options: dict[str, Any] = {"out": out, "scales": scales, "data": data, "device": grouped_device}
+            options: dict[str, Any] = {"out": out, "scales": scales, "data": data, "device": device}
             case = MGroupedCase(sizes, 136, 384, type="fp8_fp4", layout=layout, recipe=(1, 1, 32), tail=70, **options)
             case.run()
 
 
-def test_grouped_layouts(grouped_device: str) -> None:
+def test_grouped_layouts(device: str) -> None:
     """B as [G, K, N] is FP8."""
     for recipe in [(1, 1, 32), (1, 128, 128)]:
-        MGroupedCase((40, 3), 56, 256, "nn", "fp8_fp4", recipe=recipe, fp4="a", device=grouped_device).run()
+        MGroupedCase((40, 3), 56, 256, "nn", "fp8_fp4", recipe=recipe, fp4="a", device=device).run()
 
 
 @pytest.mark.parametrize("m_max", [1, 20, 192])
-def test_masked(grouped_device: str, m_max: int) -> None:
+def test_masked(device: str, m_max: int) -> None:
     for counts in [(0, 1, m_max), (m_max // 2, m_max, 0)]:
         for out, scales in [(False, "packed"), (True, "random")]:
-            options: dict[str, Any] = {"out": out, "scales": scales, "recipe": (1, 1, 32), "device": grouped_device}
+            options: dict[str, Any] = {"out": out, "scales": scales, "recipe": (1, 1, 32), "device": device}
             MaskedCase(counts, m_max, 136, 256, "fp8_fp4", out_dtype="float32", **options).run()
             MaskedCase(counts, m_max, 136, 256, "fp8_fp4", data="integer", **options).run()
 
 
 @pytest.mark.parametrize("out", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(0, 128), (40, 0)])
-def test_grouped_empty(grouped_device: str, n: int, k: int, out: bool) -> None:
-    options: dict[str, Any] = {"type": "fp8_fp4", "recipe": (1, 1, 32), "out": out, "device": grouped_device}
+def test_grouped_empty(device: str, n: int, k: int, out: bool) -> None:
+    options: dict[str, Any] = {"type": "fp8_fp4", "recipe": (1, 1, 32), "out": out, "device": device}
     MGroupedCase((5, 0, 130), n, k, tail=2, **options).run()
     MaskedCase((0, 3), 5, n, k, **options).run()
 
