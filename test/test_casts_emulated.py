@@ -231,7 +231,14 @@ def arrangements(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def scale_layout(
-    src: torch.Tensor, k_sf: int, dst_type: str, repeat: int = 1, mn: int = 0, k_repeat: int = 1, **options: object
+    src: torch.Tensor,
+    k_sf: int,
+    dst_type: str,
+    repeat: int = 1,
+    mn: int = 0,
+    k_repeat: int = 1,
+    row_counts: torch.Tensor | None = None,
+    **options: object,
 ):
     types = {torch.float32: 0, torch.uint8: 1, torch.int32: 2}
     groups, rows, _ = src.shape
@@ -253,8 +260,10 @@ def scale_layout(
         k_sf=k_sf,
         mn_repeat=repeat,
         k_repeat=k_repeat,
+        row_counts=None if row_counts is None else row_counts.data_ptr(),
     )
-    result = emulation.run("scale_layout", problem, [src], [dst], **options)
+    inputs = [src] if row_counts is None else [src, row_counts]
+    result = emulation.run("scale_layout", problem, inputs, [dst], **options)
     if dst.numel():
         assert_padding_untouched(dst)
     return dst, result
@@ -268,6 +277,20 @@ def test_mn_major(shape: tuple[int, int, int]) -> None:
     x = torch.randn(shape)
     for seed, src in enumerate(arrangements(x)):
         assert_same(scale_layout(src, shape[2], "float32", seed=seed)[0], x)
+
+
+@pytest.mark.parametrize("dst_type", ["float32", "packed"])
+def test_rows_that_do_not_count_are_not_moved(dst_type: str) -> None:
+    x = powers_of_two((5, 200, 9), 5)
+    counts = torch.tensor([0, 1, 64, 65, 1000], dtype=torch.int32)
+    expected = x if dst_type == "float32" else reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(x)
+    for seed, src in enumerate(arrangements(x)):
+        dst, result = scale_layout(src, 9, dst_type, row_counts=counts, seed=seed, counters=True)
+        for group, count in enumerate(counts.tolist()):
+            assert_same(dst[group, :count], expected[group, :count])
+        _, of_all = scale_layout(src, 9, dst_type, seed=seed, counters=True)
+        sectors, sectors_of_all = (x.stats.counters["total"]["gmem_store_sectors"] for x in (result, of_all))
+        assert sectors < 0.5 * sectors_of_all  # 456 of 1000 rows, in tiles of 64
 
 
 @pytest.mark.parametrize("shape", LAYOUT_SHAPES)

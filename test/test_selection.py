@@ -31,7 +31,7 @@ def test_activations_by_weights() -> None:
 64 2112 7168: sm90_fp8_1d2d_m64n32_splitk2_kwg2
 128 2112 7168: sm90_fp8_1d2d_m64n32_kwg2
 1024 2112 7168: sm90_fp8_1d2d_m128n160
-4096 2112 7168: sm90_fp8_1d2d_m128n192
+4096 2112 7168: sm90_fp8_1d2d_m192n128
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8_kwg2
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
 64 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
@@ -173,21 +173,21 @@ def test_experts_one_after_the_other() -> None:
         grouped(cases),
         """\
 4 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
+4 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
+8 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n128_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
+4 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
+8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
+4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
+8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n128_mgrouped""",
     )
@@ -202,17 +202,17 @@ def test_experts_with_masks() -> None:
         grouped(cases),
         """\
 32 groups, 192 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
-6 groups, 1024 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
+6 groups, 1024 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 6144 7168: sm90_fp8_1d2d_m32n128_mgrouped_swap
 6 groups, 20 6144 7168: sm90_fp8_1d2d_m16n128_mgrouped_swap
 256 groups, 1 6144 7168: sm90_fp8_1d2d_m8n64_mgrouped_swap_kwg2
 32 groups, 192 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
-6 groups, 1024 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
+6 groups, 1024 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 7168 3072: sm90_fp8_1d2d_m32n128_mgrouped_swap
 6 groups, 20 7168 3072: sm90_fp8_1d2d_m16n128_mgrouped_swap
 256 groups, 1 7168 3072: sm90_fp8_1d2d_m16n128_mgrouped_swap
 32 groups, 192 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
-6 groups, 1024 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
+6 groups, 1024 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 4096 2048: sm90_fp8_1d2d_m32n128_mgrouped_swap
 6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
 256 groups, 1 4096 2048: sm90_fp8_1d2d_m16n128_mgrouped_swap""",

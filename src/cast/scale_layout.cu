@@ -3,6 +3,9 @@
 // scale_layout_kernel: a CTA moves 64 rows (MN) x 32 units (floats, E8M0 bytes, or packed words) through shared memory.
 // It reads along whichever dimension is denser in memory and writes along MN. Rows of the tile are 65 words apart, so
 // that both directions touch 32 different banks.
+#include <algorithm>
+#include <utility>
+
 #include "cast/launch.cuh"
 #include "cast/memory.cuh"
 #include "cast/scale.cuh"
@@ -22,6 +25,7 @@ struct ScaleLayoutParams {
     int64_t dst_batch_stride, dst_k_stride;
     int64_t mn, src_units, k_sf;
     int mn_repeat, k_repeat;
+    const int32_t* row_counts;
     uint32_t row_tiles, unit_tiles;
     bool k_is_dense;
 };
@@ -38,6 +42,7 @@ __global__ void __launch_bounds__(kThreads) scale_layout_kernel(const __grid_con
 
     launch_dependents();
     wait_for_dependencies();
+    if (params.row_counts != nullptr && row_0 >= params.row_counts[batch_idx]) return;
 
     constexpr int kLoads = kTileRows * kTileUnits / kThreads;
     uint32_t loaded[kLoads];
@@ -196,8 +201,23 @@ __global__ void __launch_bounds__(kThreads) k_grouped_pack_kernel(const __grid_c
 
 }  // namespace
 
-cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl) {
+cudaError_t launch_scale_layout(const ScaleLayoutProblem& given, cudaStream_t stream, bool pdl) {
+    ScaleLayoutProblem problem = given;
     if (problem.batch <= 0 || problem.mn <= 0 || problem.k_sf <= 0) return cudaSuccess;
+    // Words are made of four scales along K, and the count of rows depends on the batch; where floats only move, K and the
+    // batch may be one dimension, or change places, so that tiles go along the denser one: heads between tokens and K.
+    const bool moves = problem.src_type == ScaleType::kFloat32 && problem.dst_type == ScaleType::kFloat32 &&
+                       problem.k_repeat == 1 && problem.row_counts == nullptr;
+    if (moves && problem.src_batch_stride == problem.k_sf * problem.src_k_stride &&
+        problem.dst_batch_stride == problem.k_sf * problem.dst_k_stride) {
+        problem.k_sf *= problem.batch;
+        problem.batch = 1;
+    } else if (moves && problem.batch > 1 &&
+               problem.src_batch_stride < std::min(problem.src_mn_stride, problem.src_k_stride)) {
+        std::swap(problem.batch, problem.k_sf);
+        std::swap(problem.src_batch_stride, problem.src_k_stride);
+        std::swap(problem.dst_batch_stride, problem.dst_k_stride);
+    }
     ScaleLayoutParams params = {};
     params.src = problem.src;
     params.src_batch_stride = problem.src_batch_stride;
@@ -213,6 +233,7 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t 
     params.k_sf = problem.k_sf;
     params.mn_repeat = problem.mn_repeat;
     params.k_repeat = problem.k_repeat;
+    params.row_counts = problem.row_counts;
     const int64_t row_tiles = ceil_div<int64_t>(problem.mn, kTileRows);
     const int64_t unit_tiles = ceil_div<int64_t>(params.src_units, kTileUnits);
     params.row_tiles = static_cast<uint32_t>(row_tiles);

@@ -224,28 +224,44 @@ class QueueReaderOf {
 public:
     __device__ __forceinline__ explicit QueueReaderOf(QueueOf<Tile>& queue) : queue_(queue) {}
 
-    // Gives back the slot of the tile before.
+    // Gives back the slot of the tile before, if that has not been done.
     template <bool kWholeWarp = true>
     __device__ __forceinline__ bool next(Tile& work) {
-        if (count_ > 0) {
+        if (holds_slot_) {
             if constexpr (kWholeWarp) __syncwarp();
-            if (!kWholeWarp || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
+            give_back<kWholeWarp>();
         }
         ptx::mbarrier_wait(queue_.full[count_ % kSlots], count_ / kSlots % 2);
         ++count_;
-        read(work);
+        holds_slot_ = true;
+        work = queue_.tiles[(count_ - 1) % kSlots];
         if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         return work.num_k_blocks >= 0;
     }
 
-    // The same tile once more, for a role that has no registers to keep it in meanwhile.
-    __device__ __forceinline__ void read(Tile& work) const { work = queue_.tiles[(count_ - 1) % kSlots]; }
+    // The same tile once more, and its slot back, for a whole warp that has no registers to keep it in meanwhile.
+    __device__ __forceinline__ void read_again(Tile& work) {
+        work = queue_.tiles[(count_ - 1) % kSlots];
+        work.row = of_first_lane(work.row);
+        work.col = of_first_lane(work.col);
+        work.token_group = of_first_lane(work.token_group);
+        work.group_end = of_first_lane(work.group_end);
+        work.store_end = of_first_lane(work.store_end);
+        give_back<true>();  // the lanes have met for that
+        holds_slot_ = false;
+    }
 
 private:
     static constexpr uint32_t kSlots = QueueOf<Tile>::kSlots;
 
+    template <bool kWholeWarp>
+    __device__ __forceinline__ void give_back() {
+        if (!kWholeWarp || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(queue_.empty[(count_ - 1) % kSlots]);
+    }
+
     QueueOf<Tile>& queue_;
     uint32_t count_ = 0;  // of tiles so far: the slot and its phase in one register
+    bool holds_slot_ = false;
 };
 using QueueReader = QueueReaderOf<WorkTile>;
 

@@ -161,6 +161,7 @@ struct ScaleLayoutProblem {
     int64_t k_sf = 0;  // scales along K of dst (four a word where packed)
     int mn_repeat = 1;
     int k_repeat = 1;
+    const int32_t* row_counts = nullptr;  // [batch] on the device: dst rows from there on may stay as they are
 };
 cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl);
 

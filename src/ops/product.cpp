@@ -180,7 +180,7 @@ Granularities match_recipe(const char* op, const TensorInfo& sfa, std::span<cons
 
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows,
-                           bool packed, int k_repeat) {
+                           bool packed, int k_repeat, const int32_t* row_counts) {
     const int64_t groups = size_along(sf, axes.group), k_groups = ceil_div(k, gran_k);
     const int64_t columns = packed ? ceil_div(k_groups, 4) : k_groups;
     const int64_t stride_mn = sf.stride(axes.mn), stride_k = sf.stride(axes.k);
@@ -203,6 +203,7 @@ ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int6
     problem.mn = repeat ? mn : sf.size(axes.mn);
     problem.mn_repeat = repeat ? 128 : 1;
     problem.k_repeat = k_repeat;
+    problem.row_counts = row_counts;
     const int64_t aligned = ceil_to(problem.mn, 4), rows = std::max(columns, k_rows);
     const std::array<int64_t, 3> sizes = {groups, rows, aligned}, strides = {rows * aligned, aligned, 1};
     scratch.reset(new_empty_strided(sizes, strides, packed ? ScalarType::Int : ScalarType::Float, sf.get()));
@@ -305,7 +306,8 @@ void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axe
     const int64_t gran_k = problem.sfb_is_packed ? grans.k : grans.k_b;
     problem.gran_k = static_cast<int>(gran_k);
     problem.sfa = prepare_scales(op, sfa, axes_a, problem.m, grans.m, true, gran_k, problem.k, stream, scratch_a, 0, sm100,
-                                 static_cast<int>(grans.k / gran_k));
+                                 static_cast<int>(grans.k / gran_k),
+                                 problem.layout == GroupLayout::kMasked ? problem.group_layout : nullptr);
     const bool per_row = sm100 || problem.sfb_is_packed || !grans.is_1d2d();
     problem.sfb = prepare_scales(op, sfb, axes_b, problem.n, grans.n, per_row, grans.k_b, problem.k, stream, scratch_b, 0,
                                  sm100 || problem.sfb_is_packed);

@@ -105,10 +105,10 @@ inline constexpr Axes kKMajorGroups = {0, 1, 2}, kMNMajorGroups = {0, 2, 1};
 // Scales of an operand with `mn` rows as the kernels take them (see ScaleTensor): float32, and MN-major where there is
 // one per row; or, `packed`, UE8M0 words. What is not so is brought into that form in `scratch` by one small kernel.
 // There, K may have more `k_rows`, of scales or words, than there are in `sf`, which are then undefined. `gran_k` is that of
-// the result, `k_repeat` times as fine as what there is.
+// the result, `k_repeat` times as fine as what there is. `row_counts`: [groups] on the device, rows that are needed.
 ScaleTensor prepare_scales(const char* op, const TensorInfo& sf, Axes axes, int64_t mn, int64_t gran_mn, bool per_row,
                            int64_t gran_k, int64_t k, cudaStream_t stream, OwnedTensor& scratch, int64_t k_rows = 0,
-                           bool packed = false, int k_repeat = 1);
+                           bool packed = false, int k_repeat = 1, const int32_t* row_counts = nullptr);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Operands

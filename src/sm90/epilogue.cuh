@@ -124,29 +124,30 @@ private:
             }
             ptx::fence_async_shared();
             ptx::named_barrier_sync(barrier_id, 128);
-            if constexpr (kHasGroups) {
+            const auto for_each_box = [&](auto&& visit) {
 #pragma unroll
                 for (int part = 0; part < kRowParts; ++part) {
 #pragma unroll
                     for (int box = 0; box < kStagedBoxes; ++box) {
                         const int first_col = kSwapAB ? rows[part] : col + (first_box + box) * kElementCols;
-                        store_box(params, work, staging[part][box], kSwapAB ? col : rows[part], first_col, thread);
+                        visit(staging[part][box], kSwapAB ? col : rows[part], first_col);
                     }
                 }
-                if (thread == 0) ptx::tma_store_commit();
+            };
+            if (ends_inside(params, work)) {
+                for_each_box([&](const uint8_t* box, int row, int first_col) {
+                    copy_box(params, work, box, row, first_col, thread);
+                });
             } else if (thread == 0) {
-#pragma unroll
-                for (int part = 0; part < kRowParts; ++part) {
-                    if constexpr (kSwapAB) {
-                        ptx::tma_store_2d(params.d_map, staging[part][0], rows[part], col);
+                for_each_box([&](const uint8_t* box, int row, int first_col) {
+                    if constexpr (!kHasGroups) {
+                        ptx::tma_store_2d(params.d_map, box, first_col, row);
+                    } else if (kLayout.stages_float() && params.output_mode == kAddTma) {
+                        ptx::tma_add_3d(params.d_map, box, first_col, row, work.token_group);
                     } else {
-#pragma unroll
-                        for (int box = 0; box < kStagedBoxes; ++box) {
-                            ptx::tma_store_2d(params.d_map, staging[part][box], col + (first_box + box) * kElementCols,
-                                              rows[part]);
-                        }
+                        ptx::tma_store_3d(params.d_map, box, d_col(params, first_col), row, work.token_group);
                     }
-                }
+                });
                 ptx::tma_store_commit();
             }
         }
@@ -173,23 +174,18 @@ private:
         }
     }
 
-    // A staged box, whose first element is (row, col) of the product. Where a group ends inside it, the threads copy its
-    // rows: TMA would write those of the next group.
-    __device__ __forceinline__ static void store_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
-                                                     int row, int col, int thread) {
+    // Whether the tile's last rows are the next group's, which TMA would overwrite. It leaves out what lies outside of D.
+    __device__ __forceinline__ static bool ends_inside(const GemmParams& params, const WorkTile& work) {
+        if constexpr (!kMGrouped) return false;
+        return work.store_end < min((kSwapAB ? work.col : work.row) + kLayout.row.block_m(), params.m);
+    }
+
+    // A staged box, whose first element is (row, col) of the product: the threads copy its rows of this group.
+    __device__ __forceinline__ static void copy_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
+                                                    int row, int col, int thread) {
         constexpr int kRowBytes = kBoxCols * 2;
         constexpr int kChunks = kRowBytes / 16;
-        const int count = end_of_rows(params, work) - row;
-        // TMA leaves out what lies outside of D.
-        const bool is_whole = !kMGrouped || count >= kLayout.box_rows() || row + count == params.m;
-        if (is_whole && count > 0 && thread == 0) {
-            if (kLayout.stages_float() && params.output_mode == kAddTma) {
-                ptx::tma_add_3d(params.d_map, box, col, row, work.token_group);
-            } else {
-                ptx::tma_store_3d(params.d_map, box, d_col(params, col), row, work.token_group);
-            }
-        }
-        if (is_whole) return;
+        const int count = min(work.store_end - row, kLayout.box_rows());
         auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
 #pragma unroll 1
         for (int i = thread; i < count * kChunks; i += 128) {

@@ -16,6 +16,7 @@ inline constexpr GemmRow kGemmRows[] = {
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128},
     {256, 128, 2, 1, 1, false, kScaling1D2D, 128},
     {256, 128, 1, 2, 1, false, kScaling1D2D, 128},
+    {192, 128, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 192, 1, 2, 1, false, kScaling1D2D, 128},
     {128, 176, 1, 1, 1, false, kScaling1D2D, 128},
@@ -100,6 +101,7 @@ inline constexpr GemmRow kGemmRows[] = {
 
     // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
+    {192, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},

@@ -330,7 +330,7 @@ private:
                 combine(shared, is_first, warpgroup, helper, thread, params.zero, total[0]);
                 if (helper > 0) continue;
             }
-            if constexpr (kLayout.has_work_queue()) scheduler.read(work);
+            if constexpr (kLayout.has_work_queue()) scheduler.read_again(work);
 
             int rows[kRowParts];
 #pragma unroll
@@ -408,6 +408,15 @@ private:
         wgmma_commit();
     }
 
+    // The first of a tile's K blocks that are this warpgroup's: those in its own stages, whatever the tile. Were they dealt
+    // out anew with each tile, a warpgroup could come to a stage that another one had in the round before, and where that
+    // one is not even filled yet take the phase before for the one to wait for.
+    __device__ __forceinline__ static int first_k_block(const State& state, int helper) {
+        if constexpr (kKWarpgroups == 1) return 0;
+        static_assert(kNumStages % kKWarpgroups == 0 && kScaleChunk % kKWarpgroups == 0);
+        return (helper + kNumStages - static_cast<int>(state.stage_idx)) % kKWarpgroups;
+    }
+
     // Sums all K blocks of a tile into `total`.
     __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
                                                       PipelineState<kScaleChunks>& scale_state, const WorkTile& work,
@@ -417,9 +426,10 @@ private:
         // Where the tile's scales begin in their boxes.
         const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : (kRow.swap_ab ? work.col : work.row) % 4;
         const State first_state = state;
-        if constexpr (kKWarpgroups > 1) state.advance_by(helper);
+        const int first = first_k_block(state, helper);
+        if constexpr (kKWarpgroups > 1) state.advance_by(first);
         if constexpr (kBlockScales == 0) {
-            for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
+            for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
                 add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, scale_start, total);
             }
         } else {
@@ -429,7 +439,7 @@ private:
                 const float* blocks = shared.block_scales[chunk][0];
                 const int count = min(left, kScaleChunk);
 #pragma unroll(kUnrollKBlocks)
-                for (int i = helper; i < count; i += kKWarpgroups) {
+                for (int i = first; i < count; i += kKWarpgroups) {
                     add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, scale_start, total);
                 }
                 __syncwarp();
@@ -450,8 +460,9 @@ private:
         const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : work.col % 4;
         const Fp4Block<Traits> block(shared, warpgroup, thread, scale_start);
         State next = state;
-        next.advance_by(helper);
-        for (int i = helper; i < work.num_k_blocks; i += kKWarpgroups) {
+        const int first = first_k_block(state, helper);
+        next.advance_by(first);
+        for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
             const int s = next.stage_idx;
             ptx::mbarrier_wait(shared.full[s], next.phase);
             block.add(s, total, [&] { release(shared.empty[s], thread % 32); });

@@ -37,11 +37,11 @@ struct GemmLayout {
     // What setmaxnreg gives a consumer and leaves a producer thread.
     constexpr int consumer_registers() const {
         const int warpgroups = num_consumer_warpgroups();
-        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : warpgroups == 3 ? 160 : 112;
+        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : warpgroups == 3 ? 152 : 112;
     }
     constexpr int producer_registers() const {
         const int warpgroups = num_consumer_warpgroups();
-        return warpgroups >= 3 ? 32 : 40;
+        return warpgroups == 3 ? 56 : warpgroups > 3 ? 32 : 40;
     }
 
     // Tensor maps have the group as a third dimension.
@@ -146,7 +146,7 @@ constexpr const char* invalid_reason(GemmRow row) {
     if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
     // Totals of all parts and, for promotion, one accumulator, of the registers that setmaxnreg can give.
     const int accumulators = layout.row_parts() + layout.has_scales();
-    const int others = layout.is_fp4() ? 28 + 32 : 28;  // of FP4 also a stage's packed values and their expansion
+    const int others = layout.is_fp4() ? 28 + 32 : 24;  // of FP4 also a stage's packed values and their expansion
     if (row.block_cols / 2 * accumulators > layout.consumer_registers() - others) return "too few registers";
     const int most_cols = layout.is_bf16() ? 256 : 192;
     if (row.block_cols % 8 != 0 || row.block_cols < 8 || row.block_cols > most_cols) {
