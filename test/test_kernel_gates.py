@@ -12,15 +12,15 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from deep_gemm_ops import _capi, inspect
+from deep_gemm_ops import _capi
 
 from gemm_emulation import entries
+from kernel_sass import kernel_sass
 from ptx_emulator.profile import STAGE_BYTES, Role, profile_row
 
 ROWS = _capi.instances()
@@ -97,33 +97,9 @@ def choices_of_scale(row: Row) -> int:
 # SASS
 
 
-@functools.cache
-def library() -> Path:
-    return Path(_capi.library()._name)
-
-
-@functools.cache
-def usage() -> str:
-    return inspect._cuobjdump("--dump-resource-usage", library())
-
-
-@functools.cache
-def listings() -> dict[str, str]:
-    """The SASS of every function: a second of cuobjdump for each of many costs more."""
-    text = inspect._cuobjdump("-arch", "sm_90a", "-sass", library(), disassemble=True)
-    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-@functools.cache
 def sass(kernel: str) -> tuple[dict[str, Any], list[str], collections.Counter[str]]:
     """Resources, instructions, and how often each full mnemonic occurs."""
-    resources = inspect._parse_resources(usage(), kernel)
-    if sass.cache_info().misses > 20:
-        lines = inspect._parse_sass(listings()[resources["function"]])
-    else:
-        lines = inspect.kernel_sass(library(), resources["function"])
-    return resources, lines, collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines)
+    return kernel_sass(kernel, "sm_90a")
 
 
 def count(mnemonics: collections.Counter[str], prefix: str) -> int:
@@ -223,7 +199,7 @@ def test_bulk_copies(row: Row) -> None:
 
 @functools.cache
 def roles(index: int) -> dict[str, Role]:
-    return {role.name: role for role in profile_row(index)[0]}
+    return {role.name: role for role in profile_row(index, tiles=(2, 4), blocks=(8, 16))[0]}
 
 
 @every_row
