@@ -13,6 +13,7 @@ import collections
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -25,10 +26,16 @@ import pytest
 
 # Begun with, so that no process is left alone with one at the end: the files that take longest, longest first.
 LONGEST = [
-    "test_host_ops.py",
     "test_gemm_emulated.py",
-    "test_gemm_sm100_emulated.py",
     "test_table.py",
+    "test_mega_moe_emulated.py",
+    "test_mqa_logits_emulated.py",
+    "test_gemm_sm100_emulated.py",
+    "test_kernel_gates.py",
+    "test_expert_parallel.py",
+    "test_aoti.py",
+    "test_compile.py",
+    "test_host_ops.py",
 ]
 LOG_LINES = 100  # of a worker that ended early; faulthandler may have written the stack of every thread
 
@@ -322,6 +329,8 @@ class Controller:
                 self.problems.append("\n".join([f"{len(names)} tests were {what}:", *names[:10]]))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        terminalreporter.line(f"processor time of all processes: {used.ru_utime + used.ru_stime:.0f} s")
         for problem in self.problems:
             terminalreporter.section("PROBLEM", red=True)
             terminalreporter.line(problem)
