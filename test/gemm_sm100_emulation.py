@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,19 @@ from deep_gemm_ops import _capi
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BFLOAT16, BUDGET, E2M1, FLOAT32, _Problem, _Scales, launch, pack_fp4, row_named
+from gemm_emulation import (
+    BFLOAT16,
+    BUDGET,
+    E2M1,
+    FLOAT32,
+    _Problem,
+    _Scales,
+    launch,
+    pack_fp4,
+    prepared,
+    row_named,
+    shown,
+)
 
 FP8_OPERANDS, BF16_OPERANDS = 0, 1  # OperandType
 
@@ -57,6 +69,17 @@ class Operand:
     words: torch.Tensor | None
 
 
+class Sm100Tensors(NamedTuple):
+    """Of an Sm100Case. ``expected``: what D has to be, in float64."""
+
+    a: Operand
+    b: Operand
+    buffer: torch.Tensor  # holds D
+    d: torch.Tensor
+    c: torch.Tensor | None
+    expected: torch.Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Sm100Case:
     """A problem for a row of the SM100 table, everything outside of its tensors poisoned with NaN.
@@ -80,10 +103,7 @@ class Sm100Case:
     seed: int = 0  # of the schedule; the data depends on the rest
 
     def __str__(self) -> str:
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        values = dataclasses.asdict(self)
-        shown = [f"{name}={value!r}" for name, value in values.items() if value != default[name]]
-        return f"Sm100Case({', '.join(shown)})"
+        return shown(self)
 
     @property
     def repro(self) -> str:
@@ -129,8 +149,7 @@ class Sm100Case:
         scales = scale_values(codes).repeat_interleave(self.gran_k, 1)[:, : self.k]
         return Operand(values, scales, stored, words)
 
-    def build(self) -> tuple[Operand, Operand, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """A, B, the buffer that holds D, D, C, and what D has to be in float64."""
+    def build(self) -> Sm100Tensors:
         random = generator(hash((self.m, self.n, self.k)) % 2**32)
         a = self._operand(self.m, self.a, self.layout[0] == "t", random)
         b = self._operand(self.n, self.b, self.layout[1] == "n", random)
@@ -149,11 +168,11 @@ class Sm100Case:
                 c = strided(c, self.n + 3, "cpu")
             if self.c == "alias":
                 c = d.copy_(c)
-        return a, b, buffer, d, c, expected
+        return Sm100Tensors(a, b, buffer, d, c, expected)
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
-        a, b, buffer, d, c, expected = self.build()
+        a, b, buffer, d, c, expected = prepared(self)
         scale = [
             _Scales() if x.words is None else _Scales(x.words.data_ptr(), x.words.stride(0), x.words.stride(1), 1)
             for x in (a, b)
@@ -198,7 +217,7 @@ class Sm100Case:
             assert_close(d, expected, tol=2e-6 if d.dtype == torch.float32 else error_bar(d.dtype), repro=self.repro)
         else:
             assert_equal(d, expected.to(d.dtype), repro=self.repro)
-        return d
+        return d.clone()
 
 
 @functools.cache

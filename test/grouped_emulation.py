@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,9 @@ from gemm_emulation import (
     _Scales,
     k_multiple,
     launch,
+    prepared,
     row_named,
+    shown,
 )
 from gemm_sm100_emulation import pack_scales, random_fp4
 
@@ -47,6 +49,16 @@ def spread(x: torch.Tensor, inner: int, interleaved: bool = False) -> torch.Tens
 
 def align(x: int, multiple: int) -> int:
     return ceil_div(x, multiple) * multiple
+
+
+class GroupedTensors(NamedTuple):
+    """Of a GroupedCase. ``expected``: what D has to be, in float64, NaN where it stays as it is."""
+
+    problem: _Problem
+    inputs: dict[str, torch.Tensor]
+    buffer: torch.Tensor  # holds D
+    d: torch.Tensor
+    expected: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +98,7 @@ class GroupedCase:
         object.__setattr__(self, "k", align(self.k, k_multiple(self.info)))
 
     def __str__(self) -> str:
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        shown = [f"{name}={value!r}" for name, value in dataclasses.asdict(self).items() if value != default[name]]
-        return f"GroupedCase({', '.join(shown)})"
+        return shown(self)
 
     @property
     def repro(self) -> str:
@@ -141,8 +151,7 @@ class GroupedCase:
             values = (torch.randn(shape, generator=random) * 60).clamp(-448, 448)
         return values.to(FP8), values.to(FP8).double(), scales.float()
 
-    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
-        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+    def build(self) -> GroupedTensors:
         info, n, k, groups = self.info, self.n, self.k, len(self.sizes)
         rows, places = self.places()
         own_rows = self.layout in ("masked", "batched")  # each group has its own A and D
@@ -210,7 +219,6 @@ class GroupedCase:
             expected += c.double()
             c = d.copy_(c) if self.c == "alias" else spread(c, n + 3)
         expected = torch.where(source >= 0, expected[:, :, source], math.nan)
-        before = buffer.clone()
 
         # TMA takes rows of FP4 at multiples of 32 bytes.
         item = [2 if x.dtype == torch.uint8 else 1 for x in (a, b)]  # elements of a stored one
@@ -266,17 +274,21 @@ class GroupedCase:
             problem.c_stride = 0 if self.c == "bias" else c.stride(1)
             if self.c != "alias":
                 inputs["c"] = c
+        return GroupedTensors(problem, inputs, buffer, d, expected)
 
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
+        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+        problem, inputs, buffer, d, expected = prepared(self)
+        before = buffer.clone()
         options = {"budget": BUDGET, "seed": self.seed, **options}
         try:
-            launch(info["index"], problem, buffer, inputs, num_sms=self.num_sms, module=module, **options)
+            launch(self.info["index"], problem, buffer, inputs, num_sms=self.num_sms, module=module, **options)
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None
         after, result = buffer.clone(), d.clone()
-        touched = torch.zeros(buffer.shape, dtype=torch.bool)
-        touched[:, 1 : rows + 1, offset : offset + len(source)] = True
-        if self.values is None:
-            touched[:, 1 : rows + 1, offset : offset + len(source)] &= ~expected.isnan()
+        touched = torch.zeros_like(buffer, dtype=torch.bool)
+        own = touched.as_strided(d.shape, d.stride(), d.storage_offset())
+        own[:] = True if self.values is not None else ~expected.isnan()
         assert same_bits(after[~touched], before[~touched]), f"wrote what is not its own\nreproduce with: {self.repro}"
         if self.values is not None:
             return result
@@ -284,7 +296,7 @@ class GroupedCase:
         for matrix, (actual, wanted) in enumerate(zip(result, expected)):
             actual, wanted = (torch.where(inside[matrix], x, 0) for x in (actual, wanted))
             if self.data == "normal":
-                float_tol = error_bar(d.dtype, "bf16") if is_bf16 else 2e-6
+                float_tol = error_bar(d.dtype, "bf16") if self.info["scaling"] == "none" else 2e-6
                 tol = float_tol if d.dtype == torch.float32 else error_bar(d.dtype)
                 assert_close(actual, wanted, tol=tol, repro=self.repro)
             else:

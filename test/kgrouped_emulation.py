@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +18,29 @@ from deep_gemm_ops._capi import GROUP_LAYOUTS, GROUPINGS
 
 import ptx_emulator
 from common import FP8, assert_close, assert_equal, ceil_div, error_bar, generator, same_bits, strided
-from gemm_emulation import BF16_OPERANDS, BFLOAT16, BUDGET, FLOAT32, _Problem, _Scales, launch, row_named
+from gemm_emulation import (
+    BF16_OPERANDS,
+    BFLOAT16,
+    BUDGET,
+    FLOAT32,
+    _Problem,
+    _Scales,
+    launch,
+    prepared,
+    row_named,
+    shown,
+)
 from gemm_sm100_emulation import pack_scales
+
+
+class Tensors(NamedTuple):
+    """Of a case. ``expected``: what D has to be, in float64; None where only memory is looked at."""
+
+    problem: _Problem
+    inputs: dict[str, torch.Tensor]
+    buffer: torch.Tensor  # holds D
+    d: torch.Tensor
+    expected: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +48,7 @@ class _Case:
     row: str
 
     def __str__(self) -> str:
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        shown = [f"{name}={value!r}" for name, value in dataclasses.asdict(self).items() if value != default[name]]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return shown(self)
 
     @property
     def repro(self) -> str:
@@ -65,17 +84,11 @@ class _Case:
         buffer[:, : c.shape[1], : self.n] = c
         return buffer[:, : c.shape[1], : self.n], values
 
-    def _run(
-        self,
-        problem: _Problem,
-        inputs: dict[str, torch.Tensor],
-        buffer: torch.Tensor,
-        d: torch.Tensor,
-        expected: torch.Tensor | None,
-        module: ptx_emulator.Module | None,
-        options: dict[str, int],
-    ) -> torch.Tensor:
-        """Launches, and looks at D, unless nothing is expected of it, and at what is around it."""
+    def _with_result(
+        self, problem: _Problem, inputs: dict[str, torch.Tensor], groups: int, expected: torch.Tensor | None
+    ) -> Tensors:
+        """D and C of a problem."""
+        buffer, d = self._result(groups)
         if self.c:
             c, values = self._addend(d, generator(7))
             if expected is not None:
@@ -86,6 +99,14 @@ class _Case:
                 inputs["c"] = c
         problem.d, problem.d_stride, problem.d_group_stride = d.data_ptr(), d.stride(1), d.stride(0)
         problem.d_type = FLOAT32 if d.dtype == torch.float32 else BFLOAT16
+        return Tensors(problem, inputs, buffer, d, expected)
+
+    def build(self) -> Tensors:
+        raise NotImplementedError
+
+    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
+        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+        problem, inputs, buffer, d, expected = prepared(self)
         before = buffer.clone()
         options = {"budget": BUDGET, "seed": self.seed, **options}
         try:
@@ -141,8 +162,7 @@ class KGroupedCase(_Case):
             return list(self.sizes)
         return [end for _, end in self._places(self.alignment if self.layout == "psum" else 1)]
 
-    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
-        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+    def build(self) -> Tensors:
         m, n, groups, is_bf16 = self.m, self.n, len(self.sizes), self.info["scaling"] == "none"
         packed = self.info["scaling"] == "ue8m0"
         step = 128 if not is_bf16 else self.alignment if self.layout == "psum" else 1
@@ -206,9 +226,7 @@ class KGroupedCase(_Case):
             problem.sfb = _Scales(sfb.data_ptr(), 1, sfb.stride(0), 1)
             problem.gran_k = 128
             inputs |= {"sfa": sfa, "sfb": sfb}
-        return self._run(
-            problem, inputs, *self._result(groups), None if self.values is not None else expected, module, options
-        )
+        return self._with_result(problem, inputs, groups, None if self.values is not None else expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +257,7 @@ class SummedCase(_Case):
         x = buffer[:, :rows, :cols]
         return x.transpose(0, 1) if self.interleaved else x
 
-    def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
-        """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""
+    def build(self) -> Tensors:
         random = generator(hash((self.groups, self.m, self.n, self.k)) % 2**32)
         a, b = (self._values((self.groups, mn, self.k), random).bfloat16() for mn in (self.m, self.n))
         expected = torch.einsum("bmk,bnk->mn", a.double(), b.double())[None]
@@ -259,8 +276,7 @@ class SummedCase(_Case):
             grouping=GROUPINGS.index("summed"),
             num_groups=self.groups,
         )
-        buffer, d = self._result(1)
-        return self._run(problem, {"a": a, "b": b}, buffer, d, expected, module, options)
+        return self._with_result(problem, {"a": a, "b": b}, 1, expected)
 
 
 def main() -> None:

@@ -74,9 +74,12 @@ def replace_map():
     kernels("tma").launch("replace_map", 1, 64, [ptx_emulator.tensor_map(base, "s32", [32, 8]), slot, mat, 24, 7, out])
 
 
-def multicast(seed=0):
+def multicast(*seeds):
+    """In the same memory: where it lies is a part of a case."""
     a, out = np.arange(1024, dtype=np.int32).reshape(32, 32), np.zeros((2, 32, 32), np.int32)
-    kernels("tma").launch("multicast", 2, 64, [ptx_emulator.tensor_map(a, "s32", [32, 16]), out], seed=seed)
+    for seed in seeds:
+        out[:] = 0
+        kernels("tma").launch("multicast", 2, 64, [ptx_emulator.tensor_map(a, "s32", [32, 16]), out], seed=seed)
 
 
 def add(n=100):
@@ -87,7 +90,7 @@ def add(n=100):
 def test_a_launch_is_repeated(recorder, tmp_path):
     """Pointers and tensor maps in parameters, a map that the kernel writes to memory, clusters."""
     replace_map()
-    multicast()
+    multicast(0)
     add()
     pack = saved(recorder, tmp_path)
     assert [case.entry for case in pack.cases] == ["replace_map", "multicast", "vadd"]
@@ -123,8 +126,7 @@ def test_pointers_in_memory_are_moved(recorder, tmp_path):
 
 
 def test_schedules_are_one_case_and_faults_are_none(recorder, tmp_path):
-    for seed in range(3):
-        multicast(seed)
+    multicast(0, 1, 2)
     with pytest.raises(ptx_emulator.PtxError):
         kernels("basic").launch("bug_smem_oob", 1, 32, [np.zeros(32, np.int32), 1])
     kernels("basic").launch("vadd", 1, 32, [*np.zeros((3, 32), np.float32)[:, None].copy(), 32], check_order=False)

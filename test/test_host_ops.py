@@ -55,7 +55,7 @@ def library() -> Path:
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
         running = []
         for source in [*SOURCES, FOLDER / "host_ops.cpp"]:
-            options = ["-O2"] if source.parent == FOLDER else ["-include", str(FOLDER / "host_ops.h")]
+            options = ["-O3"] if source.parent == FOLDER else ["-include", str(FOLDER / "host_ops.h")]
             command = [compiler, *common, *options, "-c", str(source), "-o", f"{tmp}/{source.stem}.o"]
             running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         for process in running:

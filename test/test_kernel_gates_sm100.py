@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import os
 import re
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
-from deep_gemm_ops import _capi, inspect
+from deep_gemm_ops import _capi
 from deep_gemm_ops.bench import roofline
 
 from common import LAYOUTS, ROOT
 from gemm_emulation import entries
+from kernel_sass import kernel_sass
 
 ROWS = _capi.instances("sm_100a")
 NUM_SMS = 148  # of a B200
@@ -29,13 +29,9 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
 Row = dict[str, Any]
 
 
-@functools.cache
 def sass(kernel: str) -> tuple[dict[str, Any], list[str], collections.Counter[str]]:
     """Resources, instructions, and how often each full mnemonic occurs."""
-    library = Path(_capi.library()._name)
-    resources = inspect.kernel_resources(library, kernel)
-    lines = inspect.kernel_sass(library, resources["function"])
-    return resources, lines, collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines)
+    return kernel_sass(kernel, "sm_100a")
 
 
 def count(mnemonics: collections.Counter[str], prefix: str) -> int:

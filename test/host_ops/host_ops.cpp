@@ -246,16 +246,16 @@ public:
         }
     }
 
-    // The sum over [begin, end) of K; scales are those of K from `sf_begin` on.
-    double dot(int64_t group_a, int64_t group_b, int64_t m, int64_t n, int64_t begin, int64_t end) const {
-        double sum = 0;
-        for (int64_t k = begin; k < end; ++k) {
-            sum += value(p_.a, group_a * p_.a_group_stride, m, k, p_.a_stride, p_.a_mn_major, p_.a_is_fp4, p_.sfa, group_a, sm100_,
-                         p_.gran_k) *
-                   value(p_.b, group_b * p_.b_group_stride, n, k, p_.b_stride, p_.b_mn_major, p_.b_is_fp4, p_.sfb, group_b,
-                         sm100_ || p_.sfb_is_packed, gran_k_b());
+    // Adds the product of rows `rows` of A with all of B over [k.begin, k.end) to sums[row][column].
+    void add(int64_t group_a, int64_t group_b, Range rows, Range k, std::vector<double>& sums) const {
+        const int64_t num_rows = rows.end - rows.begin;
+        const std::vector<double> a = values_of_a(group_a, rows, k), b = values_of_b(group_b, k);
+        for (int64_t m = 0; m < num_rows; ++m) {
+            for (int64_t i = 0; i < k.end - k.begin; ++i) {
+                const double value = a[i * num_rows + m];
+                for (int64_t n = 0; n < p_.n; ++n) sums[m * p_.n + n] += value * b[i * p_.n + n];
+            }
         }
-        return sum;
     }
 
     // Rounds once. `group` is that of D and C.
@@ -277,6 +277,29 @@ public:
     }
 
 private:
+    // [k][row], as are those of B.
+    std::vector<double> values_of_a(int64_t group, Range rows, Range k) const {
+        std::vector<double> values;
+        for (int64_t i = k.begin; i < k.end; ++i) {
+            for (int64_t m = rows.begin; m < rows.end; ++m) {
+                values.push_back(value(p_.a, group * p_.a_group_stride, m, i, p_.a_stride, p_.a_mn_major, p_.a_is_fp4,
+                                       p_.sfa, group, sm100_, p_.gran_k));
+            }
+        }
+        return values;
+    }
+
+    std::vector<double> values_of_b(int64_t group, Range k) const {
+        std::vector<double> values;
+        for (int64_t i = k.begin; i < k.end; ++i) {
+            for (int64_t n = 0; n < p_.n; ++n) {
+                values.push_back(value(p_.b, group * p_.b_group_stride, n, i, p_.b_stride, p_.b_mn_major, p_.b_is_fp4,
+                                       p_.sfb, group, sm100_ || p_.sfb_is_packed, gran_k_b()));
+            }
+        }
+        return values;
+    }
+
     // SM90's packed scales of FP4 are per 32 of K, whatever A's.
     int64_t gran_k_b() const { return p_.sfb_is_packed ? 32 : p_.gran_k; }
 
@@ -317,23 +340,24 @@ namespace {
 void run_on_host(const GemmProblem& p, bool sm100) {
     if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");
     const Product product(p, sm100);
-    const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
+    const auto store = [&](int64_t group, Range rows, const std::vector<double>& sums) {
         for (int64_t m = rows.begin; m < rows.end; ++m) {
-            for (int64_t n = 0; n < p.n; ++n) product.store(group_d, m, n, product.dot(group_a, group_b, m, n, k.begin, k.end));
+            for (int64_t n = 0; n < p.n; ++n) product.store(group, m, n, sums[(m - rows.begin) * p.n + n]);
         }
+    };
+    const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
+        std::vector<double> sums(std::max<int64_t>(rows.end - rows.begin, 0) * p.n);
+        if (!sums.empty()) product.add(group_a, group_b, rows, k, sums);
+        store(group_d, rows, sums);
     };
     const Range all_rows = {0, p.m}, all_k = {0, p.k};
     if (p.grouping == Grouping::kDense) return matrix(0, 0, 0, all_rows, all_k);
     if (p.grouping == Grouping::kBatched) {
         for (int64_t group = 0; group < p.num_groups; ++group) matrix(group, group, group, all_rows, all_k);
     } else if (p.grouping == Grouping::kSummed) {
-        for (int64_t m = 0; m < p.m; ++m) {
-            for (int64_t n = 0; n < p.n; ++n) {
-                double sum = 0;
-                for (int64_t group = 0; group < p.num_groups; ++group) sum += product.dot(group, group, m, n, 0, p.k);
-                product.store(0, m, n, sum);
-            }
-        }
+        std::vector<double> sums(p.m * p.n);
+        for (int64_t group = 0; group < p.num_groups; ++group) product.add(group, group, all_rows, all_k, sums);
+        store(0, all_rows, sums);
     } else if (p.grouping == Grouping::kKGrouped) {
         const bool padded = p.operands == OperandType::kFP8;
         int64_t column = 0;
@@ -362,11 +386,12 @@ void run_on_host(const GemmProblem& p, bool sm100) {
                 std::fill(owner.begin() + ranges[group].begin, owner.begin() + ranges[group].end, group);
             }
         }
-        for (int64_t m = 0; m < p.m; ++m) {
-            const bool owned = owner[m] >= 0 && owner[m] < p.num_groups;
-            if (owned) matrix(0, owner[m], 0, {m, m + 1}, all_k);
-            if (owned || !p.zero_padding) continue;
-            for (int64_t n = 0; n < p.n; ++n) product.store(0, m, n, 0);
+        for (int64_t begin = 0, end = 0; begin < p.m; begin = end) {
+            while (end < p.m && owner[end] == owner[begin]) ++end;
+            const Range rows = {begin, end};
+            const bool owned = owner[begin] >= 0 && owner[begin] < p.num_groups;
+            if (owned) matrix(0, owner[begin], 0, rows, all_k);
+            if (!owned && p.zero_padding) store(0, rows, std::vector<double>((end - begin) * p.n));
         }
     }
 }

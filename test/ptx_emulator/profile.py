@@ -132,8 +132,12 @@ def bounds(roles: Sequence[Role], info: dict, k_blocks: int = 0) -> dict[str, fl
     }
 
 
-def profile_row(row: int) -> tuple[list[Role], dict]:
-    """The profile of a row of the library's table, and the row."""
+def profile_row(
+    row: int, tiles: tuple[int, int] = (4, 8), blocks: tuple[int, int] = (12, 24)
+) -> tuple[list[Role], dict]:
+    """The profile of a row of the library's table, and the row. Fewer tiles and blocks are enough for what does not
+    depend on where a tile lies: the figures of consumers and copies per K block.
+    """
     import torch
 
     from deep_gemm_ops import _capi
@@ -167,7 +171,7 @@ def profile_row(row: int) -> tuple[list[Role], dict]:
 
     # `split` CTAs of a cluster share each tile.
     at_once = info["cluster_size"] // split
-    roles = profile(lambda tiles, blocks: run(tiles * at_once, blocks), (4, 8), (12, 24))
+    roles = profile(lambda tiles, blocks: run(tiles * at_once, blocks), tiles, blocks)
     return roles, info
 
 

@@ -444,8 +444,11 @@ Status tensorStoreExec(Warp& w, const Inst& in, u32 m) {
         std::array<i32, 5> co{};
         for (size_t k = 0; k < x.s2.size(); k++) co[k] = i32(w.lane32(x.s2[k], l));
         checkInnermost(M, w, l, t, co[0]);
-        // An H200 stops with an illegal instruction; loads may start there.
-        if (co[0] < 0) M.fault(&w, l, "tma_coordinate", strf("tensor store to a box that starts at column %d", co[0]));
+        // An H200 stops with an illegal instruction, whichever coordinate it is; loads may start there.
+        for (size_t k = 0; k < x.s2.size(); k++) {
+            if (co[k] >= 0) continue;
+            M.fault(&w, l, "tma_coordinate", strf("tensor store to a box with %d as coordinate %zu", co[k], k));
+        }
         u32 bytes = tmaBoxBytes(t);
         if (srcA % 128) M.fault(&w, l, "misaligned", strf("tensor copy source %#x is not 128-byte aligned", srcA));
         Cta* c = ctaOfSmem(w, l, srcA);
