@@ -41,6 +41,15 @@ __device__ __forceinline__ uint32_t load_1(const void* p) {
     return v;
 }
 
+// The same address in global memory, of whose origin nothing is known: what is added to it is added, where the compiler would
+// rather compute each address anew from the kernel's parameters, in 64 bits.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* p) {
+    size_t address = __cvta_generic_to_global(p);
+    asm volatile("" : "+l"(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 template <int kBytes>
 __device__ __forceinline__ uint32_t load_element(const void* p) {
     static_assert(kBytes == 2 || kBytes == 4);

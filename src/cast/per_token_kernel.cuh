@@ -2,14 +2,16 @@
 //
 // A CTA quantises 32 rows x 256 columns; each warp 4 rows, all of whose loads are in flight at once. Scales are
 // collected in shared memory and written along rows, the contiguous dimension of the MN-major result.
-//   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group.
+//   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group. They share the work of its scales, too:
+//            each computes those of one row.
 //   else (any alignment, any column count): a lane has columns lane, lane + 32, ..., so that every access is coalesced.
 //
 // A source says what is quantised:
 //   Element, Params                what x holds, and what else the source is told
-//   Chunk: load(p), values(v)      the kPer16 values from a 16-byte address on
+//   Chunk: load(p), amax(), values(v)   the kPer16 values from a 16-byte address on; the largest magnitude is asked for first
+//   kRowsAtATime                   rows whose values are needed at once, from amax() to values()
 //   One: load(p), value()          a single value
-//   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to values() and value()
+//   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to amax() and value()
 // A format (E4M3, E2M1 in scale.cuh) says what is written: kMax, bits a value, and how values are packed.
 #pragma once
 
@@ -24,13 +26,16 @@ struct PlainSource {
     using Element = T;
     struct Params {};
     static constexpr bool kHasRowFactor = false;
+    static constexpr int kRowsAtATime = 4;
     static __device__ __forceinline__ float row_factor(const Params&, int64_t) { return 1; }
     struct Chunk {
         uint4 raw;
         __device__ __forceinline__ void load(const Params&, const T* p) { raw = load_16(p); }
-        __device__ __forceinline__ void values(const Params&, float, float (&v)[Elements<T>::kPer16]) const {
-            Elements<T>::unpack(raw, v);
+        __device__ __forceinline__ float amax(const Params&, float) const {
+            using E = Elements<T>;
+            return E::magnitude(E::larger(E::larger(raw.x, raw.y), E::larger(raw.z, raw.w)));
         }
+        __device__ __forceinline__ void values(float (&v)[Elements<T>::kPer16]) const { Elements<T>::unpack(raw, v); }
     };
     struct One {
         uint32_t raw;
@@ -56,8 +61,8 @@ __global__ void __launch_bounds__(kPerTokenThreads)
     constexpr int kTileRows = kPerTokenRows, kTileCols = kPerTokenCols;
     constexpr int kRowsPerWarp = kTileRows / (kPerTokenThreads / 32);
     constexpr int kGroups = kTileCols / kGranK;
-    // One word more a row: in one store a warp writes one row of several groups.
-    __shared__ float scales[kGroups][kTileRows + 1];
+    // Four words more a group: in one store a warp writes up to four rows of several groups.
+    __shared__ float scales[kGroups][kTileRows + 4];
 
     const CastParams& params = all_params.cast;
     const typename Source::Params& source = all_params.source;
@@ -85,40 +90,48 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         constexpr int kElems = Elements<T>::kPer16;
         constexpr int kChunks = kTileCols / (32 * kElems);
         constexpr int kLanesPerGroup = kGranK / kElems;
+        constexpr int kAtATime = Source::kRowsAtATime;
+        const int first_col = lane * kElems;
+        x = opaque(x + first_col);
+        out = opaque(out + Format::bytes(first_col));
         typename Source::Chunk raw[kRowsPerWarp][kChunks];
 #pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
+        for (int i = 0; i < kRowsPerWarp; ++i, x += params.x_stride) {
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
-                const int col = (c * 32 + lane) * kElems;
+                constexpr int kStep = 32 * kElems;
                 raw[i][c] = {};
-                if (i < rows && col < cols) raw[i][c].load(source, x + i * params.x_stride + col);
+                if (i < rows && c * kStep + first_col < cols) raw[i][c].load(source, x + c * kStep);
             }
         }
-        // ptxas would sink later rows' loads behind the first row's arithmetic; past this it moves none.
-        __syncwarp();
+        // ptxas would sink later rows' loads behind the first row's arithmetic. It moves none past a barrier.
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
-            const float factor = factor_of(i);
+        for (int first = 0; first < kRowsPerWarp; first += kAtATime) {
+            const auto quantise = [&](int c) {
+                const int col = c * 32 * kElems + first_col, own_row = lane % kAtATime;
+                float amax[kAtATime];
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                const int col = (c * 32 + lane) * kElems;
-                float values[kElems];
-                raw[i][c].values(source, factor, values);
-                float amax = 0;
+                for (int i = 0; i < kAtATime; ++i) {
+                    amax[i] = raw[first + i][c].amax(source, factor_of(first + i));
+                    if (col >= cols) amax[i] = 0;
+                }
+                const GroupScale own = quick_group_scale<Format>(max_of_own_row<kLanesPerGroup>(amax, max_abs), ue8m0);
+                if (lane % kLanesPerGroup < kAtATime)
+                    scales[(c * 32 + lane) / kLanesPerGroup][row + first + own_row] = own.sf;
 #pragma unroll
-                for (int e = 0; e < kElems; ++e) amax = max_abs(amax, values[e]);
-                if (col >= cols) amax = 0;
+                for (int i = 0; i < kAtATime; ++i) {
+                    const float inverse = __shfl_sync(0xffffffff, own.inverse, i, kAtATime);
+                    float values[kElems];
+                    raw[first + i][c].values(values);
+                    const typename Format::template Packed<kElems> packed = Format::pack(values, inverse);
+                    if (first + i < rows && col < cols)
+                        *reinterpret_cast<typename Format::template Packed<kElems>*>(
+                            out + (first + i) * params.out_stride + Format::bytes(c * 32 * kElems)) = packed;
+                }
+            };
 #pragma unroll
-                for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2)
-                    amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
-                if (lane % kLanesPerGroup == 0) scales[(c * 32 + lane) / kLanesPerGroup][row + i] = scale.sf;
-                const typename Format::template Packed<kElems> packed = Format::pack(values, scale.inverse);
-                if (i < rows && col < cols)
-                    *reinterpret_cast<typename Format::template Packed<kElems>*>(out + i * params.out_stride +
-                                                                                 Format::bytes(col)) = packed;
-            }
+            for (int c = 0; c < kChunks; ++c) quantise(c);
         }
     } else {
         constexpr int kElems = kTileCols / 32;

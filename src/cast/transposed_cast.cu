@@ -65,18 +65,21 @@ __device__ __forceinline__ void store_scale(void* sf, int64_t i, int64_t group, 
 template <typename T, Mode kMode, bool kVector>
 __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / Shape<T>::kThreads)
     transposed_cast_kernel(const __grid_constant__ TransposedParams all_params) {
+    using E = Elements<T>;
     constexpr int kElems = Shape<T>::kElems, kLanes = Shape<T>::kLanes;
     constexpr int kThreads = Shape<T>::kThreads, kWarps = Shape<T>::kWarps;
-    // Values of all columns: the first four of each lane lie together, the others behind them and 16 banks further.
+    // Inverses of all columns: the first four of each lane lie together, the others behind them and 16 banks further.
     // Accesses of 16 bytes by lane are then free of conflicts, and those of 4 bytes by column, too.
     constexpr int kPitch = kElems == 8 ? 144 : kTile;
     const auto place = [](int c) {
         return kElems == 8 ? c / 8 * 4 + c % 4 + (c % 8 >= 4 ? 80 : 0) : c;
     };
+    // Maxima of columns, by warp: words of the elements, four a lane. Two neighbouring rows are read at once, 16 banks apart.
+    constexpr int kWordsPerElem = 4 / sizeof(T);
+    constexpr int kMaximaPitch = 4 * kLanes + 16;
     __shared__ alignas(128) uint2 tile[kTile][kTile / 8];  // [column][8 rows], swizzled
-    __shared__ alignas(16) float maxima[kWarps][kPitch];
-    __shared__ alignas(16) float inverses[kPitch];
-    __shared__ alignas(16) float of_rows[kTile];  // maxima, then inverses
+    __shared__ alignas(16) uint32_t maxima[kWarps][kMode == Mode::kPerBlock ? 1 : kMaximaPitch];
+    __shared__ alignas(16) float inverses[kMode == Mode::kPerBlock ? 1 : kPitch];
 
     const CastParams& params = all_params.cast;
     const uint32_t col_tile = blockIdx.x % params.col_tiles;
@@ -96,12 +99,13 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
         row_0 = block.row_0, rows = block.rows;
     }
     const int row = slot * kRowsPerThread, col = lane * kElems;
-    const T* x = static_cast<const T*>(params.x) + (row_0 + row) * params.x_stride + col_0 + col;
+    const int own_rows = col < cols ? rows - row : 0;  // that this thread has something of, kRowsPerThread or more for all
+    const T* x = opaque(static_cast<const T*>(params.x) + (row_0 + row) * params.x_stride + col_0 + col);
     uint4 raw[kRowsPerThread];
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
         raw[i] = make_uint4(0, 0, 0, 0);
-        if (row + i >= rows || col >= cols) continue;
+        if (i >= own_rows) continue;
         if constexpr (kVector) {
             raw[i] = load_16(x + i * params.x_stride);
         } else {
@@ -114,11 +118,38 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
             raw[i] = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
+    // ptxas would sink later rows' loads behind the first rows' arithmetic. It moves none past a barrier.
+    __syncthreads();
 
-    const auto store_row = [&](int i, const float(&v)[kElems], float inverse) {
-        if (row + i >= rows || col >= cols) return;
+    uint32_t col_max[4] = {}, row_max[kRowsPerThread];
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) col_max[w] = E::larger(col_max[w], word(raw[i], w));
+        row_max[i] = E::larger(E::larger(raw[i].x, raw[i].y), E::larger(raw[i].z, raw[i].w));
+    }
+    if constexpr (kMode == Mode::kPerBlock) {
+        uint32_t block_max = E::larger(E::larger(col_max[0], col_max[1]), E::larger(col_max[2], col_max[3]));
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+            block_max = E::larger(block_max, __shfl_xor_sync(0xffffffff, block_max, offset));
+        if (threadIdx.x % 32 == 0) maxima[warp][0] = block_max;
+    } else {
+        if constexpr (kLanes == 16) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w)
+                col_max[w] = E::larger(col_max[w], __shfl_xor_sync(0xffffffff, col_max[w], 16));
+        }
+        if (threadIdx.x % 32 < kLanes)
+            *reinterpret_cast<uint4*>(&maxima[warp][4 * lane]) =
+                make_uint4(col_max[0], col_max[1], col_max[2], col_max[3]);
+    }
+
+    const auto store_row = [&](int i, uint8_t* p, float inverse) {
+        if (i >= own_rows) return;
+        float v[kElems];
+        E::unpack(raw[i], v);
         const typename E4M3::template Packed<kElems> packed = E4M3::pack(v, inverse);
-        uint8_t* p = params.out + (row_0 + row + i) * params.out_stride + col_0 + col;
         if constexpr (kVector) {
             *reinterpret_cast<typename E4M3::template Packed<kElems>*>(p) = packed;
         } else {
@@ -127,54 +158,30 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
                 if (col + e < cols) p[e] = static_cast<uint8_t>(packed.words[e / 4] >> (8 * (e % 4)));
         }
     };
-
-    float col_amax[kElems] = {};
+    uint8_t* out = nullptr;
+    if constexpr (kMode != Mode::kGrouped)
+        out = opaque(params.out + (row_0 + row) * params.out_stride + col_0 + col);
+    if constexpr (kMode == Mode::kPerToken) {
+        // A row's lanes know its scale without the other warps, and share out the rows.
+        const int own_row = lane % kRowsPerThread;
+        const GroupScale own =
+            quick_group_scale<E4M3>(E::magnitude(max_of_own_row<kLanes>(row_max, E::larger)), ue8m0);
+        if (lane < kRowsPerThread && row + own_row < rows)
+            store_scale(params.sf, row_0 + row + own_row, col_tile, params.col_tiles, params.sf_stride,
+                        params.sf_format, own.sf);
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-        float v[kElems];
-        Elements<T>::unpack(raw[i], v);
-#pragma unroll
-        for (int e = 0; e < kElems; ++e) col_amax[e] = max_abs(col_amax[e], v[e]);
-        if constexpr (kMode == Mode::kPerToken) {
-            float amax = 0;
-#pragma unroll
-            for (int e = 0; e < kElems; ++e) amax = max_abs(amax, v[e]);
-#pragma unroll
-            for (int offset = kLanes / 2; offset > 0; offset /= 2)
-                amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-            if (lane == 0) of_rows[row + i] = amax;
-        }
-    }
-    if constexpr (kMode == Mode::kPerBlock) {
-        float amax = 0;
-#pragma unroll
-        for (int e = 0; e < kElems; ++e) amax = max_abs(amax, col_amax[e]);
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2)
-            amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-        if (threadIdx.x % 32 == 0) maxima[0][warp] = amax;
-    } else {
-        if constexpr (kLanes == 16) {
-#pragma unroll
-            for (int e = 0; e < kElems; ++e)
-                col_amax[e] = max_abs(col_amax[e], __shfl_xor_sync(0xffffffff, col_amax[e], 16));
-        }
-        if (threadIdx.x % 32 < kLanes) {
-#pragma unroll
-            for (int e = 0; e < kElems; e += 4)
-                *reinterpret_cast<float4*>(&maxima[warp][place(col + e)]) =
-                    make_float4(col_amax[e], col_amax[e + 1], col_amax[e + 2], col_amax[e + 3]);
-        }
+        for (int i = 0; i < kRowsPerThread; ++i)
+            store_row(i, out + i * params.out_stride, __shfl_sync(0xffffffff, own.inverse, i, kRowsPerThread));
     }
     __syncthreads();
 
     const int64_t row_tiles = ceil_div<int64_t>(params.rows, kTile);
     float inverse[kElems];
     if constexpr (kMode == Mode::kPerBlock) {
-        float amax = 0;
+        uint32_t block_max = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) amax = max_abs(amax, maxima[0][w]);
-        const GroupScale scale = group_scale<E4M3>(amax, ue8m0);
+        for (int w = 0; w < kWarps; ++w) block_max = E::larger(block_max, maxima[w][0]);
+        const GroupScale scale = quick_group_scale<E4M3>(E::magnitude(block_max), ue8m0);
 #pragma unroll
         for (int e = 0; e < kElems; ++e) inverse[e] = scale.inverse;
         if (threadIdx.x == 0) {
@@ -182,25 +189,27 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
             store_scale(all_params.sf_t, col_tile, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
                         scale.sf);
         }
-    } else {
-        const int i = threadIdx.x % kTile;
-        if (threadIdx.x < kTile) {
-            float amax = 0;
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) amax = max_abs(amax, maxima[w][place(i)]);
-            const GroupScale scale = group_scale<E4M3>(amax, ue8m0);
-            inverses[place(i)] = scale.inverse;
-            if (kMode == Mode::kGrouped && i < cols)
-                static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + i] =
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            forget_unpacked(raw[i]);
+            store_row(i, out + i * params.out_stride, scale.inverse);
+        }
+    } else {
+        // Two threads for a column, each of which reads the maxima of every other warp.
+        if (threadIdx.x < 2 * kTile) {
+            const int c = threadIdx.x / 2, part = threadIdx.x % 2;
+            uint32_t largest = 0;
+#pragma unroll
+            for (int w = 0; w < kWarps; w += 2) largest = E::larger(largest, maxima[w + part][c / kWordsPerElem]);
+            float amax = E::magnitude_at(largest, c % kWordsPerElem);
+            amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, 1));
+            const GroupScale scale = quick_group_scale<E4M3>(amax, ue8m0);
+            if (part == 0) inverses[place(c)] = scale.inverse;
+            if (kMode == Mode::kGrouped && part == 1 && c < cols)
+                static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + c] =
                     rows > 0 ? scale.sf : 0;
-            if (kMode == Mode::kPerToken && i < cols)
-                store_scale(all_params.sf_t, col_0 + i, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
-                            scale.sf);
-        } else if (kMode == Mode::kPerToken && threadIdx.x < 2 * kTile) {
-            const GroupScale scale = group_scale<E4M3>(of_rows[i], ue8m0);
-            of_rows[i] = scale.inverse;
-            if (i < rows)
-                store_scale(params.sf, row_0 + i, col_tile, params.col_tiles, params.sf_stride, params.sf_format,
+            if (kMode == Mode::kPerToken && part == 1 && c < cols)
+                store_scale(all_params.sf_t, col_0 + c, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
                             scale.sf);
         }
         __syncthreads();
@@ -210,16 +219,10 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
             inverse[e] = f.x, inverse[e + 1] = f.y, inverse[e + 2] = f.z, inverse[e + 3] = f.w;
         }
     }
-    if constexpr (kMode != Mode::kGrouped) {
-#pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-            float v[kElems];
-            forget_unpacked(raw[i]);
-            Elements<T>::unpack(raw[i], v);
-            store_row(i, v, kMode == Mode::kPerToken ? of_rows[row + i] : inverse[0]);
-        }
-    }
 
+    // Padding is zero also where the column's scale is NaN or Inf.
+    const uint64_t row_mask =
+        rows - row >= kRowsPerThread ? ~uint64_t{0} : rows > row ? (uint64_t{1} << (8 * (rows - row))) - 1 : 0;
     // Column by column, so that what is unpacked at a time is one column's 8 values.
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) forget_unpacked(raw[i]);
@@ -227,13 +230,11 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
     for (int e = 0; e < kElems; ++e) {
         float v[kRowsPerThread];
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-            v[i] = Elements<T>::unpack_at(raw[i], e) * inverse[e];
-            // Padding is zero also where the column's scale is NaN or Inf.
-            if (kMode == Mode::kGrouped && row + i >= rows) v[i] = 0;
-        }
-        tile[col + e][slot ^ lane % 16] =
-            make_uint2(to_e4m3x4(v[0], v[1], v[2], v[3]), to_e4m3x4(v[4], v[5], v[6], v[7]));
+        for (int i = 0; i < kRowsPerThread; ++i) v[i] = E::unpack_at(raw[i], e) * inverse[e];
+        uint2 bytes = make_uint2(to_e4m3x4(v[0], v[1], v[2], v[3]), to_e4m3x4(v[4], v[5], v[6], v[7]));
+        if constexpr (kMode == Mode::kGrouped)
+            bytes.x &= static_cast<uint32_t>(row_mask), bytes.y &= static_cast<uint32_t>(row_mask >> 32);
+        tile[col + e][slot ^ lane % 16] = bytes;
     }
     __syncthreads();
 
@@ -241,6 +242,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
     const int64_t t_row_0 = kMode == Mode::kGrouped ? row_tile * kTile : row_0;
     const int t_rows = kMode == Mode::kGrouped ? kTile : rows;
     const int chunk = threadIdx.x % 8, valid = t_rows - chunk * 16;
+    uint8_t* out_t = opaque(all_params.out_t + (col_0 + threadIdx.x / 8) * all_params.out_t_stride + t_row_0 + chunk * 16);
 #pragma unroll
     for (int i = 0; i < kTile * 8 / kThreads; ++i) {
         const int c = threadIdx.x / 8 + i * (kThreads / 8);
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kThreadsPerSM / 
         const int swizzle = c / kElems % 16;
         uint4 value = *reinterpret_cast<const uint4*>(&tile[c][(chunk ^ swizzle / 2) * 2]);
         if (swizzle % 2 == 1) value = make_uint4(value.z, value.w, value.x, value.y);
-        uint8_t* p = all_params.out_t + (col_0 + c) * all_params.out_t_stride + t_row_0 + chunk * 16;
+        uint8_t* p = out_t + i * (kThreads / 8) * all_params.out_t_stride;
         if (kVector && valid >= 16) {
             *reinterpret_cast<uint4*>(p) = value;
         } else {
