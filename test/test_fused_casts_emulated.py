@@ -110,7 +110,8 @@ def test_fp4(dtype: torch.dtype, gran_k: int, sf_format: str) -> None:
 
 
 def test_fp4_strides_and_alignment() -> None:
-    assert "pipelined" in fp4(cast_input((40, 200), torch.bfloat16, 1, stride=240), 32, "float32", out_stride=104).kernel
+    x = cast_input((40, 200), torch.bfloat16, 1, stride=240)
+    assert "pipelined" in fp4(x, 32, "float32", out_stride=104).kernel
     for change in ({"stride": 201}, {"offset": 1}, {"out_stride": 103}, {"out_offset": 1}):
         out = {k: v for k, v in change.items() if k.startswith("out")}
         into = {k: v for k, v in change.items() if not k.startswith("out")}
