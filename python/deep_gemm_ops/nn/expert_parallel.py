@@ -263,7 +263,7 @@ class ExpertParallel(GroupedExperts):
 
 
 class _LocalPart(torch.autograd.Function):
-    """``to_local()`` of a weight whose gradient goes to ``main_grad``. It has none, of which PyTorch 2.11's makes zeros."""
+    """``to_local()`` of a weight whose gradient goes to ``main_grad``: it has none. PyTorch 2.11 would make that zeros."""
 
     @staticmethod
     def forward(ctx: Any, weight: DTensor) -> Tensor:
