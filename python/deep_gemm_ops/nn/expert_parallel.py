@@ -263,7 +263,7 @@ class ExpertParallel(GroupedExperts):
 
 
 class _LocalPart(torch.autograd.Function):
-    """``to_local()`` of a weight whose gradient goes to ``main_grad``: it has none. PyTorch 2.11 would make that zeros."""
+    """``to_local()`` of a weight whose gradient goes to ``main_grad``: it has none, not zeros as in PyTorch 2.11."""
 
     @staticmethod
     def forward(ctx: Any, weight: DTensor) -> Tensor:
