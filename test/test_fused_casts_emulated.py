@@ -296,6 +296,7 @@ def k_grouped(
     of_groups = matrix((len(ks),), (ks_stride,), torch.int32)
     of_groups.copy_(torch.tensor(ks, dtype=torch.int32))
     cast = problem_of(x, out, sf, scales[1][0], 128, sf_format)
+    cast.num_sms = 1
     problem = emulation.GroupedProblem(
         problem=emulation.TransposedCastProblem(
             cast=cast, out_t=out.data_ptr(), out_t_stride=values[1][0], sf_t=sf.data_ptr(), sf_t_stride=scales[1][0]

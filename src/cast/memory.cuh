@@ -41,11 +41,11 @@ __device__ __forceinline__ uint32_t load_1(const void* p) {
     return v;
 }
 
-// Starts a copy of 16 bytes into shared memory, of zeros unless `inside`, and waits for all that this thread has started.
-__device__ __forceinline__ void copy_16_async(uint4& target, const void* p, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+// Starts a copy of 16 bytes into shared memory, and waits for all that this thread has started.
+__device__ __forceinline__ void copy_16_async(uint4& target, const void* p) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(&target))),
-                 "l"(p), "r"(inside ? 16 : 0)
+                 "l"(p)
                  : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

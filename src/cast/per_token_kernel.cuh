@@ -181,14 +181,17 @@ __global__ void __launch_bounds__(kPerTokenThreads, kPipelinedCtas<Source>)
         place.cols = static_cast<int>(min(int64_t{kPerTokenCols}, params.cols - col_0));
         return place;
     };
+    const auto exists = [&](const Place& place, int i, int c) {
+        return i < place.rows && c * Vectors::kChunkCols + lane * Vectors::kElems < place.cols;
+    };
     const auto copy_row = [&](const Place& place, int i) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            const bool inside = i < place.rows && c * Vectors::kChunkCols + lane * Vectors::kElems < place.cols;
-            const T* p = inside ? place.x + i * params.x_stride + c * Vectors::kChunkCols : place.x;
+            if (!exists(place, i, c)) continue;
+            const T* p = place.x + i * params.x_stride + c * Vectors::kChunkCols;
 #pragma unroll
             for (int v = 0; v < kVectors; ++v)
-                copy_16_async(copies[i][c][v][threadIdx.x], Source::address(source, p, v), inside);
+                copy_16_async(copies[i][c][v][threadIdx.x], Source::address(source, p, v));
         }
     };
     // Lane i has the factor of row i.
@@ -224,6 +227,8 @@ __global__ void __launch_bounds__(kPerTokenThreads, kPipelinedCtas<Source>)
             for (int i = 0; i < kAtATime; ++i) {
 #pragma unroll
                 for (int c = 0; c < kChunks; ++c) {
+                    raw[i][c] = {};
+                    if (!exists(place, first + i, c)) continue;
 #pragma unroll
                     for (int v = 0; v < kVectors; ++v) raw[i][c].raw[v] = copies[first + i][c][v][threadIdx.x];
                 }
