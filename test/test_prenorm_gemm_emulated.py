@@ -165,17 +165,17 @@ def test_no_bank_conflicts(arch: int) -> None:
             assert not any(value for name, value in total.items() if name.endswith("_conflicts")), (m, n)
 
 
-def test_the_device_is_filled() -> None:
+@every_arch
+def test_the_device_is_filled(arch: int) -> None:
     """Tiles of 256 rows times parts of K: few rows are spread over the SMs by K, many rows are not split."""
     k = 28672
     for m in (1, 13, 64, 300, 1000, 4096, 5000, 8192, 16384):
-        for arch in (90, 100):
-            splits, in_cluster = prenorm_splits(m, 24, k, 132, arch)
-            assert 100 <= ceil_div(m, 256) * splits <= 132, (m, splits)
-            assert in_cluster == (arch == 90 and m in (4096, 8192, 16384)), m
-    assert prenorm_splits(132 * 256, 24, k, 132) == (1, False)
-    assert prenorm_splits(13, 24, 64, 132) == (1, False)
-    assert prenorm_splits(2**30, 24, 64, 132) == (1, False)
+        splits, in_cluster = prenorm_splits(m, 24, k, 132, arch)
+        assert 100 <= ceil_div(m, 256) * splits <= 132, (m, splits)
+        assert in_cluster == (arch == 90 and m in (4096, 8192, 16384)), m
+    assert prenorm_splits(132 * 256, 24, k, 132, arch) == (1, False)
+    assert prenorm_splits(13, 24, 64, 132, arch) == (1, False)
+    assert prenorm_splits(2**30, 24, 64, 132, arch) == (1, False)
 
 
 @every_arch
