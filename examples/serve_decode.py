@@ -315,7 +315,8 @@ def build(c: Config, device: torch.device, seed: int) -> tuple[Decoder, Decoder]
     models = []
     for layer in (Layer, PlainLayer):
         torch.manual_seed(seed)
-        models.append(Decoder(c, layer))
+        with device:  # weights of this size are drawn and quantised there
+            models.append(Decoder(c, layer))
     fp8, plain = models
     if device.type == "cuda":
         fp8 = fp8.bfloat16()
@@ -326,7 +327,7 @@ def build(c: Config, device: torch.device, seed: int) -> tuple[Decoder, Decoder]
     fp8 = freeze(fp8)
     for layer in fp8.layers:
         layer.quantise()
-    return fp8.to(device).eval(), plain.to(device).eval()
+    return fp8.eval(), plain.eval()
 
 
 def compiled_function(model: Decoder, device: torch.device, backend: str) -> Function:

@@ -39,7 +39,7 @@ EXPERTS, EXPERTS_PER_TOKEN = 8, 2
 SIZES = {
     "tiny": (QUICK, 60, 0.02),
     "small": (Config(dim=192, layers=4, heads=3, context=128, batch=16), 300, 0.01),
-    "gpu": (Config(dim=1024, layers=12, heads=16, context=1024, batch=32), 1500, 0.01),
+    "gpu": (Config(dim=1024, layers=8, heads=16, context=1024, batch=16), 600, 0.01),  # reads the text once
 }
 
 

@@ -104,7 +104,8 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 class CastProblem(ctypes.Structure):
     _fields_ = [("x", _P), ("x_type", _I), ("rows", _L), ("cols", _L), ("x_stride", _L), ("out", _P)] + [
-        ("out_stride", _L), ("sf", _P), ("sf_stride", _L), ("gran_k", _I), ("sf_format", _I)]  # fmt: skip
+        ("out_stride", _L), ("sf", _P), ("sf_stride", _L), ("gran_k", _I), ("sf_format", _I)] + [
+        ("num_sms", _I)]  # fmt: skip
 
 
 class TransposeProblem(ctypes.Structure):

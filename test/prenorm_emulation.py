@@ -39,16 +39,18 @@ class _Problem(ctypes.Structure):
         ("sqr_sum", ctypes.c_void_p),
         ("sqr_split_stride", ctypes.c_int64),
         ("num_splits", ctypes.c_int64),
+        ("in_cluster", ctypes.c_bool),
         ("workspace", ctypes.c_void_p),
     ]
 
 
-def prenorm_splits(m: int, n: int, k: int, num_sms: int) -> int:
-    """How many parts of K the host chooses for a result that is one sum."""
+def prenorm_splits(m: int, n: int, k: int, num_sms: int, arch: int = 90) -> tuple[int, bool]:
+    """How many parts of K the host chooses for a result that is one sum, and whether a cluster adds them up."""
     function = _capi.library().dg_prenorm_splits
     function.restype = ctypes.c_int64
-    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
-    return function(m, n, k, num_sms)
+    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+    splits = function(m, n, k, arch, num_sms)
+    return abs(splits), splits < 0
 
 
 def _workspace(m: int, n: int, num_splits: int) -> torch.Tensor:
@@ -76,8 +78,8 @@ def run_prenorm(
     ``module`` holds another version of the product's kernel; ``options`` are those of ``Module.launch``.
     """
     (m, k), n = a.shape, b.shape[0]
-    splits = num_splits or prenorm_splits(m, n, k, num_sms)
-    workspace = _workspace(m, n, 1 if num_splits else splits)
+    splits, in_cluster = (num_splits, False) if num_splits else prenorm_splits(m, n, k, num_sms, arch)
+    workspace = _workspace(m, n, 1 if num_splits or in_cluster else splits)
     problem = _Problem(
         m=m,
         n=n,
@@ -92,6 +94,7 @@ def run_prenorm(
         sqr_sum=sqr_sum.data_ptr(),
         sqr_split_stride=sqr_sum.stride(0) if num_splits else 0,
         num_splits=splits,
+        in_cluster=in_cluster,
         workspace=workspace.data_ptr() if workspace.numel() else None,
     )
     tensors = [("a", a, True), ("b", b, True), ("d", d, False), ("sqr_sum", sqr_sum, False)]
@@ -109,6 +112,7 @@ def run_prenorm(
                 entry,
                 grid=grid,
                 block=block,
+                cluster=cluster,
                 smem=shared_bytes,
                 args=[ctypes.string_at(params, params_bytes)],
                 buffers=buffers,

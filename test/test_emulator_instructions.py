@@ -73,6 +73,35 @@ st.global.u32 [%o2], %r2;
     assert out.tolist() == [0, 1, 1, 1]
 
 
+def test_larger_magnitudes():
+    """The larger magnitude with the product of the signs, NaN where either is: floats, pairs of BF16 and FP16."""
+    pairs = {"bf16x2": (0xC0004040, 0x40403F80, 0xC0404040), "f16x2": (0xC0004200, 0x42003C00, 0xC2004200)}
+    for kind, (x, y, expected) in pairs.items():  # (3, -2) and (1, 3)
+        nan = {"bf16x2": 0x7FC07FC0, "f16x2": 0x7E007E00}[kind]
+        mod = module(
+            STORE
+            + f"""
+.reg .b32 %r<8>;
+mov.b32 %r0, {x}; mov.b32 %r1, {y}; mov.b32 %r2, {nan};
+max.NaN.xorsign.abs.{kind} %r3, %r0, %r1;
+max.NaN.xorsign.abs.{kind} %r4, %r0, %r2;
+max.xorsign.abs.{kind} %r5, %r0, %r2;
+max.NaN.xorsign.abs.f32 %r6, 0f7fc00000, 0fbf800000;
+st.global.u32 [%o2], %r3;
+st.global.u32 [%o2+4], %r4;
+st.global.u32 [%o2+8], %r5;
+st.global.u32 [%o2+12], %r6;
+"""
+        )
+        out = np.zeros(4, np.uint32)
+        mod.launch("k", 1, 1, [out])
+        assert out[0] == expected, kind
+        exponent = {"bf16x2": 0x7F80, "f16x2": 0x7C00}[kind]
+        assert all(half & 0x7FFF > exponent for half in (int(out[1]) & 0xFFFF, int(out[1]) >> 16)), kind
+        assert out[2] & 0x7FFF7FFF == x & 0x7FFF7FFF, kind
+        assert np.isnan(out[3:].view(np.float32))[0]
+
+
 def test_unknown_instruction_is_named():
     mod = module(".reg .b32 a; frobnicate.sync.b32 a, a;")
     text = expect("unsupported", mod.launch, "k", 1, 32, [np.zeros(1, np.int32)])

@@ -41,6 +41,24 @@ __device__ __forceinline__ uint32_t load_1(const void* p) {
     return v;
 }
 
+// Starts a copy of 16 bytes into shared memory, and waits for all that this thread has started.
+__device__ __forceinline__ void copy_16_async(uint4& target, const void* p) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(&target))),
+                 "l"(p)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The same address in global memory, of whose origin nothing is known: what is added to it is added, where the compiler would
+// rather compute each address anew from the kernel's parameters, in 64 bits.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* p) {
+    size_t address = __cvta_generic_to_global(p);
+    asm volatile("" : "+l"(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 template <int kBytes>
 __device__ __forceinline__ uint32_t load_element(const void* p) {
     static_assert(kBytes == 2 || kBytes == 4);

@@ -1,17 +1,26 @@
 // Quantisation with a scale per row and gran_k columns: the kernel, for any source of values and any format of results.
 //
-// A CTA quantises 32 rows x 256 columns; each warp 4 rows, all of whose loads are in flight at once. Scales are
-// collected in shared memory and written along rows, the contiguous dimension of the MN-major result.
-//   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group.
+// A tile is 32 rows x 256 columns; each of a CTA's warps quantises 4 rows. Scales are collected in shared memory and written
+// along rows, the contiguous dimension of the MN-major result.
+//   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group. They share the work of its scales, too:
+//            each computes those of one row.
 //   else (any alignment, any column count): a lane has columns lane, lane + 32, ..., so that every access is coalesced.
+//   kPipelined: where there is much to compute for a byte. As many CTAs as fit walk the tiles; every thread copies its part
+//            of the next one into shared memory, which nobody else reads, while it computes. Else a CTA has one tile, all of
+//            whose loads are in flight before the first is used.
 //
 // A source says what is quantised:
 //   Element, Params                what x holds, and what else the source is told
-//   Chunk: load(p), values(v)      the kPer16 values from a 16-byte address on
+//   kVectors, address(p, v)        from how many addresses 16 bytes each make kPer16 values, and where they are
+//   Chunk: amax(), values(v)       those values; the largest magnitude is asked for first
+//   kRowsAtATime                   rows whose values are needed at once, from amax() to values()
 //   One: load(p), value()          a single value
-//   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to values() and value()
+//   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to amax() and value()
 // A format (E4M3, E2M1 in scale.cuh) says what is written: kMax, bits a value, and how values are packed.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "cast/cast_params.cuh"
 #include "cast/memory.cuh"
@@ -24,12 +33,17 @@ struct PlainSource {
     using Element = T;
     struct Params {};
     static constexpr bool kHasRowFactor = false;
+    static constexpr int kRowsAtATime = 4, kVectors = 1;
     static __device__ __forceinline__ float row_factor(const Params&, int64_t) { return 1; }
+    static __device__ __forceinline__ const T* address(const Params&, const T* p, int) { return p; }
     struct Chunk {
-        uint4 raw;
-        __device__ __forceinline__ void load(const Params&, const T* p) { raw = load_16(p); }
-        __device__ __forceinline__ void values(const Params&, float, float (&v)[Elements<T>::kPer16]) const {
-            Elements<T>::unpack(raw, v);
+        uint4 raw[kVectors];
+        __device__ __forceinline__ float amax(const Params&, float) const {
+            using E = Elements<T>;
+            return E::magnitude(E::larger(E::larger(raw[0].x, raw[0].y), E::larger(raw[0].z, raw[0].w)));
+        }
+        __device__ __forceinline__ void values(float (&v)[Elements<T>::kPer16]) const {
+            Elements<T>::unpack(raw[0], v);
         }
     };
     struct One {
@@ -43,11 +57,197 @@ template <class Source>
 struct PerTokenParams {
     CastParams cast;
     typename Source::Params source;
+    uint32_t step_rows, step_cols;  // kPipelined: from a CTA's tile to its next, in tiles
 };
 
 inline constexpr int kPerTokenThreads = 256;
 inline constexpr int kPerTokenRows = 32;
 inline constexpr int kPerTokenCols = 256;
+
+// E4M3 of x itself is little to compute.
+template <class Source, class Format>
+inline constexpr bool kPipelined = Source::kVectors > 1 || !std::is_same_v<Format, E4M3>;
+// With 64 registers a thread or, where it holds no more than one vector of a row, 48.
+template <class Source>
+inline constexpr int kPipelinedCtas =
+    Source::kVectors * kPerTokenCols > 32 * Elements<typename Source::Element>::kPer16 ? 4 : 5;
+
+// Scales of a tile, from shared memory. Called by all threads, behind a barrier.
+template <int kGroups, int kPitch>
+__device__ __forceinline__ void store_tile_scales(const CastParams& params, const float (&scales)[kGroups][kPitch],
+                                                  int64_t row_0, uint32_t col_tile, int groups) {
+    constexpr int kTileRows = kPerTokenRows;
+    const int tile_rows = static_cast<int>(min(int64_t{kTileRows}, params.rows - row_0));
+    const int sf_row = threadIdx.x % kTileRows, sf_group = threadIdx.x / kTileRows;
+    if (sf_row >= tile_rows) return;
+    if (params.sf_format != ScaleFormat::kUE8M0Packed) {
+        if (sf_group < groups)
+            static_cast<float*>(params.sf)[row_0 + sf_row + (int64_t{col_tile} * kGroups + sf_group) * params.sf_stride] =
+                scales[sf_group][sf_row];
+    } else if constexpr (kGroups >= 4) {
+        if (sf_group < ceil_div(groups, 4)) {
+            uint32_t word = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (sf_group * 4 + i < groups) word |= packed_scale(scales[sf_group * 4 + i][sf_row]) << (8 * i);
+            const int64_t word_idx = int64_t{col_tile} * (kGroups / 4) + sf_group;
+            static_cast<uint32_t*>(params.sf)[row_0 + sf_row + word_idx * params.sf_stride] = word;
+        }
+    } else if (sf_group == 0) {
+        // Two tiles of two groups share a word: each writes its half, and the last tile all that follows.
+        const uint32_t half =
+            packed_scale(scales[0][sf_row]) | (groups > 1 ? packed_scale(scales[1][sf_row]) << 8 : 0);
+        uint32_t* word = static_cast<uint32_t*>(params.sf) + row_0 + sf_row + int64_t{col_tile / 2} * params.sf_stride;
+        if (col_tile % 2 == 0 && col_tile + 1 == params.col_tiles)
+            *word = half;
+        else
+            reinterpret_cast<uint16_t*>(word)[col_tile % 2] = static_cast<uint16_t>(half);
+    }
+}
+
+// kVector: a warp's rows of a tile, in as many chunks of 32 lanes as a row takes.
+template <class Source, class Format, int kGranK>
+struct VectorTile {
+    using T = typename Source::Element;
+    using Params = typename Source::Params;
+    using Chunk = typename Source::Chunk;
+    static constexpr int kElems = Elements<T>::kPer16;
+    static constexpr int kChunkCols = 32 * kElems;
+    static constexpr int kChunks = kPerTokenCols / kChunkCols;
+    static constexpr int kLanesPerGroup = kGranK / kElems;
+    static constexpr int kAtATime = Source::kRowsAtATime;
+
+    // kAtATime rows from `first` on, of which `rows` and columns < `cols` exist. `sf`: scales of this warp's rows; `out`: this
+    // lane's place in the first of the warp's rows.
+    template <int kPitch, class FactorOf>
+    static __device__ __forceinline__ void quantise(const CastParams& params, const Params& source,
+                                                    Chunk (&raw)[kAtATime][kChunks], const FactorOf& factor_of, int first,
+                                                    int rows, int cols, float (*sf)[kPitch], uint8_t* out) {
+        const int lane = threadIdx.x % 32;
+        const bool ue8m0 = params.sf_format != ScaleFormat::kFloat32;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            const bool inside = c * kChunkCols + lane * kElems < cols;
+            float amax[kAtATime];
+#pragma unroll
+            for (int i = 0; i < kAtATime; ++i) {
+                amax[i] = raw[i][c].amax(source, factor_of(first + i));
+                if (!inside) amax[i] = 0;
+            }
+            const GroupScale own = quick_group_scale<Format>(max_of_own_row<kLanesPerGroup>(amax, max_abs), ue8m0);
+            if (lane % kLanesPerGroup < kAtATime)
+                sf[(c * 32 + lane) / kLanesPerGroup][first + lane % kAtATime] = own.sf;
+#pragma unroll
+            for (int i = 0; i < kAtATime; ++i) {
+                const float inverse = __shfl_sync(0xffffffff, own.inverse, i, kAtATime);
+                float values[kElems];
+                raw[i][c].values(values);
+                const typename Format::template Packed<kElems> packed = Format::pack(values, inverse);
+                if (first + i < rows && inside)
+                    *reinterpret_cast<typename Format::template Packed<kElems>*>(
+                        out + (first + i) * params.out_stride + Format::bytes(c * kChunkCols)) = packed;
+            }
+        }
+    }
+};
+
+template <class Source, class Format, int kGranK>
+__global__ void __launch_bounds__(kPerTokenThreads, kPipelinedCtas<Source>)
+    per_token_pipelined_kernel(const __grid_constant__ PerTokenParams<Source> all_params) {
+    using Vectors = VectorTile<Source, Format, kGranK>;
+    using T = typename Source::Element;
+    constexpr int kRowsPerWarp = kPerTokenRows / (kPerTokenThreads / 32);
+    constexpr int kGroups = kPerTokenCols / kGranK;
+    constexpr int kAtATime = Vectors::kAtATime, kChunks = Vectors::kChunks, kVectors = Source::kVectors;
+    // Four words more a group: in one store a warp writes up to four rows of several groups. One tile's scales are written
+    // while those of the next are collected.
+    __shared__ float scales[2][kGroups][kPerTokenRows + 4];
+    __shared__ uint4 copies[kRowsPerWarp][kChunks][kVectors][kPerTokenThreads];
+
+    const CastParams& params = all_params.cast;
+    const typename Source::Params& source = all_params.source;
+    const int row = threadIdx.x / 32 * kRowsPerWarp, lane = threadIdx.x % 32;  // row: the first of this warp, in the tile
+    struct Place {
+        uint32_t row_tile, col_tile;
+        const T* x;  // of this lane, in the first of the warp's rows
+        int rows, cols;  // what of the warp's rows and the tile's columns exists; rows may be negative
+    };
+    const uint32_t row_tiles = static_cast<uint32_t>(ceil_div<int64_t>(params.rows, kPerTokenRows));
+    const auto place_of = [&](uint32_t row_tile, uint32_t col_tile) {
+        const int64_t row_0 = int64_t{row_tile} * kPerTokenRows + row, col_0 = int64_t{col_tile} * kPerTokenCols;
+        Place place = {row_tile, col_tile};
+        place.x = opaque(static_cast<const T*>(params.x) + row_0 * params.x_stride + col_0 + lane * Vectors::kElems);
+        place.rows = static_cast<int>(min(int64_t{kRowsPerWarp}, params.rows - row_0));
+        place.cols = static_cast<int>(min(int64_t{kPerTokenCols}, params.cols - col_0));
+        return place;
+    };
+    const auto exists = [&](const Place& place, int i, int c) {
+        return i < place.rows && c * Vectors::kChunkCols + lane * Vectors::kElems < place.cols;
+    };
+    const auto copy_row = [&](const Place& place, int i) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            if (!exists(place, i, c)) continue;
+            const T* p = place.x + i * params.x_stride + c * Vectors::kChunkCols;
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v)
+                copy_16_async(copies[i][c][v][threadIdx.x], Source::address(source, p, v));
+        }
+    };
+    // Lane i has the factor of row i.
+    const auto own_factor_of = [&](const Place& place) {
+        if (!Source::kHasRowFactor || lane >= place.rows) return 1.0f;
+        return Source::row_factor(source, int64_t{place.row_tile} * kPerTokenRows + row + lane);
+    };
+
+    Place place = place_of(blockIdx.x / params.col_tiles, blockIdx.x % params.col_tiles);
+    launch_dependents();
+    wait_for_dependencies();
+#pragma unroll
+    for (int i = 0; i < kRowsPerWarp; ++i) copy_row(place, i);
+    float next_factor = own_factor_of(place);
+#pragma unroll 1
+    for (int buffer = 0;; buffer ^= 1) {
+        uint32_t row_tile = place.row_tile + all_params.step_rows, col_tile = place.col_tile + all_params.step_cols;
+        if (col_tile >= params.col_tiles) col_tile -= params.col_tiles, ++row_tile;
+        const bool more = row_tile < row_tiles;
+        const Place next = more ? place_of(row_tile, col_tile) : place;
+        const float own_factor = next_factor;
+        const auto factor_of = [&](int i) {
+            return Source::kHasRowFactor ? __shfl_sync(0xffffffff, own_factor, i) : own_factor;
+        };
+        uint8_t* out = opaque(params.out + (int64_t{place.row_tile} * kPerTokenRows + row) * params.out_stride +
+                              Format::bytes(int64_t{place.col_tile} * kPerTokenCols + lane * Vectors::kElems));
+        wait_for_copies();
+        if (more) next_factor = own_factor_of(next);
+#pragma unroll
+        for (int first = 0; first < kRowsPerWarp; first += kAtATime) {
+            typename Source::Chunk raw[kAtATime][kChunks];
+#pragma unroll
+            for (int i = 0; i < kAtATime; ++i) {
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c) {
+                    raw[i][c] = {};
+                    if (!exists(place, first + i, c)) continue;
+#pragma unroll
+                    for (int v = 0; v < kVectors; ++v) raw[i][c].raw[v] = copies[first + i][c][v][threadIdx.x];
+                }
+            }
+            if (more) {
+#pragma unroll
+                for (int i = 0; i < kAtATime; ++i) copy_row(next, first + i);
+            }
+            float (*sf)[kPerTokenRows + 4] =
+                reinterpret_cast<float (*)[kPerTokenRows + 4]>(&scales[buffer][0][row]);
+            Vectors::quantise(params, source, raw, factor_of, first, place.rows, place.cols, sf, out);
+        }
+        __syncthreads();
+        store_tile_scales(params, scales[buffer], int64_t{place.row_tile} * kPerTokenRows, place.col_tile,
+                          ceil_div(place.cols, kGranK));
+        if (!more) return;
+        place = next;
+    }
+}
 
 template <class Source, class Format, int kGranK, bool kVector>
 __global__ void __launch_bounds__(kPerTokenThreads)
@@ -56,8 +256,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
     constexpr int kTileRows = kPerTokenRows, kTileCols = kPerTokenCols;
     constexpr int kRowsPerWarp = kTileRows / (kPerTokenThreads / 32);
     constexpr int kGroups = kTileCols / kGranK;
-    // One word more a row: in one store a warp writes one row of several groups.
-    __shared__ float scales[kGroups][kTileRows + 1];
+    __shared__ float scales[kGroups][kTileRows + 4];  // as in the pipelined kernel
 
     const CastParams& params = all_params.cast;
     const typename Source::Params& source = all_params.source;
@@ -82,44 +281,24 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         return Source::kHasRowFactor ? __shfl_sync(0xffffffff, own_factor, i) : own_factor;
     };
     if constexpr (kVector) {
-        constexpr int kElems = Elements<T>::kPer16;
-        constexpr int kChunks = kTileCols / (32 * kElems);
-        constexpr int kLanesPerGroup = kGranK / kElems;
-        typename Source::Chunk raw[kRowsPerWarp][kChunks];
+        using Vectors = VectorTile<Source, Format, kGranK>;
+        static_assert(Vectors::kAtATime == kRowsPerWarp && Source::kVectors == 1);
+        const int first_col = lane * Vectors::kElems;
+        x = opaque(x + first_col);
+        typename Source::Chunk raw[kRowsPerWarp][Vectors::kChunks];
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                const int col = (c * 32 + lane) * kElems;
+            for (int c = 0; c < Vectors::kChunks; ++c) {
                 raw[i][c] = {};
-                if (i < rows && col < cols) raw[i][c].load(source, x + i * params.x_stride + col);
+                if (i < rows && c * Vectors::kChunkCols + first_col < cols)
+                    raw[i][c].raw[0] = load_16(x + i * params.x_stride + c * Vectors::kChunkCols);
             }
         }
-        // ptxas would sink later rows' loads behind the first row's arithmetic; past this it moves none.
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
-            const float factor = factor_of(i);
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) {
-                const int col = (c * 32 + lane) * kElems;
-                float values[kElems];
-                raw[i][c].values(source, factor, values);
-                float amax = 0;
-#pragma unroll
-                for (int e = 0; e < kElems; ++e) amax = max_abs(amax, values[e]);
-                if (col >= cols) amax = 0;
-#pragma unroll
-                for (int offset = kLanesPerGroup / 2; offset > 0; offset /= 2)
-                    amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, offset));
-                const GroupScale scale = quick_group_scale<Format>(amax, ue8m0);
-                if (lane % kLanesPerGroup == 0) scales[(c * 32 + lane) / kLanesPerGroup][row + i] = scale.sf;
-                const typename Format::template Packed<kElems> packed = Format::pack(values, scale.inverse);
-                if (i < rows && col < cols)
-                    *reinterpret_cast<typename Format::template Packed<kElems>*>(out + i * params.out_stride +
-                                                                                 Format::bytes(col)) = packed;
-            }
-        }
+        // ptxas would sink later rows' loads behind the first row's arithmetic. It moves none past a barrier.
+        __syncthreads();
+        float (*sf)[kTileRows + 4] = reinterpret_cast<float (*)[kTileRows + 4]>(&scales[0][row]);
+        Vectors::quantise(params, source, raw, factor_of, 0, rows, cols, sf, opaque(out + Format::bytes(first_col)));
     } else {
         constexpr int kElems = kTileCols / 32;
         constexpr int kElemsPerGroup = kGranK / 32;
@@ -164,49 +343,36 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         }
     }
     __syncthreads();
-
-    const int tile_rows = static_cast<int>(min(int64_t{kTileRows}, params.rows - row_0));
-    const int groups = ceil_div(cols, kGranK);
-    const int sf_row = threadIdx.x % kTileRows, sf_group = threadIdx.x / kTileRows;
-    if (sf_row >= tile_rows) return;
-    if (params.sf_format != ScaleFormat::kUE8M0Packed) {
-        if (sf_group < groups)
-            static_cast<float*>(params.sf)[row_0 + sf_row + (col_tile * kGroups + sf_group) * params.sf_stride] =
-                scales[sf_group][sf_row];
-    } else if constexpr (kGroups >= 4) {
-        if (sf_group < ceil_div(groups, 4)) {
-            uint32_t word = 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (sf_group * 4 + i < groups) word |= packed_scale(scales[sf_group * 4 + i][sf_row]) << (8 * i);
-            const int64_t word_idx = col_tile * (kGroups / 4) + sf_group;
-            static_cast<uint32_t*>(params.sf)[row_0 + sf_row + word_idx * params.sf_stride] = word;
-        }
-    } else if (sf_group == 0) {
-        // Two tiles of two groups share a word: each writes its half, and the last tile all that follows.
-        const uint32_t half =
-            packed_scale(scales[0][sf_row]) | (groups > 1 ? packed_scale(scales[1][sf_row]) << 8 : 0);
-        uint32_t* word = static_cast<uint32_t*>(params.sf) + row_0 + sf_row + (col_tile / 2) * params.sf_stride;
-        if (col_tile % 2 == 0 && col_tile + 1 == params.col_tiles)
-            *word = half;
-        else
-            reinterpret_cast<uint16_t*>(word)[col_tile % 2] = static_cast<uint16_t>(half);
-    }
+    store_tile_scales(params, scales, row_0, col_tile, ceil_div(cols, kGranK));
 }
 
 // `vector`: chunks of the source are whole and aligned, and so is what Format makes of one.
 template <class Source, class Format>
 cudaError_t launch_per_token(const CastProblem& problem, const typename Source::Params& source, bool vector,
                              cudaStream_t stream, bool pdl) {
-    const PerTokenParams<Source> params = {make_cast_params(problem, kPerTokenCols), source};
-    const auto kernel =
-        problem.gran_k == 128
-            ? (vector ? per_token_cast_kernel<Source, Format, 128, true>
-                      : per_token_cast_kernel<Source, Format, 128, false>)
-            : (vector ? per_token_cast_kernel<Source, Format, 32, true>
-                      : per_token_cast_kernel<Source, Format, 32, false>);
-    const int64_t row_tiles = ceil_div<int64_t>(problem.rows, kPerTokenRows);
-    return launch(kernel, row_tiles * params.cast.col_tiles, kPerTokenThreads, stream, pdl, params);
+    PerTokenParams<Source> params = {make_cast_params(problem, kPerTokenCols), source};
+    const int64_t tiles = ceil_div<int64_t>(problem.rows, kPerTokenRows) * params.cast.col_tiles;
+    if constexpr (kPipelined<Source, Format>) {
+        if (vector) {
+            const auto kernel = problem.gran_k == 128 ? per_token_pipelined_kernel<Source, Format, 128>
+                                                      : per_token_pipelined_kernel<Source, Format, 32>;
+            const int64_t ctas =
+                problem.num_sms > 0 ? std::min<int64_t>(tiles, problem.num_sms * kPipelinedCtas<Source>) : tiles;
+            params.step_rows = static_cast<uint32_t>(ctas / params.cast.col_tiles);
+            params.step_cols = static_cast<uint32_t>(ctas % params.cast.col_tiles);
+            return launch(kernel, ctas, kPerTokenThreads, stream, pdl, params);
+        }
+        const auto kernel = problem.gran_k == 128 ? per_token_cast_kernel<Source, Format, 128, false>
+                                                  : per_token_cast_kernel<Source, Format, 32, false>;
+        return launch(kernel, tiles, kPerTokenThreads, stream, pdl, params);
+    } else {
+        const auto kernel = problem.gran_k == 128
+                                ? (vector ? per_token_cast_kernel<Source, Format, 128, true>
+                                          : per_token_cast_kernel<Source, Format, 128, false>)
+                                : (vector ? per_token_cast_kernel<Source, Format, 32, true>
+                                          : per_token_cast_kernel<Source, Format, 32, false>);
+        return launch(kernel, tiles, kPerTokenThreads, stream, pdl, params);
+    }
 }
 
 }  // namespace deep_gemm::cast

@@ -138,27 +138,13 @@ struct E2M1 {
     };
     template <int kValues>
     static __device__ __forceinline__ Packed<kValues> pack(const float (&x)[kValues], float inverse) {
-        float values[kValues];
-#pragma unroll
-        for (int e = 0; e < kValues; ++e) values[e] = x[e];
+        uint32_t codes = codes_of(x, inverse);
         if (!is_ordinary(inverse)) {
+            float values[kValues];
 #pragma unroll
-            for (int e = 0; e < kValues; ++e) values[e] = limited(values[e] * inverse);
-            inverse = 1;
+            for (int e = 0; e < kValues; ++e) values[e] = limited(x[e] * inverse);
+            codes = codes_of(values, 1);
         }
-        uint32_t codes = 0;
-#pragma unroll
-        for (int e = 0; e < kValues; ++e)
-            codes += (based_code(fabsf(values[e]) * inverse) - (e < 2 ? kCodeBase : 0)) << (4 * e);
-        // The signs of even and of odd columns, the first in the lowest byte.
-        uint32_t even = 0, odd = 0;
-        if constexpr (kValues == 8) {
-            even = high_bytes(high_bytes(values[0], values[2]), high_bytes(values[4], values[6]));
-            odd = high_bytes(high_bytes(values[1], values[3]), high_bytes(values[5], values[7]));
-        } else {
-            even = high_bytes(values[0], values[2]), odd = high_bytes(values[1], values[3]);
-        }
-        codes |= (even >> 4 & 0x08080808) | (odd & 0x80808080);
         return {static_cast<decltype(Packed<kValues>::word)>(codes)};
     }
     // Columns are even in number and neighbouring lanes have neighbouring ones: the even one writes both.
@@ -170,11 +156,49 @@ struct E2M1 {
     }
 
 private:
+    // Of values whose magnitudes times `inverse` are at most 6.
+    template <int kValues>
+    static __device__ __forceinline__ uint32_t codes_of(const float (&x)[kValues], float inverse) {
+        uint32_t codes = 0;
+#pragma unroll
+        for (int e = 0; e < kValues; ++e)
+            codes += (based_code(fabsf(x[e]) * inverse) - (e < 2 ? kCodeBase : 0)) << (4 * e);
+        // The signs of even and of odd columns, the first in the lowest byte.
+        uint32_t even = 0, odd = 0;
+        if constexpr (kValues == 8) {
+            even = high_bytes(high_bytes(x[0], x[2]), high_bytes(x[4], x[6]));
+            odd = high_bytes(high_bytes(x[1], x[3]), high_bytes(x[5], x[7]));
+        } else {
+            even = high_bytes(x[0], x[2]), odd = high_bytes(x[1], x[3]);
+        }
+        return codes | (even >> 4 & 0x08080808) | (odd & 0x80808080);
+    }
     static __device__ __forceinline__ uint32_t high_bytes(float x, float y) {
         return __byte_perm(__float_as_uint(x), __float_as_uint(y), 0x73);
     }
     static __device__ __forceinline__ uint32_t high_bytes(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
 };
+
+// Maxima of kRows rows over kLanes neighbouring lanes, each of which has its own maximum of every row: lane i returns that of
+// row i % kRows. An exchange halves what a lane has left to do, so there are kRows - 1 + log2(kLanes / kRows) of them; row by
+// row it would take kRows * log2(kLanes).
+template <int kLanes, int kRows, typename Value, typename Larger>
+__device__ __forceinline__ Value max_of_own_row(Value (&row_max)[kRows], const Larger& larger) {
+    static_assert(kLanes >= kRows);
+#pragma unroll
+    for (int half = kRows / 2; half > 0; half /= 2) {
+        const bool upper = threadIdx.x & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const Value kept = upper ? row_max[i + half] : row_max[i], sent = upper ? row_max[i] : row_max[i + half];
+            row_max[i] = larger(kept, __shfl_xor_sync(0xffffffff, sent, half));
+        }
+    }
+#pragma unroll
+    for (int offset = kRows; offset < kLanes; offset *= 2)
+        row_max[0] = larger(row_max[0], __shfl_xor_sync(0xffffffff, row_max[0], offset));
+    return row_max[0];
+}
 
 // Makes the compiler unpack these elements again rather than hold them unpacked, at twice the registers, across a
 // barrier.
@@ -186,7 +210,9 @@ __device__ __forceinline__ uint32_t word(const uint4& raw, int i) {
     return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w;
 }
 
-// The elements of 16 loaded bytes, one of them, and one element loaded alone, as float32.
+// The elements of 16 loaded bytes, one of them, and one element loaded alone, as float32. Words of elements, two or one in
+// each, have their larger magnitudes, element by element, and the largest one in a word; NaN where either is. The signs of
+// larger() mean nothing.
 template <typename T>
 struct Elements;
 
@@ -199,6 +225,11 @@ struct Elements<float> {
     }
     static __device__ __forceinline__ float unpack_at(const uint4& raw, int e) { return unpack_one(word(raw, e)); }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) { return __uint_as_float(raw); }
+    static __device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) {
+        return __float_as_uint(max_abs(__uint_as_float(x), fabsf(__uint_as_float(y))));
+    }
+    static __device__ __forceinline__ float magnitude_at(uint32_t word, int) { return fabsf(unpack_one(word)); }
+    static __device__ __forceinline__ float magnitude(uint32_t word) { return magnitude_at(word, 0); }
 };
 
 template <>
@@ -217,6 +248,17 @@ struct Elements<__nv_bfloat16> {
         return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xffff0000);
     }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) { return __uint_as_float(raw << 16); }
+    static __device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) {
+        uint32_t z;
+        asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+        return z;
+    }
+    static __device__ __forceinline__ float magnitude_at(uint32_t word, int e) {
+        return fabsf(__uint_as_float(e == 0 ? word << 16 : word & 0xffff0000));
+    }
+    static __device__ __forceinline__ float magnitude(uint32_t word) {
+        return max_abs(magnitude_at(word, 0), magnitude_at(word, 1));
+    }
 };
 
 template <>
@@ -235,6 +277,17 @@ struct Elements<__half> {
     }
     static __device__ __forceinline__ float unpack_one(uint32_t raw) {
         return __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
+    }
+    static __device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) {
+        uint32_t z;
+        asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+        return z;
+    }
+    static __device__ __forceinline__ float magnitude_at(uint32_t word, int e) {
+        return fabsf(unpack_one(word >> (16 * e) & 0xffff));
+    }
+    static __device__ __forceinline__ float magnitude(uint32_t word) {
+        return max_abs(magnitude_at(word, 0), magnitude_at(word, 1));
     }
 };
 

@@ -17,6 +17,7 @@ struct SwigluSource {
     };
 
     static constexpr bool kHasRowFactor = true;
+    static constexpr int kRowsAtATime = 2, kVectors = 2;
     static __device__ __forceinline__ float row_factor(const Params& params, int64_t row) {
         return params.topk_weights ? __uint_as_float(load_4(params.topk_weights + row * params.weight_stride)) : 1.0f;
     }
@@ -39,17 +40,24 @@ struct SwigluSource {
         }
     }
 
+    static __device__ __forceinline__ const Element* address(const Params& params, const Element* p, int v) {
+        return v == 0 ? p : p + params.up_offset;
+    }
     struct Chunk {
-        uint4 gate, up;
-        __device__ __forceinline__ void load(const Params& params, const Element* p) {
-            gate = load_16(p);
-            up = load_16(p + params.up_offset);
+        uint4 raw[kVectors];  // gate, up
+        float products[8];
+        __device__ __forceinline__ float amax(const Params& params, float weight) {
+            float u[8], amax = 0;
+            Elements<Element>::unpack(raw[0], products);
+            Elements<Element>::unpack(raw[1], u);
+            combine(params, weight, products, u);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) amax = max_abs(amax, products[e]);
+            return amax;
         }
-        __device__ __forceinline__ void values(const Params& params, float weight, float (&v)[8]) const {
-            float u[8];
-            Elements<Element>::unpack(gate, v);
-            Elements<Element>::unpack(up, u);
-            combine(params, weight, v, u);
+        __device__ __forceinline__ void values(float (&v)[8]) const {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] = products[e];
         }
     };
     struct One {

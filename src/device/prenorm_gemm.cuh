@@ -20,16 +20,18 @@ struct PrenormWork {
     int num_k_blocks;
 };
 
-// Column tiles side by side, so that they find A in L2; then row tiles, which read the same part of B.
+// Column tiles side by side, so that they find A in L2; then row tiles, which read the same part of B. In clusters the parts
+// of K come first.
 template <class Visit>
 __device__ __forceinline__ void for_each_prenorm_tile(const PrenormGemmParams& params, int tile_cols, Visit&& visit) {
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
-        const int row_tile = tile / params.num_col_tiles % params.num_row_tiles;
+        const int outer = params.in_cluster ? params.num_splits : params.num_col_tiles;
+        const int row_tile = tile / outer % params.num_row_tiles;
         PrenormWork work;
-        work.split = tile / params.num_col_tiles / params.num_row_tiles;
+        work.split = params.in_cluster ? tile % outer : tile / outer / params.num_row_tiles;
         work.row = row_tile * params.tile_rows;
-        work.col = tile % params.num_col_tiles * tile_cols;
+        work.col = params.in_cluster ? 0 : tile % outer * tile_cols;
         const int64_t blocks = params.num_k_blocks;
         work.k_block = static_cast<int>(blocks * work.split / params.num_splits);
         work.num_k_blocks = static_cast<int>(blocks * (work.split + 1) / params.num_splits) - work.k_block;
@@ -44,9 +46,10 @@ __device__ __forceinline__ void release_stage(ptx::Barrier& empty) {
 }
 
 // Sums of squares of a tile's rows in the stages of `shared`, by 128 threads: a thread for one or two rows, or two for one.
-template <int kRows, class Storage, class State>
+// Handed to store(row of the tile, sum).
+template <int kRows, class Storage, class State, class Store>
 __device__ __forceinline__ void sum_prenorm_squares(const PrenormGemmParams& params, Storage& shared,
-                                                    const PrenormWork& work, State& state, int thread) {
+                                                    const PrenormWork& work, State& state, int thread, Store&& store) {
     constexpr int kThreadsPerRow = kRows < 128 ? 128 / kRows : 1;
     constexpr int kRowsPerThread = kRows < 128 ? 1 : kRows / 128;
     constexpr int kChunks = 8 / kThreadsPerRow;  // of 16 bytes, in a row of a stage
@@ -82,10 +85,16 @@ __device__ __forceinline__ void sum_prenorm_squares(const PrenormGemmParams& par
         if constexpr (kThreadsPerRow == 2) sum += __shfl_xor_sync(0xffffffff, sum, 1);
         const int row = first_row + 128 * r;
         const bool is_mine = work.col == 0 && thread % kThreadsPerRow == 0;
-        if (is_mine && row < min(params.tile_rows, params.m - work.row)) {
-            params.output.sqr_sum[work.split * params.output.sqr_split_stride + work.row + row] = sum;
-        }
+        if (is_mine && row < min(params.tile_rows, params.m - work.row)) store(row, sum);
     }
+}
+
+template <int kRows, class Storage, class State>
+__device__ __forceinline__ void sum_prenorm_squares(const PrenormGemmParams& params, Storage& shared,
+                                                    const PrenormWork& work, State& state, int thread) {
+    sum_prenorm_squares<kRows>(params, shared, work, state, thread, [&](int row, float sum) {
+        params.output.sqr_sum[work.split * params.output.sqr_split_stride + work.row + row] = sum;
+    });
 }
 
 // What a BF16 of x's upper 16 bits leaves of x. Infinity leaves itself, and what has nothing left leaves a trace, so

@@ -14,6 +14,9 @@ inline constexpr int kPrenormReduceElements = 128;  // of a CTA
 // Rows of the tallest kernel: with two groups of 32 columns SM90's threads have half the registers for accumulators.
 constexpr int prenorm_max_rows(int col_groups) { return col_groups == 1 ? 256 : 128; }
 
+// CTAs of a cluster that can share a row tile, each with its part of K: the portable limit.
+inline constexpr int kPrenormMaxCluster = 8;
+
 // D[s, m, n] and the sums of squares [s, m], s the part of K. FP32, strides in elements.
 struct PrenormOutput {
     float* d;
@@ -36,6 +39,7 @@ struct PrenormGemmParams {
     int num_col_tiles;
     int tile_rows;      // rows of A that a CTA has: a multiple of 8, no more than the kernel's kRows
     int b_box_rows;     // a multiple of 8
+    bool in_cluster;    // the CTAs of a cluster have the parts of K of one tile, and add them up; one tile a cluster
 };
 
 // Sums the parts of K in their order: element i is parts[i] + parts[i + part_stride] + ... The first m * n elements are

@@ -36,6 +36,7 @@ struct CastProblem {
     int64_t sf_stride = 0;
     int gran_k = 128;         // 128 or 32
     ScaleFormat sf_format = ScaleFormat::kFloat32;
+    int num_sms = 0;          // to use, where a kernel's CTAs walk over tiles; 0: one tile each
 };
 
 // A scale per row and gran_k columns: sf[row + group * sf_stride]; packed: word [row + (group / 4) * sf_stride].

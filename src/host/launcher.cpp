@@ -1,8 +1,12 @@
 #include "launcher.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <tuple>
 
 namespace deep_gemm {
 
@@ -54,6 +58,31 @@ void DeviceBackend::launch(const KernelLaunch& launch) {
     config.numAttrs = count;
     void* arguments[] = {const_cast<void*>(launch.params)};
     check(cudaLaunchKernelExC(&config, launch.kernel, arguments), launch, "launch");
+}
+
+int DeviceBackend::resident_clusters(const KernelLaunch& launch, int limit) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int>, int> known;
+    std::lock_guard lock(mutex);
+    const auto [entry, is_new] = known.try_emplace({device_, launch.kernel, launch.cluster}, 0);
+    if (is_new) {
+        allow_shared_memory(launch, device_);
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(launch.cluster);
+        config.blockDim = dim3(launch.block);
+        config.dynamicSmemBytes = launch.shared_bytes;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        // Where the runtime cannot say there is none, and nobody will use clusters.
+        if (cudaOccupancyMaxActiveClusters(&entry->second, launch.kernel, &config) != cudaSuccess) {
+            (void)cudaGetLastError();
+            entry->second = 0;
+        }
+    }
+    return std::min(entry->second, limit);
 }
 
 }  // namespace deep_gemm

@@ -30,6 +30,8 @@ public:
     virtual ~Backend() = default;
     virtual EncodeTiledFunction encode_tiled() = 0;
     virtual void launch(const KernelLaunch& launch) = 0;
+    // Clusters of a launch that run at the same time on all of the device, at most `limit`.
+    virtual int resident_clusters(const KernelLaunch&, int limit) { return limit; }
 };
 
 // Enqueues on a stream of a device, which must be the current one.
@@ -38,6 +40,7 @@ public:
     DeviceBackend(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
     EncodeTiledFunction encode_tiled() override { return driver_encode_tiled(); }
     void launch(const KernelLaunch& launch) override;
+    int resident_clusters(const KernelLaunch& launch, int limit) override;
 
 private:
     int device_;

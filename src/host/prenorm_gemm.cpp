@@ -99,6 +99,20 @@ void set_kernel(KernelLaunch& launch, const Tiles& tiles, const void* (*kernel)(
     launch.shared_bytes = layout.shared_bytes();
 }
 
+KernelLaunch sm90_launch(const Tiles& tiles) {
+    KernelLaunch launch = {};
+    set_kernel<sm90::PrenormLayout, 64>(launch, tiles, &sm90_kernel);
+    launch.name = launch.symbol = &sm90_name;
+    return launch;
+}
+
+KernelLaunch sm100_launch(const Tiles& tiles) {
+    KernelLaunch launch = {};
+    set_kernel<sm100::PrenormLayout, 128>(launch, tiles, &sm100_kernel);
+    launch.name = launch.symbol = &sm100_name;
+    return launch;
+}
+
 void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch) {
     static std::mutex mutex;
     static std::set<std::tuple<int64_t, int64_t, int64_t, int64_t>> printed;
@@ -112,10 +126,10 @@ void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch)
 
 }  // namespace
 
-int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
-    constexpr double kReduceUs = 3, kReduceBytesPerUs = 4e6;
+PrenormSplits prenorm_splits(int64_t m, int64_t n, int64_t k, int arch, int num_sms, Backend& backend) {
+    constexpr double kReduceUs = 3, kReduceBytesPerUs = 4e6, kClusterUs = 1;
     const int64_t elements = m * (n + 1);
-    if (elements > kMaxCount) return 1;
+    if (elements > kMaxCount) return {};
     const Tiles tiles = make_tiles(m, n);
     const int64_t k_blocks = ceil_div(k, kPrenormBlockK);
     const double block_bytes = kPrenormBlockK * (2.0 * static_cast<double>(tiles.rows) +
@@ -123,16 +137,22 @@ int64_t prenorm_splits(int64_t m, int64_t n, int64_t k, int num_sms) {
     // Parts for more than one wave pay only where there are tiles for half of one already.
     const int64_t waves = 2 * tiles.count() > num_sms ? 8 : 1;
     const int64_t most = std::min(k_blocks, std::max<int64_t>(1, waves * num_sms / tiles.count()));
-    int64_t best = 1;
+    PrenormSplits best;
     double best_us = std::numeric_limits<double>::infinity();
+    const auto consider = [&](PrenormSplits splits, double us_for_sums) {
+        const double tile_bytes = static_cast<double>(ceil_div(k_blocks, splits.count)) * block_bytes;
+        const double us = stream_us(tiles.count() * splits.count, tile_bytes, num_sms) + us_for_sums;
+        if (us < best_us) best = splits, best_us = us;
+    };
     for (int64_t splits = 1; splits <= most; ++splits) {
-        const double tile_bytes = static_cast<double>(ceil_div(k_blocks, splits)) * block_bytes;
-        double us = stream_us(tiles.count() * splits, tile_bytes, num_sms);
-        if (splits > 1) us += kReduceUs + 8.0 * static_cast<double>(elements * splits) / kReduceBytesPerUs;
-        if (us < best_us) {
-            best = splits;
-            best_us = us;
-        }
+        const double sums_us = kReduceUs + 8.0 * static_cast<double>(elements * splits) / kReduceBytesPerUs;
+        consider({splits, false}, splits > 1 ? sums_us : 0);
+    }
+    for (int splits = 2; arch == 90 && splits <= kPrenormMaxCluster && splits <= k_blocks; splits *= 2) {
+        if (tiles.col_tiles > 1 || tiles.count() * splits > num_sms) break;
+        KernelLaunch launch = sm90_launch(tiles);
+        launch.cluster = splits;
+        if (tiles.count() <= backend.resident_clusters(launch, num_sms / splits)) consider({splits, true}, kClusterUs);
     }
     return best;
 }
@@ -167,16 +187,11 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, 
     params.num_row_tiles = static_cast<int>(tiles.row_tiles);
     params.num_col_tiles = static_cast<int>(tiles.col_tiles);
     params.tile_rows = static_cast<int>(tiles.rows);
+    params.in_cluster = problem.in_cluster;
 
-    KernelLaunch launch = {};
-    if (arch == 100) {
-        set_kernel<sm100::PrenormLayout, 128>(launch, tiles, &sm100_kernel);
-    } else {
-        set_kernel<sm90::PrenormLayout, 64>(launch, tiles, &sm90_kernel);
-    }
-    launch.name = launch.symbol = arch == 100 ? &sm100_name : &sm90_name;
+    KernelLaunch launch = arch == 100 ? sm100_launch(tiles) : sm90_launch(tiles);
     launch.grid = std::min(params.num_tiles, num_sms);
-    launch.cluster = 1;
+    launch.cluster = problem.in_cluster ? params.num_splits : 1;
     launch.params = &params;
     launch.params_bytes = sizeof(params);
     launch.pdl = pdl;
@@ -197,6 +212,7 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, 
     launch.grid = static_cast<int>(ceil_div(elements, kPrenormReduceElements));
     launch.block = kPrenormReduceThreads;
     launch.shared_bytes = 0;
+    launch.cluster = 1;
     launch.params = &reduce;
     launch.params_bytes = sizeof(reduce);
     backend.launch(launch);

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "../host/cast.h"
+#include "../host/knobs.h"
 #include "check.h"
 #include "stream.h"
 
@@ -141,6 +142,7 @@ inline cast::CastProblem cast_problem(const Tensor& x, int64_t cols, const Tenso
     problem.sf_stride = sf_stride;
     problem.gran_k = static_cast<int>(gran_k);
     problem.sf_format = format;
+    problem.num_sms = usable_sms(static_cast<int>(x.get_device_index()));
     return problem;
 }
 

@@ -100,21 +100,23 @@ std::tuple<Tensor, Tensor> run(const Tensor& a, const Tensor& b, std::optional<i
     problem.output.d_row_stride = out.stride(out.dim() - 2);
     problem.output.sqr_sum = static_cast<float*>(sqr_sum.data_ptr());
     const int num_sms = usable_sms(device);
+    DeviceBackend backend(device, current_stream(a));
     std::optional<Tensor> workspace;
     if (num_splits) {
         problem.num_splits = *num_splits;
         problem.output.d_split_stride = out.stride(0);
         problem.output.sqr_split_stride = sqr_sum.stride(0);
     } else {
-        problem.num_splits = prenorm_splits(m, n, k, num_sms);
-        if (problem.num_splits > 1) {
+        const PrenormSplits splits = prenorm_splits(m, n, k, arch, num_sms, backend);
+        problem.num_splits = splits.count;
+        problem.in_cluster = splits.in_cluster;
+        if (splits.count > 1 && !splits.in_cluster) {
             const auto bytes = static_cast<int64_t>(prenorm_workspace_bytes(m, n, problem.num_splits));
             const std::array<int64_t, 1> size = {bytes}, stride = {1};
             workspace = empty_strided(size, stride, ScalarType::Byte, a);
             problem.workspace = workspace->data_ptr();
         }
     }
-    DeviceBackend backend(device, current_stream(a));
     run_prenorm_gemm(problem, arch, num_sms, knobs().pdl, backend);
     return {std::move(out), std::move(sqr_sum)};
 }

@@ -14,17 +14,25 @@
 // A by 32 rows of B. The last one produces: a thread issues the TMA loads. The grid is at most one CTA per SM; the roles
 // walk the same tiles and meet at mbarriers only.
 //
+// Where few tiles of rows leave SMs idle, K is split. The CTAs of a cluster have the parts of one tile: each puts its part of D
+// where its stages were, and adds up a slice of all of them, in the order of the parts. Where the parts are more than a cluster
+// has CTAs, they go to memory, and another kernel adds them up.
+//
 // shared memory of a stage   A  BF16 [kRows][64], rows of 128 bytes, 128-byte swizzle; rows from tile_rows on are zero
 //                            B  FP32 [2][32 col groups][32], as A, one half of the 64 elements of K after the other
 //
 // barrier    arrivals                          guards
 // full[s]    1 (the TMA thread), and the bytes stage s is filled
 // empty[s]   consumer warps                    stage s may be overwritten
+// named 1    consumers                         (clusters) no stage is read any more
+// cluster    all threads of the cluster        (clusters) the parts are there; then: they have been read. Who has ended has
+//                                              arrived: the producer, and the squares' threads the second time
 #pragma once
 
 #include "../device/pipeline.cuh"
 #include "../device/prenorm_gemm.cuh"
 #include "../device/prenorm_gemm_params.h"
+#include "../device/ptx_cluster.cuh"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
 #include "prenorm_gemm_traits.h"
@@ -64,9 +72,13 @@ class PrenormGemmKernel {
     struct alignas(1024) Storage {
         uint8_t a[kStages][kLayout.a_bytes()];
         uint8_t b[kStages][kLayout.b_bytes()];
+        alignas(16) float squares[kRows];  // of this CTA's part of K
         ptx::Barrier full[kStages];
         ptx::Barrier empty[kStages];
+
+        __device__ float* part() { return reinterpret_cast<float*>(a); }  // of D, [tile_rows][part_pitch(n)]
     };
+    static_assert(kStages * kLayout.a_bytes() >= kRows * (kCols + 4) * 4);
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
     using State = PipelineState<kStages>;
@@ -86,6 +98,7 @@ public:
             }
             ptx::fence_mbarrier_init();
         }
+        if (params.in_cluster && threadIdx.x < kRows) shared.squares[threadIdx.x] = 0;  // read in units of four
         // Rows that no load writes go through the tensor core like the others.
         if (params.tile_rows < kRows) {
             const int first = params.tile_rows * 8, count = kRows * 8 - first;  // in units of 16 bytes
@@ -103,14 +116,26 @@ public:
             if constexpr (kSetRegisters) shrink_registers<72>();
             State state;
             for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
-                sum_prenorm_squares<kRows>(params, shared, work, state, threadIdx.x);
+                if (params.in_cluster) {
+                    sum_prenorm_squares<kRows>(params, shared, work, state, threadIdx.x,
+                                               [&](int row, float sum) { shared.squares[row] = sum; });
+                    ptx::named_barrier_arrive(1, kConsumers);
+                } else {
+                    sum_prenorm_squares<kRows>(params, shared, work, state, threadIdx.x);
+                }
             });
+            if (params.in_cluster) ptx::cluster_arrive();
         } else if (warpgroup <= kColGroups) {
             if constexpr (kSetRegisters) grow_registers<232>();
             State state;
             for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
                 multiply(params, shared, work, state, warpgroup - 1, threadIdx.x % 128);
             });
+            if (params.in_cluster) {
+                ptx::cluster_sync();
+                add_parts(params, shared, threadIdx.x - 128);
+                ptx::cluster_sync();
+            }
         } else {
             if constexpr (kSetRegisters) shrink_registers<40>();
             if (threadIdx.x == kLayout.num_threads() - 128) {
@@ -121,6 +146,56 @@ public:
     }
 
 private:
+    static constexpr int kConsumers = 128 * (1 + kColGroups);
+
+    // ---- clusters ----
+
+    // From one row of a part to the next: the four rows and eight columns that a warp writes at once lie in different banks.
+    __device__ __forceinline__ static int part_pitch(int n) { return n + (12 - n % 8) % 8; }
+
+    // This CTA's slice of the sums of the cluster's parts, by the threads of the product.
+    __device__ __forceinline__ static void add_parts(const PrenormGemmParams& params, Storage& shared, int thread) {
+        constexpr int kThreads = 128 * kColGroups;
+        const int parts = params.num_splits, rank = static_cast<int>(ptx::cluster_rank());
+        const int first_row = blockIdx.x / parts * params.tile_rows;
+        const int rows = min(params.tile_rows, params.m - first_row);
+        const auto sum_at = [&](const float* local) {
+            float4 x[kPrenormMaxCluster], sum = {};
+#pragma unroll
+            for (int part = 0; part < kPrenormMaxCluster; ++part) {
+                if (part < parts) x[part] = ptx::load_remote_v4(ptx::remote_address(local, part));
+            }
+#pragma unroll
+            for (int part = 0; part < kPrenormMaxCluster; ++part) {
+                if (part >= parts) continue;
+                sum.x += x[part].x, sum.y += x[part].y, sum.z += x[part].z, sum.w += x[part].w;
+            }
+            return sum;
+        };
+        float* d = params.output.d + static_cast<int64_t>(first_row) * params.output.d_row_stride;
+        // A slice is whole rows, a multiple of 4 of them.
+        const int slice = (rows + 4 * parts - 1) / (4 * parts) * 4;
+        const int begin = rank * slice, end = min(rows, begin + slice);
+        const int quads_of_row = (params.n + 3) / 4;
+        for (int i = begin * quads_of_row + thread; i < end * quads_of_row; i += kThreads) {
+            const int row = i / quads_of_row, col = i % quads_of_row * 4;
+            const float4 sum = sum_at(shared.part() + row * part_pitch(params.n) + col);
+            const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (col + e < params.n) d[row * params.output.d_row_stride + col + e] = values[e];
+            }
+        }
+        for (int i = begin / 4 + thread; 4 * i < end; i += kThreads) {
+            const float4 sum = sum_at(shared.squares + 4 * i);
+            const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (4 * i + e < end) params.output.sqr_sum[first_row + 4 * i + e] = values[e];
+            }
+        }
+    }
+
     // ---- producer ----
 
     __device__ __forceinline__ static void load(const PrenormGemmParams& params, Storage& shared, const PrenormWork& work,
@@ -192,6 +267,18 @@ private:
         }
 
         const int col = work.col + b_row;
+        if (params.in_cluster) {
+            ptx::named_barrier_sync(1, kConsumers);
+            if (col >= (params.n + 3) / 4 * 4) return;
+            const int pitch = part_pitch(params.n);
+            float* part = shared.part() + 2 * in_quad * pitch + col;
+#pragma unroll
+            for (int j = 0; j < kRows / 8; ++j) {
+                part[8 * j * pitch] = accumulator[4 * j] + accumulator[4 * j + 2];
+                part[(8 * j + 1) * pitch] = accumulator[4 * j + 1] + accumulator[4 * j + 3];
+            }
+            return;
+        }
         if (col >= params.n) return;
         const int rows_left = min(params.tile_rows, params.m - work.row);
         float* d = params.output.d + work.split * params.output.d_split_stride +

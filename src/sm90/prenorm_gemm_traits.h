@@ -14,11 +14,12 @@ struct PrenormLayout {
     constexpr int b_bytes() const { return cols() * kPrenormBlockK * 4; }
     constexpr int num_threads() const { return 128 * (2 + col_groups); }
     constexpr int num_stages() const {
-        constexpr int kShared = 227 * 1024, kBarriers = 1024, kMaxStages = 16;
-        const int fit = (kShared - kBarriers) / (a_bytes() + b_bytes());
+        constexpr int kShared = 227 * 1024, kMaxStages = 16;
+        const int fit = (kShared - kRest) / (a_bytes() + b_bytes());
         return fit < kMaxStages ? fit : kMaxStages;
     }
-    constexpr int shared_bytes() const { return num_stages() * (a_bytes() + b_bytes()) + 1024; }
+    static constexpr int kRest = 2048;  // barriers, and a cluster's sums of squares
+    constexpr int shared_bytes() const { return num_stages() * (a_bytes() + b_bytes()) + kRest; }
 };
 
 }  // namespace deep_gemm::sm90

@@ -253,11 +253,26 @@ class ExpertParallel(GroupedExperts):
 
     @staticmethod
     def _factor(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        local, main_grad = GroupedExperts._factor(weight)
-        return _local(local), None if main_grad is None else _local(main_grad)
+        weight, main_grad = GroupedExperts._factor(weight)
+        if main_grad is None:
+            return _local(weight), None
+        return _LocalPart.apply(weight) if isinstance(weight, DTensor) else weight, _local(main_grad)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}, capacity={self.capacity}"
+
+
+class _LocalPart(torch.autograd.Function):
+    """``to_local()`` of a weight whose gradient goes to ``main_grad``: it has none, not zeros as in PyTorch 2.11."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: DTensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return weight.to_local().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> None:
+        return None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -427,6 +427,9 @@ bool buildFloatArith(Decoder& d, const Stmt& s, Inst& in) {
                                   : ternary<Via3<FMin<float>>, float, float, float, float>)
                            : (nan ? ternary<Via3<FMaxNan>, float, float, float, float>
                                   : ternary<Via3<FMax<float>>, float, float, float, float>);
+            else if (xs && nan)
+                in.fn = mn ? binary<XorSign<FMinNan>, float, float, float>
+                           : binary<XorSign<FMaxNan>, float, float, float>;
             else if (xs)
                 in.fn = mn ? binary<XorSign<FMin<float>>, float, float, float>
                            : binary<XorSign<FMax<float>>, float, float, float>;
@@ -439,6 +442,10 @@ bool buildFloatArith(Decoder& d, const Stmt& s, Inst& in) {
             if (wide)
                 in.fn =
                     mn ? binary<FMin<double>, double, double, double> : binary<FMax<double>, double, double, double>;
+            else if (xs && nan)
+                in.fn = mn ? narrowBinary<XorSign<FMinNan>>(t) : narrowBinary<XorSign<FMaxNan>>(t);
+            else if (xs)
+                in.fn = mn ? narrowBinary<XorSign<FMin<float>>>(t) : narrowBinary<XorSign<FMax<float>>>(t);
             else if (nan)
                 in.fn = mn ? narrowBinary<FMinNan>(t) : narrowBinary<FMaxNan>(t);
             else
