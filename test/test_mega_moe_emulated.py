@@ -162,10 +162,10 @@ def test_time_outs() -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 256, 8192, 8, 7168, 2048), (8, 256, 4096, 8, 7168, 2048), (3, 6, 5, 2, 128, 384)]
 )
-@pytest.mark.parametrize("is_bf16", [False, True])
-def test_layout_of_a_buffer(shape: tuple[int, ...], is_bf16: bool) -> None:
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_layout_of_a_buffer(shape: tuple[int, ...], mma_type: str) -> None:
     """The one that Python makes is the library's."""
-    layer = mega_moe.LayerShape(*shape, is_bf16)
+    layer = mega_moe.LayerShape(*shape, mma_type)
     assert layer.buffer_layout() == library_layout(layer)
 
 

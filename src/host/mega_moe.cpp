@@ -64,7 +64,7 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
     shape.topk = static_cast<int>(problem.topk);
     shape.hidden = static_cast<int>(problem.hidden);
     shape.intermediate = static_cast<int>(problem.intermediate);
-    shape.is_bf16 = problem.is_bf16 != 0;
+    shape.type = problem.type;
     return shape;
 }
 
@@ -79,10 +79,10 @@ int mega_moe_block_tokens(const MegaMoeProblem& problem) {
 void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend) {
     const MegaMoeShape shape = shape_of(problem);
     const MegaMoeOffsets offsets(shape);
-    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.is_bf16};
+    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.is_bf16()};
     uint8_t* const buffer = reinterpret_cast<uint8_t*>(problem.buffers[problem.rank]);
     const EncodeTiledFunction encode = backend.encode_tiled();
-    const CUtensorMapDataType type = shape.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    const CUtensorMapDataType type = shape.is_bf16() ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
     const int bytes = shape.element_bytes(), block_k = kMegaBlockBytes / bytes;
 
     MegaMoeParams params = {};
@@ -95,7 +95,7 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     params.l2_map = operand_map(problem.l2, experts * shape.hidden, shape.intermediate, kMegaTileRows);
     params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, layout.block_tokens);
     params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, layout.block_tokens);
-    if (!shape.is_bf16) {
+    if (!shape.is_bf16()) {
         const auto scales_map = [&](int64_t offset, int64_t k) {
             const MatrixView view{buffer + offset, k / kMegaMoeGranK, pool_rows, pool_rows, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
             return make_tensor_map(encode, view, 1, layout.block_tokens, false);

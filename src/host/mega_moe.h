@@ -19,11 +19,13 @@ struct MegaMoeProblem {
     int64_t hidden = 0;
     int64_t intermediate = 0;
     int64_t num_tokens = 0;   // of this rank
-    int is_bf16 = 0;
+    MegaMoeType type = MegaMoeType::kFP8;
     const void* l1 = nullptr;  // [local experts, 2 * intermediate, hidden], eight gates, their ups, the next eight gates, ...
-    const void* l2 = nullptr;  // [local experts, hidden, intermediate]
-    MegaMoeBlockScales l1_sf = {};
+    const void* l2 = nullptr;  // [local experts, hidden, intermediate]; FP4 has two of K a byte
+    MegaMoeBlockScales l1_sf = {};      // of FP8
     MegaMoeBlockScales l2_sf = {};
+    const int32_t* l1_words = nullptr;  // of FP4: [local experts, hidden / 128, 2 * intermediate], 16-byte aligned
+    const int32_t* l2_words = nullptr;  // [local experts, intermediate / 128, hidden], likewise
     const int64_t* buffers = nullptr;  // addresses of all ranks' buffers
     void* y = nullptr;         // BF16 [num_tokens, hidden], rows 16-byte aligned
     int64_t y_stride = 0;

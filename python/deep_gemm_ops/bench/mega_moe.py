@@ -60,7 +60,7 @@ class _Problem:
         self.topk_weights = torch.rand(tokens, TOPK, **on_gpu)
         self.x, self.x_sf = deep_gemm_ops.per_token_cast_to_fp8(torch.randn(tokens, hidden, **on_gpu).bfloat16())
 
-        def weights(rows: int, cols: int) -> mega_moe.WeightsFP8:
+        def weights(rows: int, cols: int) -> mega_moe.ScaledWeights:
             casts = [
                 deep_gemm_ops.per_block_cast_to_fp8((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16())
                 for _ in range(LOCAL_EXPERTS)
@@ -71,7 +71,7 @@ class _Problem:
         self.plain = (weights(2 * intermediate, hidden), weights(hidden, intermediate))
         self.l1, self.l2 = deep_gemm_ops.transform_weights_for_mega_moe(*self.plain)
         sizes = (LOCAL_EXPERTS, tokens, TOPK, hidden, intermediate)
-        self.buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(None, *sizes, device=suites.DEVICE)
+        self.buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(None, *sizes, mma_type="fp8xfp8", device=suites.DEVICE)
         self.y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=suites.DEVICE)
         self.buffer.x.view(torch.uint8).copy_(self.x.view(torch.uint8))
         self.buffer.x_sf.copy_(self.x_sf)
