@@ -226,8 +226,8 @@ class MegaCase:
                 assert_equal(actual, want, repro=self.repro)
             return
         # The same roundings, but other sums and, on a GPU, another exponential: some are rounded the other way,
-        # by a step of E4M3. Then none of the roundings.
-        for exact, tol in ((False, 5e-3 if self.is_bf16 else 2.5e-2), (True, 8e-3 if self.is_bf16 else 4e-2)):
+        # by a step of E4M3. Then none of the roundings, of which E4M3's is 3.7 % of a value.
+        for exact, tol in ((False, 5e-3 if self.is_bf16 else 2.5e-2), (True, 8e-3 if self.is_bf16 else 5e-2)):
             for actual, want in zip(y, self.expected(inputs, weights, exact)):
                 assert_close(actual, want, tol=tol, repro=self.repro)
 

@@ -105,6 +105,7 @@ class LayerShape(NamedTuple):
         choices = expert_rows * min(self.topk, experts)
         pool = align(choices + experts * (max_block - 1), max_block)
         blocks = choices // min_block + experts
+        pool_scales = 16 if self.is_fp4 else scale  # room for FP32 per 32
         groups, groups_h = self.hidden // _GRAN_K, self.intermediate // _GRAN_K
         sizes = [
             _HEADER_BYTES,
@@ -119,9 +120,9 @@ class LayerShape(NamedTuple):
             experts * expert_rows * 8,
             pool * 4,
             pool * self.hidden * element,
-            pool * groups * scale,
+            pool * groups * pool_scales,
             pool * self.intermediate * element,
-            pool * groups_h * scale,
+            pool * groups_h * pool_scales,
         ]
         offsets, end = [], 0
         for size in sizes:

@@ -51,6 +51,7 @@ struct MegaMoeShape {
     MegaMoeType type;
 
     constexpr bool is_bf16() const { return type == MegaMoeType::kBF16; }
+    constexpr bool is_fp4() const { return type == MegaMoeType::kFP8FP4; }
     constexpr int local_experts() const { return num_experts / num_ranks; }
     constexpr int element_bytes() const { return is_bf16() ? 2 : 1; }  // of tokens
     // Tokens that one expert can get: a token chooses an expert once.
@@ -82,15 +83,15 @@ struct MegaMoeOffsets {
     int64_t sources;       // MegaMoeSource [local experts, expert_rows]
     int64_t pool_weights;  // FP32 [pool rows]
     int64_t pool_x;        // [pool rows, hidden]
-    int64_t pool_x_sf;     // [hidden / 128, pool rows]
+    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]; with FP4 there is room for [hidden / 32, pool rows]
     int64_t pool_h;        // [pool rows, intermediate]
-    int64_t pool_h_sf;     // [intermediate / 128, pool rows]
+    int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows], likewise
     int64_t bytes;         // of all
 
     MegaMoeOffsets() = default;
     constexpr explicit MegaMoeOffsets(const MegaMoeShape& shape) : MegaMoeOffsets() {
         const int64_t tokens = shape.max_tokens, pool = shape.pool_rows(), experts = shape.local_experts();
-        const int64_t scale = shape.is_bf16() ? 0 : 4;
+        const int64_t scale = shape.is_bf16() ? 0 : 4, pool_scales = shape.is_fp4() ? 16 : scale;
         const int64_t hidden_groups = shape.hidden / kMegaMoeGranK, groups = shape.intermediate / kMegaMoeGranK;
         bytes = align(sizeof(MegaMoeHeader));
         x = take(tokens * shape.hidden * shape.element_bytes());
@@ -104,9 +105,9 @@ struct MegaMoeOffsets {
         sources = take(experts * shape.expert_rows() * static_cast<int64_t>(sizeof(MegaMoeSource)));
         pool_weights = take(pool * 4);
         pool_x = take(pool * shape.hidden * shape.element_bytes());
-        pool_x_sf = take(pool * hidden_groups * scale);
+        pool_x_sf = take(pool * hidden_groups * pool_scales);
         pool_h = take(pool * shape.intermediate * shape.element_bytes());
-        pool_h_sf = take(pool * groups * scale);
+        pool_h_sf = take(pool * groups * pool_scales);
     }
 
 private:
@@ -131,7 +132,7 @@ struct MegaMoeParams {
     CUtensorMap l2_map;    // [local experts * hidden, intermediate], likewise
     CUtensorMap x_map;     // pool_x, boxes of a block of tokens
     CUtensorMap h_map;     // pool_h, likewise
-    CUtensorMap x_sf_map;  // pool_x_sf, a row of a block; unset where there are no scales
+    CUtensorMap x_sf_map;  // pool_x_sf, a block's of 128 of K; unset where there are no scales
     CUtensorMap h_sf_map;  // pool_h_sf, likewise
     CUtensorMap l1_sf_map;     // FP4's UE8M0 words, [local experts * hidden / 128, 2 * intermediate], boxes of 256; else unset
     CUtensorMap l2_sf_map;     // [local experts * intermediate / 128, hidden], likewise

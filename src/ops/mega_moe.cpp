@@ -192,7 +192,6 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     const int64_t hidden = a.hidden();
     const std::array<int64_t, 2> shape = {a.num_tokens, hidden}, strides = {hidden, 1};
     Tensor out = given_out ? *given_out : empty_strided(shape, strides, ScalarType::BFloat16, a.l1);
-    if (a.is_fp4()) fail(a.op(), "l1", "architecture", "sm_" + std::to_string(compute_capability(device)), "none yet");
     if (compute_capability(device) != 90) {
         fail(a.op(), "l1", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
     }
