@@ -65,6 +65,7 @@ def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
         MegaCase((3, 2), hidden=128, intermediate=384, data="integer"),
         MegaCase((2, 3), num_experts=2, topk=1, hidden=4352, data="integer"),  # more K blocks than a chunk of scales
         MegaCase((5,), num_experts=70, topk=6, num_sms=9),  # more experts than a warp has lanes
+        MegaCase((2,), num_experts=40, topk=36, num_sms=2),  # more choices than that
         MegaCase((150,), num_experts=3, topk=2, num_sms=3),  # several blocks of an expert
         MegaCase((150,), num_experts=2, topk=1, block_tokens=128, data="integer", num_sms=3),
         MegaCase((33, 7, 20, 1), num_experts=4, topk=3, block_tokens=32, max_tokens=64),
@@ -259,8 +260,8 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     if mutant.kind == "warp barrier":
         if any("red.release.gpu" in line for line in behind[:12]):
             return "it orders global memory alone, which the emulator takes for sequentially consistent"
-        if re.match(r"\s*bar\.sync\s+0;", behind[0]):
-            return "so that a warp reaches the barrier behind it as one, which the emulator does not ask for"
+        if re.match(r"\s*bar\.sync\s+0;", behind[0]) or any("setmaxnreg" in line for line in behind[:5]):
+            return "so that a warp reaches what is behind it as one, which the emulator does not ask for"
         meetings = ("wgmma.wait_group", "bar.warp.sync", "bar.sync")
         met = max(i for i, line in enumerate(before) if any(name in line for name in meetings))
         if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):

@@ -977,29 +977,68 @@ private:
         return __syncthreads_and(arrived);
     }
 
-    // y: each thread eight columns of a token at a time.
+    // y: a warp has several hundred columns of a token at a time. A token's choices are loaded while those of the one before
+    // it are summed up, and several results are on their way: what takes time is loads that wait for one another.
     __device__ __forceinline__ static void combine(const MegaMoeParams& params) {
-        const int per_row = params.shape.hidden / 8, topk = params.shape.topk;
-        const int64_t count = int64_t{params.num_tokens} * per_row;
-        const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
-        const uint4* rows = local<const uint4>(params, params.offsets.combine);
+        constexpr int kPieces = kSetRegisters ? 2 : 4;  // of eight columns, of a lane
+        constexpr bool kTwoResults = !kSetRegisters;    // at once, if there is room for them
+        const int lane = thread_index() % 32, topk = params.shape.topk;
+        const int per_row = params.shape.hidden / 8, segments = (per_row + kPieces * 32 - 1) / (kPieces * 32);
+        // In 32 bits: the combine buffer has more than 1024 bytes for each.
+        const int count = params.num_tokens * segments, step = gridDim.x * (kMegaThreads / 32);
+        const auto choice = [&](int task, int c) {
+            const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
+            return task < count && c < topk ? choices[int64_t{task / segments} * topk + c] : int64_t{-1};
+        };
+        int task = thread_index() / 32 * gridDim.x + blockIdx.x;
+        int64_t expert = choice(task, lane);
 #pragma unroll 1
-        for (int64_t i = int64_t{blockIdx.x} * kMegaThreads + thread_index(); i < count; i += int64_t{gridDim.x} * kMegaThreads) {
-            const int token = static_cast<int>(i / per_row), piece = static_cast<int>(i % per_row);
-            float sum[8] = {};
-#pragma unroll 2
-            for (int c = 0; c < topk; ++c) {
-                const int64_t expert = choices[int64_t{token} * topk + c];
-                if (expert < 0 || expert >= params.shape.num_experts) continue;
-                const uint4 row = __ldcg(rows + (int64_t{token} * topk + c) * per_row + piece);
-                float values[8];
-                cast::Elements<__nv_bfloat16>::unpack(row, values);
+        for (; task < count; task += step) {
+            const int token = task / segments, first = task % segments * (kPieces * 32) + lane;
+            const uint4* rows = local<const uint4>(params, params.offsets.combine) + int64_t{token} * topk * per_row + first;
+            const auto load = [&](int c, uint4 (&row)[kPieces]) {
 #pragma unroll
-                for (int e = 0; e < 8; ++e) sum[e] += values[e];
+                for (int i = 0; i < kPieces; ++i) {
+                    row[i] = first + i * 32 < per_row ? __ldcg(rows + int64_t{c} * per_row + i * 32) : uint4{};
+                }
+            };
+            float sum[kPieces][8] = {};
+            const auto add = [&](const uint4 (&row)[kPieces]) {
+#pragma unroll
+                for (int i = 0; i < kPieces; ++i) {
+                    float values[8];
+                    cast::Elements<__nv_bfloat16>::unpack(row[i], values);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) sum[i][e] += values[e];
+                }
+            };
+            const int64_t next = choice(task + step, lane);
+#pragma unroll 1
+            for (int base = 0; base < topk; base += 32) {
+                if (base > 0) expert = choice(task, base + lane);
+                uint32_t chosen = __ballot_sync(0xffffffff, expert >= 0 && expert < params.shape.num_experts);
+#pragma unroll 1
+                while (chosen != 0) {
+                    uint4 row[kPieces], other[kPieces];
+                    load(base + __ffs(chosen) - 1, row);
+                    chosen &= chosen - 1;
+                    const bool has_other = kTwoResults && chosen != 0;
+                    if (has_other) {
+                        load(base + __ffs(chosen) - 1, other);
+                        chosen &= chosen - 1;
+                    }
+                    add(row);
+                    if (has_other) add(other);
+                }
             }
-            __nv_bfloat16* y = static_cast<__nv_bfloat16*>(params.y) + token * params.y_stride;
-            reinterpret_cast<uint4*>(y)[piece] =
-                make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+            expert = next;
+            uint4* y = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(params.y) + token * params.y_stride) + first;
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) {
+                if (first + i * 32 >= per_row) break;
+                y[i * 32] = make_uint4(pack(sum[i][0], sum[i][1]), pack(sum[i][2], sum[i][3]), pack(sum[i][4], sum[i][5]),
+                                       pack(sum[i][6], sum[i][7]));
+            }
         }
     }
 
