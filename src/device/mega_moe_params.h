@@ -149,6 +149,8 @@ struct MegaMoeParams {
     int rank;
     int num_tokens;
     int lag;                           // blocks by which the second linear is behind the first
+    int prefetch_bytes;                // of each row of a CTA's first tile of weights; 0: none, otherwise a multiple of 16
+    const uint8_t* l1;                 // what l1_map maps
     bool clamped;
     float clamp;
 };

@@ -54,6 +54,13 @@ void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
                  kernel_name(launch.row).c_str(), launch.grid);
 }
 
+// Of an expert.
+double mean_tokens(const MegaMoeProblem& problem) {
+    if (problem.expected_m >= 0) return static_cast<double>(problem.expected_m);
+    return static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk) /
+           static_cast<double>(problem.num_experts);
+}
+
 }  // namespace
 
 MegaMoeShape shape_of(const MegaMoeProblem& problem) {
@@ -69,12 +76,16 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
 }
 
 int mega_moe_block_tokens(const MegaMoeProblem& problem) {
-    const double all = static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk);
-    const double mean = problem.expected_m >= 0 ? static_cast<double>(problem.expected_m)
-                                                : all / static_cast<double>(problem.num_experts);
+    if (const int tuned = mega_moe_tuning().block_tokens; tuned > 0) return tuned;
+    const double mean = mean_tokens(problem);
     // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
     const int tallest = problem.type == MegaMoeType::kFP8FP4 ? 64 : 128;
     return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : tallest;
+}
+
+MegaMoeTuning& mega_moe_tuning() {
+    static MegaMoeTuning tuning;
+    return tuning;
 }
 
 void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend) {
@@ -133,9 +144,20 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     params.timeout_ns = static_cast<uint64_t>(problem.timeout_ns);
     params.rank = static_cast<int>(problem.rank);
     params.num_tokens = static_cast<int>(problem.num_tokens);
-    // A block's second linear begins when all CTAs have had a task since the last tile of its first one was taken.
-    const int first_tiles = shape.intermediate / 128;
-    params.lag = (num_sms + first_tiles - 1) / first_tiles + 1;
+    // While the last tiles of the first linear are computed, 256 x hidden weights each, the other CTAs have tiles of the
+    // second one, hidden x intermediate of a block: as many blocks as that takes are finished before.
+    const MegaMoeTuning& tuning = mega_moe_tuning();
+    const int tuned_lag = tuning.lag, tuned_prefetch = tuning.prefetch_bytes;
+    const int lag = (num_sms * kMegaTileRows + shape.intermediate - 1) / shape.intermediate + 1;
+    params.lag = tuned_lag >= 0 ? std::max(tuned_lag, 1) : lag;
+    // What a CTA can fetch while ranks meet and tokens are sorted, about a quarter of a megabyte. Where experts have several
+    // blocks, the tensor cores bound it.
+    const int64_t row_bytes = int64_t{shape.hidden} * bytes / (shape.is_fp4() ? 2 : 1);
+    const int64_t most_bytes = tuned_prefetch >= 0                             ? tuned_prefetch / 16 * 16
+                               : mean_tokens(problem) <= layout.block_tokens ? 1024
+                                                                              : 0;
+    params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
+    params.l1 = static_cast<const uint8_t*>(problem.l1);
     params.clamped = problem.clamped != 0;
     params.clamp = problem.clamp;
 

@@ -1,6 +1,7 @@
 // Runs the expert layer of one rank: Mega MoE.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "../device/mega_moe_params.h"
@@ -40,6 +41,14 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem);
 
 // Tokens of a block, by which the kernels differ.
 int mega_moe_block_tokens(const MegaMoeProblem& problem);
+
+// What run_mega_moe chooses instead of its own, where it is not -1: for tests and tuning.
+struct MegaMoeTuning {
+    std::atomic<int> block_tokens{-1};
+    std::atomic<int> lag{-1};             // blocks by which the second linear is behind the first
+    std::atomic<int> prefetch_bytes{-1};  // of each row of a CTA's first tile of weights, a multiple of 16
+};
+MegaMoeTuning& mega_moe_tuning();
 
 // `block_tokens`: 0 chooses. Throws std::runtime_error where a launch fails.
 void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend);

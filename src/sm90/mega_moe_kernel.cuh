@@ -29,7 +29,7 @@
 // scales_empty   consumer warps                              the chunk may be overwritten
 // tile full[s]   1 (a lane of warp 2)                        a tile is in slot s of the queue
 // tile empty[s]  consumer warps, weights', tokens' thread    all roles are done with it
-// named 1        256                                         results of the first linear in shared memory
+// named 1        256                                         results of the first linear in shared memory; chosen experts
 // named 2 + w    128                                         results of the second one, of warpgroup w
 #pragma once
 
@@ -88,6 +88,11 @@ __device__ __forceinline__ bool is_last_cta(uint32_t* counter) {
 // Memory that other CTAs have written with ordinary stores is read by bulk copies, and the other way round: in the thread
 // that wrote, and in the one that issues the copies.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Brings 16-byte aligned memory, a multiple of 16 bytes, into L2.
+__device__ __forceinline__ void prefetch_l2(const void* source, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
 
 __device__ __forceinline__ uint64_t global_time_ns() {
     uint64_t time;
@@ -204,6 +209,7 @@ public:
         int first_block[kMegaMoeMaxLocalExperts + 1];  // of each expert; the last entry is the number of all
         int counts[kMegaMoeMaxLocalExperts];           // tokens of each expert
         int tokens_of[kMegaMoeMaxRanks];
+        uint32_t used[kMegaMoeMaxLocalExperts / 32];  // a bit for each expert that prefetch_weights() knows to be chosen
         ptx::Barrier full[kStages];
         ptx::Barrier empty[kStages];
         ptx::Barrier scales_full[kMegaScaleChunks];
@@ -232,6 +238,7 @@ public:
         }
         ptx::grid_dependency_wait();
 
+        if (warp >= 4 && params.prefetch_bytes > 0) prefetch_weights(params, shared);
         MegaMoeHeader& header = *local<MegaMoeHeader>(params, 0);
         const uint32_t call = header.epoch + 1;
         if (!enter(params, shared, header, call)) return;
@@ -264,6 +271,8 @@ public:
         if (kSetRegisters && warp < 4) grow_registers<kLaunchRegisters>();
 
         if (!leave(params, header, call)) return;
+        // Not before: what comes next could take the place of another rank's CTAs, on which these wait.
+        ptx::grid_dependency_launch();
         combine(params);
         // Nobody of this rank uses the counters any more.
         clear(params, tiles.num_blocks);
@@ -287,6 +296,48 @@ private:
     }
 
     // ---- enter, route ----
+
+    // By the consumers: brings the beginning of the CTA's first tile of weights into L2 while the others enter. Which expert
+    // it is of depends on all tokens, but mostly on whether an expert has any, and some of this rank's own tell that.
+    __device__ __forceinline__ static void prefetch_weights(const MegaMoeParams& params, Storage& shared) {
+        constexpr int kLooks = 4, kWords = kMegaMoeMaxLocalExperts / 32;
+        const int thread = thread_index() - 128;
+        const int experts = params.shape.local_experts(), first_expert = params.rank * experts;
+        const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
+        const int64_t count = int64_t{params.num_tokens} * params.shape.topk;
+        int64_t chosen[kLooks];
+#pragma unroll
+        for (int i = 0; i < kLooks; ++i) {
+            const int at = i * 256 + thread;
+            chosen[i] = at < count ? choices[at] - first_expert : -1;
+        }
+        if (thread < kWords) shared.used[thread] = 0;
+        ptx::named_barrier_sync(1, 256);
+#pragma unroll
+        for (int i = 0; i < kLooks; ++i) {
+            const int64_t expert = chosen[i];
+            if (expert >= 0 && expert < experts) atomicOr(&shared.used[expert / 32], 1u << expert % 32);
+        }
+        ptx::named_barrier_sync(1, 256);
+        // As if each had one block.
+        const int first_tiles = params.shape.intermediate / 128, tile = blockIdx.x % first_tiles;
+        int before = blockIdx.x / first_tiles;  // experts that come before the tile's
+#pragma unroll 1
+        for (int word = 0; word < kWords; ++word) {
+            uint32_t used = shared.used[word];
+            const int more = __popc(used);
+            if (before >= more) {
+                before -= more;
+                continue;
+            }
+            for (; before > 0; --before) used &= used - 1;
+            const int64_t expert = word * 32 + __ffs(used) - 1;
+            const int64_t row = (expert * first_tiles + tile) * kMegaTileRows + thread;
+            const int64_t row_bytes = int64_t{params.shape.hidden} / kBlockK * (kFP4 ? kPackedBlockK : kMegaBlockBytes);
+            prefetch_l2(params.l1 + row * row_bytes, params.prefetch_bytes);
+            break;
+        }
+    }
 
     __device__ __forceinline__ static bool enter(const MegaMoeParams& params, Storage& shared, MegaMoeHeader& header,
                                                  uint32_t call) {
