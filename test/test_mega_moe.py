@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import os
 import pathlib
+import time
 from typing import Any
 
 import pytest
@@ -435,32 +437,70 @@ def process_cases() -> list[MegaCase]:
 
 
 def process(rank: int, folder: str, device: str) -> None:
-    """One of three ranks, gloo between them, on the CPU or all on one GPU."""
+    """One of three ranks, gloo between them, on the CPU or all on one GPU. A file says how far it has come."""
+    progress = pathlib.Path(folder) / f"progress {rank}"
+    progress.write_text("gloo's rendezvous")
     torch.set_num_threads(1)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    where, wait = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=3, timeout=wait)
     if device == "cuda":
+        progress.write_text("CUDA's initialisation")
         deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 3)
     results = {}
     for case in process_cases():
+        progress.write_text(f"the buffer of {case.mma_type}")
         sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
         options: dict[str, Any] = {"mma_type": case.mma_type, "device": device}
         buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, **options)
         weights = to_device(case.weights()[rank], device)
         for number in range(case.calls):
+            progress.write_text(f"call {number} of {case.mma_type}")
             case.write([buffer], [to_device(case.inputs(number)[rank], device)])
-            y = call(case, buffer, weights, case.tokens[rank], timeout_ms=30_000)
+            y = call(case, buffer, weights, case.tokens[rank], timeout_ms=10_000)
             results[case.mma_type, number] = y.cpu()
+        progress.write_text(f"the end of {case.mma_type}")
         dist.barrier()
         buffer.destroy()
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
+    progress.write_text("its own end")
+
+
+def join(context: Any, folder: pathlib.Path, seconds: float) -> None:
+    """Waits for all processes, or kills them when that takes too long, and says what they were waiting for."""
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            stuck = [f"rank {rank} at {(folder / f'progress {rank}').read_text()}" for rank in range(3)]
+            for of_rank in context.processes:
+                of_rank.kill()
+            pytest.fail(f"not done after {seconds} s: {', '.join(stuck)}")
 
 
 def test_processes(device: str, tmp_path: pathlib.Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3)
+    """Memory that processes share. On one GPU their kernels take turns, so that waiting costs slices of time."""
+    for rank in range(3):
+        (tmp_path / f"progress {rank}").write_text("its start")
+    join(torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3, join=False), tmp_path, 50)
     y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     for case in process_cases():
         for number in range(case.calls):
             case.check([of_rank[case.mma_type, number] for of_rank in y], case.inputs(number), case.weights())
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("deep_gemm_mega_moe_")]
+
+
+def idle(rank: int) -> None:
+    time.sleep(60)
+
+
+def test_processes_that_hang(tmp_path: pathlib.Path) -> None:
+    """The test above ends with a message that names the ranks and where they are."""
+    for rank in range(3):
+        (tmp_path / f"progress {rank}").write_text("its start")
+    context = torch.multiprocessing.spawn(idle, nprocs=3, join=False)
+    with pytest.raises(pytest.fail.Exception, match="not done after 0.5 s: rank 0 at its start, rank 1 at its start"):
+        join(context, tmp_path, 0.5)
+    for of_rank in context.processes:
+        of_rank.join(10)
+        assert of_rank.exitcode == -9
