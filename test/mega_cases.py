@@ -198,7 +198,7 @@ class MegaCase:
     def expected(self, inputs: list[Inputs], weights: list[Weights], exact: bool) -> list[torch.Tensor]:
         experts, results = self.num_experts // self.num_ranks, []
         for i in inputs:
-            y = torch.zeros(i.x.shape[0], self.hidden, dtype=torch.float64)
+            y = torch.zeros(i.x.shape[0], self.hidden, dtype=torch.float64, device=i.x.device)
             for rank, w in enumerate(weights):
                 arguments = (i.x, i.x_sf, i.topk_idx, i.topk_weights, w.l1, w.l1_sf, w.l2, w.l2_sf)
                 y += (

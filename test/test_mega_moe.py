@@ -426,10 +426,16 @@ def test_graph(cuda: str) -> None:
         case.check([y.cpu()], [inputs], [weights])
 
 
-def test_large_layer(cuda: str) -> None:
-    """Every height of blocks at sizes of a real model."""
-    for tokens in (1, 32, 512, 2048):
-        run(MegaCase((tokens,), 16, 4, 7168, 2048, calls=2), cuda)
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_large_layer(cuda: str, mma_type: str) -> None:
+    """Every height of blocks at sizes of a real model. The reference, too, is computed on the GPU."""
+    weights = None
+    for tokens in (8, 32, 80, 400):
+        case = MegaCase((tokens,), 4, 2, 7168, 2048, mma_type=mma_type)
+        weights = weights or to_device(case.weights()[0], cuda)
+        (buffer,), inputs = case.buffers(cuda), to_device(case.inputs()[0], cuda)
+        case.write([buffer], [inputs])
+        case.check([call(case, buffer, weights, tokens)], [inputs], [weights])
 
 
 def process_cases() -> list[MegaCase]:

@@ -151,6 +151,7 @@ struct MegaMoeParams {
     int lag;                           // blocks by which the second linear is behind the first
     int prefetch_bytes;                // of each row of a CTA's first tile of weights; 0: none, otherwise a multiple of 16
     const uint8_t* l1;                 // what l1_map maps
+    bool evicts_weights;               // first from L2
     bool clamped;
     float clamp;
 };

@@ -158,6 +158,7 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
                                                                               : 0;
     params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
     params.l1 = static_cast<const uint8_t*>(problem.l1);
+    params.evicts_weights = tuning.evict_weights > 0;
     params.clamped = problem.clamped != 0;
     params.clamp = problem.clamp;
 

@@ -47,6 +47,7 @@ struct MegaMoeTuning {
     std::atomic<int> block_tokens{-1};
     std::atomic<int> lag{-1};             // blocks by which the second linear is behind the first
     std::atomic<int> prefetch_bytes{-1};  // of each row of a CTA's first tile of weights, a multiple of 16
+    std::atomic<int> evict_weights{-1};   // whether L2 is to drop weights first
 };
 MegaMoeTuning& mega_moe_tuning();
 

@@ -17,11 +17,12 @@ DG_EXPORT void dg_mega_moe_offsets(const MegaMoeProblem* problem, int64_t* offse
 }
 
 // -1 where run_mega_moe chooses.
-DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes) {
+DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights) {
     MegaMoeTuning& tuning = mega_moe_tuning();
     tuning.block_tokens = block_tokens;
     tuning.lag = lag;
     tuning.prefetch_bytes = prefetch_bytes;
+    tuning.evict_weights = evict_weights;
 }
 
 DG_EXPORT int dg_mega_moe_block_tokens(const MegaMoeProblem* problem) { return mega_moe_block_tokens(*problem); }

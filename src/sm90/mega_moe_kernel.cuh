@@ -541,7 +541,9 @@ private:
     // ---- producers ----
 
     __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared) {
-        constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        // As createpolicy.fractional has it.
+        constexpr auto kEvictFirst = static_cast<ptx::CacheHint>(0x12f0000000000000ull);
+        const ptx::CacheHint hint = params.evicts_weights ? kEvictFirst : ptx::CacheHint::kEvictNormal;
         Reader reader(shared.queue);
         State state;
         MegaTile tile;
@@ -553,10 +555,10 @@ private:
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes() + kLayout.weight_scales() * 4);
-                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kWeightBlockK, tile.weight_row, kHint);
+                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kWeightBlockK, tile.weight_row, hint);
                 if constexpr (kFP4) {
                     ptx::tma_load_2d(scales_map, full, shared.weight_scales[state.stage_idx],
-                                     tile.weights * kMegaTileRows, tile.expert * tile.num_k_blocks + k, kHint);
+                                     tile.weights * kMegaTileRows, tile.expert * tile.num_k_blocks + k, hint);
                 }
             }
         }
