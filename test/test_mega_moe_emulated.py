@@ -242,10 +242,13 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
         for case in cases:
             run_case(case, {0: ptx_emulator.Module(ptx)}, budget=40_000_000, check_exit=1)
 
+    kinds = None
+    if mma_type == "fp8xfp4" and os.environ.get("DG_EMULATED_MUTANTS") != "all":  # where it differs from FP8's kernel
+        kinds = ("expected bytes", "wgmma fence", "wgmma commit", "wgmma wait", "mbarrier arrive")
     run(text)  # the kernel itself is right
     silent = [
         f"{found}: {mutant}"
-        for mutant, found in mutate.survey(mutate.mutants(text), run)
+        for mutant, found in mutate.survey(mutate.mutants(text, kinds=kinds), run)
         if found in ("not reached", "unnoticed") and not reason_harmless(text, mutant)
     ]
     assert not silent, "\n".join(silent)
