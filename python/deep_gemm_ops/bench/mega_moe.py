@@ -66,7 +66,7 @@ def mega_records(
 TUNING: list[dict[str, int]] = [
     *({"block_tokens": tokens} for tokens in (16, 32, 64)),
     *({"lag": blocks} for blocks in (1, 5, 8, 24, 1000)),
-    *({"prefetch_bytes": size} for size in (0, 512, 2048)),
+    *({"prefetch_bytes": size} for size in (0, 512, 1536, 2048)),
     {"evict_weights": 1},
     {"lag": 7, "prefetch_bytes": 0},
 ]
