@@ -343,7 +343,7 @@ hidden: fp8_fp4_mega_moe: hidden has value 192, expected a positive multiple of 
 l1_sf too small: fp8_fp4_mega_moe: l1_sf has shape [3, 128, 2], expected [local experts, 2 * intermediate, hidden / 128] = [3, 256, 2]
 l1_sf K-major: fp8_fp4_mega_moe: l1_sf has strides [512, 2, 1], expected [512, 1, 256] (MN-major, 16-byte aligned)
 l2_sf of a scale for each 32: fp8_fp4_mega_moe: l2_sf has shape [3, 256, 4], expected [local experts, hidden, intermediate / 128] = [3, 256, 1]
-buffer too small: fp8_fp4_mega_moe: buffer has bytes 225279, expected at least 225280""",
+buffer too small: fp8_fp4_mega_moe: buffer has bytes 243711, expected at least 243712""",
     )
 
 
@@ -488,7 +488,8 @@ def test_processes(device: str, tmp_path: pathlib.Path) -> None:
     """Memory that processes share. On one GPU their kernels take turns, so that waiting costs slices of time."""
     for rank in range(3):
         (tmp_path / f"progress {rank}").write_text("its start")
-    join(torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3, join=False), tmp_path, 50)
+    seconds = 50 if device == "cuda" else 150  # of which nearly all is the processes' start
+    join(torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3, join=False), tmp_path, seconds)
     y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     for case in process_cases():
         for number in range(case.calls):
