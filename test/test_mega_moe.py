@@ -108,7 +108,7 @@ def test_equals_the_operators_one_after_the_other(device: str, tokens: int, mma_
     combined[order] = results
     expected = sum(combined.view(tokens, case.topk, -1)[:, c].float() for c in range(case.topk)).bfloat16()
     assert_close(y, expected, tol=4e-3)
-    if device == "cuda":
+    if device == "cuda" and not case.is_fp4:  # products with FP4 weights have rows that sum in other orders
         assert same_bits(y, expected)
 
 
