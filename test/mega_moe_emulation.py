@@ -46,11 +46,13 @@ class Problem(ctypes.Structure):
         ("hidden", ctypes.c_int64),
         ("intermediate", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int),
+        ("type", ctypes.c_int),
         ("l1", ctypes.c_void_p),
         ("l2", ctypes.c_void_p),
         ("l1_sf", _BlockScales),
         ("l2_sf", _BlockScales),
+        ("l1_words", ctypes.c_void_p),
+        ("l2_words", ctypes.c_void_p),
         ("buffers", ctypes.POINTER(ctypes.c_int64)),
         ("y", ctypes.c_void_p),
         ("y_stride", ctypes.c_int64),
@@ -65,7 +67,7 @@ class Problem(ctypes.Structure):
 def sizes_of(shape: mega_moe.LayerShape) -> dict[str, int]:
     """The members of `Problem` that a shape gives."""
     fields = ("num_ranks", "num_experts", "max_tokens", "topk", "hidden", "intermediate")
-    return {**{field: getattr(shape, field) for field in fields}, "is_bf16": int(shape.is_bf16)}
+    return {**{field: getattr(shape, field) for field in fields}, "type": mega_moe.MMA_TYPES.index(shape.mma_type)}
 
 
 def library_layout(shape: mega_moe.LayerShape) -> mega_moe.BufferLayout:
@@ -92,7 +94,9 @@ def launches_of(
     problem = Problem(**sizes_of(buffer.shape))
     problem.rank, problem.num_tokens = buffer.rank, y.shape[0]
     problem.l1, problem.l2 = weights.l1.data_ptr(), weights.l2.data_ptr()
-    if weights.l1_sf is not None and weights.l2_sf is not None:
+    if buffer.shape.is_fp4:
+        problem.l1_words, problem.l2_words = weights.l1_sf.data_ptr(), weights.l2_sf.data_ptr()
+    elif weights.l1_sf is not None and weights.l2_sf is not None:
         problem.l1_sf = _BlockScales(weights.l1_sf.data_ptr(), *weights.l1_sf.stride())
         problem.l2_sf = _BlockScales(weights.l2_sf.data_ptr(), *weights.l2_sf.stride())
     problem.buffers = (ctypes.c_int64 * buffer.shape.num_ranks)(*buffer.handle.buffer_ptrs)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from deep_gemm_ops import prenorm_gemm, reference
+from deep_gemm_ops import _capi, prenorm_gemm, reference
 from deep_gemm_ops.bench import cli, fp4, layers, mega_moe, mqa_logits, plot, products, report, suites
 from deep_gemm_ops.testing import bench as timing
 from deep_gemm_ops.testing import calc_diff, cases, compare, count_bytes, error_bar
@@ -431,12 +431,17 @@ def test_mega_records(on_cpu):
     """In one operator and in many, with the same result; a wrong one is reported."""
     for name, value in (("LOCAL_EXPERTS", 4), ("EXPERTS", 16), ("TOPK", 3)):
         on_cpu.setattr(mega_moe, name, value)
-    on_cpu.setattr(mega_moe, "LAYERS", [mega_moe.Layer(1, 128, 256), mega_moe.Layer(9, 128, 256)])
+    on_cpu.setattr(mega_moe, "LAYERS", [mega_moe.Layer(n, 128, 256, fp4) for fp4 in (False, True) for n in (1, 9)])
     records = list(mega_moe.mega_records(LIMITS, repeats=3))
-    assert [sorted(record["times"]) for record in records] == [["deep_gemm_ops", "deep_gemm_ops operators"]] * 2
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm_ops", "deep_gemm_ops operators"]] * 4
+    assert [record["op"] for record in records] == ["fp8_mega_moe"] * 2 + ["fp8_fp4_mega_moe"] * 2
     assert records[0]["flops"] == 2 * 3 * 256 * 128 and not any(record["failed"] for record in records)
     run = {"mega_moe": records, "device": {"copy_gbps": 4000.0}}
     assert "9 tokens, 4 of 16 x 128 x 256" in report.text(run) and report.failures(run) == []
+    if _capi.available():
+        on_cpu.setattr(mega_moe, "TUNING", mega_moe.TUNING[-1:])
+        record = next(mega_moe.tuning_records(LIMITS, repeats=1))
+        assert list(record["times"]) == ["deep_gemm_ops", "lag 7, prefetch_bytes 0"] and not record["failed"]
     on_cpu.setattr(mega_moe._Problem, "expected", lambda self: self.by_operators(0) + 1)
     (record, *_) = mega_moe.mega_records(LIMITS, repeats=3, references=False)
     assert record["failed"]["deep_gemm_ops"].startswith("wrong result")

@@ -185,6 +185,8 @@ deep_gemm::fp8_fp4_gemm_tn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor
 deep_gemm::fp8_fp4_gemm_tn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_fp4_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_fp4_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000) -> Tensor
+deep_gemm::fp8_fp4_mega_moe.out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_nn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor

@@ -56,7 +56,7 @@ def test_mega_moe_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its example runs, what it says of a buffer's size is so, and its picture is what the script draws."""
     scope = run_blocks("mega_moe.md", monkeypatch)
     assert scope["y"].shape == (40, 256) and scope["y"].isfinite().all() and scope["y"].any()
-    layout = mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, False).buffer_layout()
+    layout = mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, "fp8xfp8").buffer_layout()
     combine = (layout.counts - layout.combine) / 1e9
     sizes = f"{layout.bytes / 1e9:.2f} GB, of which the combine\nbuffer is {combine:.2f} GB"
     assert sizes in (ROOT / "docs" / "mega_moe.md").read_text()

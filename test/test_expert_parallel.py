@@ -223,7 +223,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
         _, ids, weights = (t[mine] for t in inputs(ranks))
         x = torch.randn(len(ids), 128, generator=generator(rank)).bfloat16()
         buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(
-            dist.group.WORLD, EXPERTS, max(TOKENS[ranks]), COPIES, 128, 128, device="cpu"
+            dist.group.WORLD, EXPERTS, max(TOKENS[ranks]), COPIES, 128, 128, mma_type="fp8xfp8", device="cpu"
         )
         quantised = deep_gemm_ops.per_token_cast_to_fp8(x)
         given = (*quantised, ids, weights)

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import os
 import pathlib
+import time
 from typing import Any
 
 import pytest
@@ -64,10 +67,11 @@ def test_several_ranks_in_one_process(device: str, tokens: tuple[int, ...], mma_
     run(MegaCase(tokens, 8, 3, mma_type=mma_type, calls=3), device, expected_m)
 
 
-def test_exact(device: str) -> None:
+@pytest.mark.parametrize("mma_type", ["fp8xfp8", "fp8xfp4"])
+def test_exact(device: str, mma_type: str) -> None:
     """Small integers leave no rounding but those that the operator promises."""
     for tokens in [(3,), (70,)]:
-        case = MegaCase(tokens, 4, 2, 512, 256, data="integer", clamp=3.0)
+        case = MegaCase(tokens, 4, 2, 512, 256, mma_type=mma_type, data="integer", clamp=3.0)
         # The CPU multiplies what is dequantised: the same to the rounding of FP32.
         (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
         case.write([buffer], [to_device(inputs, device)])
@@ -77,10 +81,11 @@ def test_exact(device: str) -> None:
         assert_close(y, expected.bfloat16(), tol=2e-3 if device == "cuda" else 0.0)
 
 
+@pytest.mark.parametrize("mma_type", ["fp8xfp8", "fp8xfp4"])
 @pytest.mark.parametrize("tokens", [1, 13, 130])
-def test_equals_the_operators_one_after_the_other(device: str, tokens: int) -> None:
-    """Dispatch by indexing, m_grouped_fp8_gemm_nt_contiguous, swiglu_cast_to_fp8, the second product, the sum."""
-    case = MegaCase((tokens,), 6, 3, 512, 256)
+def test_equals_the_operators_one_after_the_other(device: str, tokens: int, mma_type: str) -> None:
+    """Dispatch by indexing, m_grouped_fp8(_fp4)_gemm_nt_contiguous, swiglu_cast_to_fp8, the second product, the sum."""
+    case = MegaCase((tokens,), 6, 3, 512, 256, mma_type=mma_type)
     (buffer,), (weights,), (inputs,) = case.buffers(device), case.weights(), case.inputs()
     inputs, weights = to_device(inputs, device), to_device(weights, device)
     case.write([buffer], [inputs])
@@ -90,16 +95,20 @@ def test_equals_the_operators_one_after_the_other(device: str, tokens: int) -> N
     l1 = torch.stack([torch.cat(mega_moe._separate(w)) for w in weights.l1.view(torch.uint8)]).view(weights.l1.dtype)
     x = inputs.x.view(torch.uint8)[rows].view(inputs.x.dtype)
     ends = torch.bincount(groups, minlength=case.num_experts).cumsum(0).int()
-    product = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous
-    both = product(x, inputs.x_sf[rows], l1, weights.l1_sf, ends, layout="offsets")
+    product, l1_sf, options = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous, weights.l1_sf, {}
+    if case.is_fp4:
+        product = functools.partial(deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous, recipe=[1, 1, 32])
+        l1_sf = torch.stack([torch.cat(mega_moe._separate(sf)) for sf in l1_sf])
+        options = {"gran_k": 32, "use_packed_ue8m0": True}
+    both = product(x, inputs.x_sf[rows], l1, l1_sf, ends, layout="offsets")
     factors = inputs.topk_weights.flatten()[order]
-    h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors)
+    h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors, **options)
     results = product(h, h_sf, weights.l2, weights.l2_sf, ends, layout="offsets")
     combined = torch.empty_like(results)
     combined[order] = results
     expected = sum(combined.view(tokens, case.topk, -1)[:, c].float() for c in range(case.topk)).bfloat16()
     assert_close(y, expected, tol=4e-3)
-    if device == "cuda":
+    if device == "cuda" and not case.is_fp4:  # products with FP4 weights have rows that sum in other orders
         assert same_bits(y, expected)
 
 
@@ -128,6 +137,30 @@ def test_weights_are_interleaved() -> None:
         deep_gemm_ops.transform_weights_for_mega_moe(l1[:, :24], l1)
 
 
+def test_fp4_weights_and_their_scales() -> None:
+    """Any form of scales becomes words in the order of the rows, stride 1 along them."""
+    random = generator(5)
+    l1 = torch.randint(0, 256, (2, 256, 128), generator=random, dtype=torch.uint8)
+    l2 = torch.randint(0, 256, (2, 128, 128), generator=random, dtype=torch.uint8)
+    exponents = [torch.randint(0, 255, (2, rows, 8), generator=random, dtype=torch.uint8) for rows in (256, 128)]
+    e8m0 = [x.view(torch.float8_e8m0fnu) for x in exponents]
+    forms = [e8m0, [reference.scales_to_float32(x, 8) for x in e8m0], [x.view(torch.int32) for x in exponents]]
+    for sf1, sf2 in forms:
+        for dtype in (torch.uint8, torch.int8, torch.float4_e2m1fn_x2):
+            pairs = deep_gemm_ops.transform_weights_for_mega_moe((l1.view(dtype), sf1), (l2.view(dtype), sf2))
+            (values1, words1), (values2, words2) = pairs
+            assert values1.dtype == dtype and values2.view(torch.uint8).equal(l2)
+            assert words1.shape == (2, 256, 2) and words1.stride() == (512, 1, 256) and words2.stride() == (256, 1, 128)
+            for expert in range(2):
+                assert torch.cat(mega_moe._separate(values1[expert].view(torch.uint8))).equal(l1[expert])
+                assert torch.cat(mega_moe._separate(words1[expert])).equal(exponents[0][expert].view(torch.int32))
+            assert words2.equal(exponents[1].view(torch.int32))
+    odd = deep_gemm_ops.transform_weights_for_mega_moe((l1, forms[1][0]), (l2, torch.full((2, 128, 8), 0.75)))[1][1]
+    assert (odd == -1).all()  # no power of two: four times 255
+    with pytest.raises(RuntimeError, match="scales has dtype float16, expected float32, float8_e8m0fnu or int32"):
+        deep_gemm_ops.transform_weights_for_mega_moe((l1, forms[1][0].half()), (l2, forms[1][1]))
+
+
 def test_reference_against_plain_matrices() -> None:
     """The specification, without its roundings, is the layer as one would write it."""
     random = generator(3)
@@ -144,12 +177,27 @@ def test_reference_against_plain_matrices() -> None:
         y += weights[:, e, None] * (torch.nn.functional.silu(gate) * up @ w2[e].double().t())
     results = mega_moe.reference_experts(x, None, idx, weights, l1, None, l2, None, exact=True)
     assert_close(results.sum(1), y, tol=1e-12)
+    # FP4 weights that are these numbers, and tokens that are FP8's.
+    signs = [torch.randint(0, 2, w.shape, generator=random) for w in (w1, w2)]  # 0.5 is code 1, -0.5 is 9
+    packed = [(1 + 8 * s[..., 0::2] | (1 + 8 * s[..., 1::2]) << 4).to(torch.uint8) for s in signs]
+    scales = [torch.exp2(torch.randint(-3, 4, (*s.shape[:2], s.shape[2] // 32), generator=random)) for s in signs]
+    plain = [(0.5 - s.double()) * sf.double().repeat_interleave(32, dim=2) for s, sf in zip(signs, scales)]
+    (l1, l1_sf), (l2, l2_sf) = mega_moe.transform_weights_for_mega_moe(*zip(packed, scales))
+    values, x_sf = reference.per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)
+    x, y = reference.dequantize(values, x_sf, 1, 32, torch.float64), torch.zeros_like(y)
+    for e in range(2):
+        gate, up = (x @ plain[0][e].t()).chunk(2, dim=1)
+        y += weights[:, e, None] * (torch.nn.functional.silu(gate) * up @ plain[1][e].t())
+    results = mega_moe.reference_experts(values, x_sf, idx, weights, l1, l1_sf, l2, l2_sf, exact=True)
+    assert_close(results.sum(1), y, tol=1e-12)
 
 
 def test_buffers(device: str) -> None:
     """Sizes and names that callers of the public package know, and buffers that do not fit the call."""
     get = deep_gemm_ops.get_symm_buffer_for_mega_moe
-    buffer = get(None, 8, 16, 2, 256, 128, device=device)
+    buffer = get(None, 8, 16, 2, 256, 128, device=device)  # the public package's default: FP4 weights
+    assert buffer.mma_type == "fp8xfp4" and buffer.x_sf.dtype == torch.int32 and buffer.x_sf.shape == (16, 2)
+    buffer = get(None, 8, 16, 2, 256, 128, mma_type="fp8xfp8", device=device)
     assert buffer.x.shape == (16, 256) and buffer.x.dtype == torch.float8_e4m3fn
     assert buffer.x_sf.shape == (16, 2) and buffer.topk_idx.dtype == torch.int64
     assert buffer.topk_weights.shape == buffer.topk_idx.shape == (16, 2)
@@ -170,7 +218,7 @@ def test_buffers(device: str) -> None:
             (8, 16, 2, 256, 128, True, "bf16xbf16"),
             "use_fp8_dispatch has value True, expected False .mma_type is bf16xbf16",
         ),
-        ((8, 16, 2, 256, 128, None, "fp8xfp4"), "mma_type has value fp8xfp4, expected fp8xfp8 or bf16xbf16"),
+        ((8, 16, 2, 256, 128, None, "fp4xfp4"), "mma_type has value fp4xfp4, expected fp8xfp8, bf16xbf16 or fp8xfp4"),
         ((8, 16, 2, 256, 128, None, "fp8xfp8", "gelu"), "activation has value gelu, expected swiglu"),
     ]:
         with pytest.raises(RuntimeError, match=f"get_symm_buffer_for_mega_moe: {text}"):
@@ -205,10 +253,8 @@ def test_a_rank_that_does_not_come() -> None:
         call(case, buffers[0], weights[0], 3, timeout_ms=50)
 
 
-def arguments(device: str, is_bf16: bool) -> dict[str, Any]:
-    overload, values, keywords = next(
-        s for s in samples(device) if s[0]._opname == ("bf16" if is_bf16 else "fp8") + "_mega_moe"
-    )
+def arguments(device: str, op: str) -> dict[str, Any]:
+    overload, values, keywords = next(s for s in samples(device) if s[0]._opname == op)
     names = [argument.name for argument in overload._schema.arguments]
     return {**dict(zip(names, values)), **keywords}
 
@@ -246,9 +292,9 @@ def test_bad_input(device_of_arguments: str) -> None:
         "statistics": changed(**{stats: lambda p: torch.zeros(4, dtype=torch.int32, device=p["l1"].device)}),
     }
     assert_expected_inline(
-        messages(torch.ops.deep_gemm.fp8_mega_moe, lambda: arguments(device_of_arguments, False), changes).replace(
-            "cuda:0", "cpu"
-        ),
+        messages(
+            torch.ops.deep_gemm.fp8_mega_moe, lambda: arguments(device_of_arguments, "fp8_mega_moe"), changes
+        ).replace("cuda:0", "cpu"),
         """\
 l1 of bfloat16: fp8_mega_moe: l1 has dtype bfloat16, expected float8_e4m3fn
 l2 of rank 2: fp8_mega_moe: l2 has rank 2, expected 3
@@ -274,6 +320,33 @@ statistics: fp8_mega_moe: cumulative_local_expert_recv_stats has shape [4], expe
     )
 
 
+def test_bad_input_of_fp4(device_of_arguments: str) -> None:
+    changes = {
+        "l1 of FP8": changed(l1=lambda p: p["l1"].view(torch.float8_e4m3fn)),
+        "l1_sf of float32": changed(l1_sf=lambda p: p["l1_sf"].float()),
+        "experts of l2": changed(l2=lambda p: p["l2"][:2]),
+        "hidden": changed(l1=lambda p: p["l1"][:, :, :96].clone()),
+        "l1_sf too small": changed(l1_sf=lambda p: p["l1_sf"][:, :128]),
+        "l1_sf K-major": changed(l1_sf=lambda p: p["l1_sf"].contiguous()),
+        "l2_sf of a scale for each 32": changed(l2_sf=lambda p: p["l2_sf"].repeat(1, 1, 4)),
+        "buffer too small": changed(buffer=lambda p: p["buffer"][:-1]),
+    }
+    assert_expected_inline(
+        messages(
+            torch.ops.deep_gemm.fp8_fp4_mega_moe, lambda: arguments(device_of_arguments, "fp8_fp4_mega_moe"), changes
+        ),
+        """\
+l1 of FP8: fp8_fp4_mega_moe: l1 has dtype float8_e4m3fn, expected uint8, int8 or float4_e2m1fn_x2
+l1_sf of float32: fp8_fp4_mega_moe: l1_sf has dtype float32, expected int32
+experts of l2: fp8_fp4_mega_moe: l2 has shape [2, 256, 64], expected [local experts, hidden, intermediate / 2] = [3, 256, 64]
+hidden: fp8_fp4_mega_moe: hidden has value 192, expected a positive multiple of 128
+l1_sf too small: fp8_fp4_mega_moe: l1_sf has shape [3, 128, 2], expected [local experts, 2 * intermediate, hidden / 128] = [3, 256, 2]
+l1_sf K-major: fp8_fp4_mega_moe: l1_sf has strides [512, 2, 1], expected [512, 1, 256] (MN-major, 16-byte aligned)
+l2_sf of a scale for each 32: fp8_fp4_mega_moe: l2_sf has shape [3, 256, 4], expected [local experts, hidden, intermediate / 128] = [3, 256, 1]
+buffer too small: fp8_fp4_mega_moe: buffer has bytes 243711, expected at least 243712""",
+    )
+
+
 def test_bad_input_of_bf16(device_of_arguments: str) -> None:
     changes = {
         "l1 of float32": changed(l1=lambda p: p["l1"].float()),
@@ -285,7 +358,7 @@ def test_bad_input_of_bf16(device_of_arguments: str) -> None:
     }
 
     def good() -> dict[str, Any]:
-        base = arguments(device_of_arguments, True)
+        base = arguments(device_of_arguments, "bf16_mega_moe")
         return {**base, "out": torch.zeros(5, 256, dtype=torch.bfloat16, device=base["l1"].device)}
 
     assert_expected_inline(
@@ -353,36 +426,88 @@ def test_graph(cuda: str) -> None:
         case.check([y.cpu()], [inputs], [weights])
 
 
-def test_large_layer(cuda: str) -> None:
-    """Every height of blocks at sizes of a real model."""
-    for tokens in (1, 32, 512, 2048):
-        run(MegaCase((tokens,), 16, 4, 7168, 2048, calls=2), cuda)
+@pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
+def test_large_layer(cuda: str, mma_type: str) -> None:
+    """Every height of blocks at sizes of a real model. The reference, too, is computed on the GPU."""
+    weights = None
+    for tokens in (8, 32, 80, 400):
+        case = MegaCase((tokens,), 4, 2, 7168, 2048, mma_type=mma_type)
+        weights = weights or to_device(case.weights()[0], cuda)
+        (buffer,), inputs = case.buffers(cuda), to_device(case.inputs()[0], cuda)
+        case.write([buffer], [inputs])
+        case.check([call(case, buffer, weights, tokens)], [inputs], [weights])
+
+
+def process_cases() -> list[MegaCase]:
+    return [MegaCase((4, 0, 7), 6, 3, mma_type=mma_type, calls=2) for mma_type in ("fp8xfp8", "fp8xfp4")]
 
 
 def process(rank: int, folder: str, device: str) -> None:
-    """One of three ranks, gloo between them, on the CPU or all on one GPU."""
+    """One of three ranks, gloo between them, on the CPU or all on one GPU. A file says how far it has come."""
+    progress = pathlib.Path(folder) / f"progress {rank}"
+    progress.write_text("gloo's rendezvous")
     torch.set_num_threads(1)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
-    case = MegaCase((4, 0, 7), 6, 3, calls=2)
-    sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
-    buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, device=device)
+    where, wait = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=3, timeout=wait)
     if device == "cuda":
+        progress.write_text("CUDA's initialisation")
         deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 3)
-    weights, results = to_device(case.weights()[rank], device), []
-    for number in range(case.calls):
-        case.write([buffer], [to_device(case.inputs(number)[rank], device)])
-        results.append(call(case, buffer, weights, case.tokens[rank], timeout_ms=30_000).cpu())
+    results = {}
+    for case in process_cases():
+        progress.write_text(f"the buffer of {case.mma_type}")
+        sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
+        options: dict[str, Any] = {"mma_type": case.mma_type, "device": device}
+        buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, **options)
+        weights = to_device(case.weights()[rank], device)
+        for number in range(case.calls):
+            progress.write_text(f"call {number} of {case.mma_type}")
+            case.write([buffer], [to_device(case.inputs(number)[rank], device)])
+            y = call(case, buffer, weights, case.tokens[rank], timeout_ms=10_000)
+            results[case.mma_type, number] = y.cpu()
+        progress.write_text(f"the end of {case.mma_type}")
+        dist.barrier()
+        buffer.destroy()
     torch.save(results, f"{folder}/{rank}")
-    dist.barrier()
-    buffer.destroy()
     dist.destroy_process_group()
+    progress.write_text("its own end")
+
+
+def join(context: Any, folder: pathlib.Path, seconds: float) -> None:
+    """Waits for all processes, or kills them when that takes too long, and says what they were waiting for."""
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            stuck = [f"rank {rank} at {(folder / f'progress {rank}').read_text()}" for rank in range(3)]
+            for of_rank in context.processes:
+                of_rank.kill()
+            pytest.fail(f"not done after {seconds} s: {', '.join(stuck)}")
 
 
 def test_processes(device: str, tmp_path: pathlib.Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3)
-    case = MegaCase((4, 0, 7), 6, 3)
+    """Memory that processes share. On one GPU their kernels take turns, so that waiting costs slices of time."""
+    for rank in range(3):
+        (tmp_path / f"progress {rank}").write_text("its start")
+    seconds = 50 if device == "cuda" else 150  # of which nearly all is the processes' start
+    join(torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3, join=False), tmp_path, seconds)
     y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
-    for number in range(2):
-        case.check([results[number] for results in y], case.inputs(number), case.weights())
+    for case in process_cases():
+        for number in range(case.calls):
+            case.check([of_rank[case.mma_type, number] for of_rank in y], case.inputs(number), case.weights())
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("deep_gemm_mega_moe_")]
+
+
+def idle(rank: int) -> None:
+    time.sleep(60)
+
+
+def test_processes_that_hang(tmp_path: pathlib.Path) -> None:
+    """The test above ends with a message that names the ranks and where they are."""
+    for rank in range(3):
+        (tmp_path / f"progress {rank}").write_text("its start")
+    context = torch.multiprocessing.spawn(idle, nprocs=3, join=False)
+    with pytest.raises(pytest.fail.Exception, match="not done after 0.5 s: rank 0 at its start, rank 1 at its start"):
+        join(context, tmp_path, 0.5)
+    for of_rank in context.processes:
+        of_rank.join(10)
+        assert of_rank.exitcode == -9

@@ -149,12 +149,28 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, torch.randn(24, 256))",
         "deep_gemm_ops.tf32_hc_prenorm_gemm(x, w)",
     ),
+    "fp8_fp4_mega_moe": (
+        "deep_gemm_ops.fp8_fp4_mega_moe(\n"
+        "    None,\n"
+        "    *deep_gemm_ops.transform_weights_for_mega_moe(\n"
+        "        (torch.zeros(2, 256, 128, dtype=torch.uint8), torch.ones(2, 256, 8)),\n"
+        "        (torch.zeros(2, 256, 64, dtype=torch.uint8), torch.ones(2, 256, 4)),\n"
+        "    ),\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
+        "deep_gemm_ops.fp8_fp4_mega_moe(\n"
+        "    None, (w3, w3), (w3, w3),\n"
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, mma_type="fp8xfp8", device="cpu"),\n'
+        "    num_tokens=40,\n"
+        ")",
+    ),
     "fp8_mega_moe": (
         "deep_gemm_ops.fp8_mega_moe(\n"
         "    None,\n"
         "    (torch.zeros(2, 256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2, 2)),\n"
         "    (torch.zeros(2, 256, 128).to(torch.float8_e4m3fn), torch.ones(2, 2, 1)),\n"
-        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, device="cpu"),\n'
+        '    deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 128, mma_type="fp8xfp8", device="cpu"),\n'
         "    num_tokens=40,\n"
         ")",
         'deep_gemm_ops.get_symm_buffer_for_mega_moe(None, 2, 64, 1, 256, 100, device="cpu")',

@@ -43,6 +43,8 @@ def library() -> ctypes.CDLL | None:
     lib.dg_mqa_instances.restype = ctypes.c_char_p
     lib.dg_force_mqa_row.argtypes = [ctypes.c_int]
     lib.dg_force_mqa_row.restype = None
+    lib.dg_tune_mega_moe.argtypes = [ctypes.c_int] * 4
+    lib.dg_tune_mega_moe.restype = None
     return lib
 
 
@@ -144,6 +146,21 @@ def force_instance(index: int) -> Iterator[None]:
         yield
     finally:
         lib.dg_force_instance(before)
+
+
+@contextlib.contextmanager
+def tune_mega_moe(
+    block_tokens: int = -1, lag: int = -1, prefetch_bytes: int = -1, evict_weights: int = -1
+) -> Iterator[None]:
+    """While the context is open, Mega MoE on a GPU takes these instead of what it would choose, where they are not -1:
+    tokens of a block (16, 32, 64 or 128), blocks by which the second linear is behind the first, bytes of each row of
+    weights that a CTA fetches into L2 while the tokens are sorted, and whether L2 is to drop weights first."""
+    lib = _require()
+    lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights)
+    try:
+        yield
+    finally:
+        lib.dg_tune_mega_moe(-1, -1, -1, -1)
 
 
 def get_knob(name: str) -> int:

@@ -21,6 +21,7 @@ from . import _checks, reference
 from ._checks import fail
 from ._cpu import _cpu
 from ._fakes import _fake
+from .fp8_fp4_gemm import expand_fp4
 from .fused_casts import silu
 from .layout import align
 from .ops import _refuse_grad
@@ -28,21 +29,24 @@ from .ops import _refuse_grad
 __all__ = [
     "SymmBuffer",
     "bf16_mega_moe",
+    "fp8_fp4_mega_moe",
     "fp8_mega_moe",
     "get_symm_buffer_for_mega_moe",
     "transform_weights_for_mega_moe",
 ]
 
 Tensor = torch.Tensor
-WeightsFP8 = tuple[Tensor, Tensor]
+ScaledWeights = tuple[Tensor, Tensor]
 
 MAX_RANKS = 128
 MAX_LOCAL_EXPERTS = 512
 DEFAULT_TIMEOUT_MS = 60_000
 #: Gates and ups alternate in groups of so many rows.
 INTERLEAVE = 8
-MMA_TYPES = ("fp8xfp8", "bf16xbf16")
-_GRAN_K = 128
+#: Types of tokens and weights, each of one operator, in the order of MegaMoeType in src/device/mega_moe_params.h.
+MMA_TYPES = ("fp8xfp8", "bf16xbf16", "fp8xfp4")
+_MMA_TYPE_OF = {"fp8_mega_moe": "fp8xfp8", "bf16_mega_moe": "bf16xbf16", "fp8_fp4_mega_moe": "fp8xfp4"}
+_GRAN_K = 128  # elements of K that share a scale, or four scales in a word
 _HEADER_BYTES = 1024 + 8 * MAX_RANKS + 4 * MAX_RANKS
 
 
@@ -79,7 +83,16 @@ class LayerShape(NamedTuple):
     topk: int
     hidden: int
     intermediate: int
-    is_bf16: bool
+    mma_type: str
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.mma_type == "bf16xbf16"
+
+    @property
+    def is_fp4(self) -> bool:
+        """Weights are FP4; they and the tokens have UE8M0 scales per 32 of K."""
+        return self.mma_type == "fp8xfp4"
 
     @property
     def local_experts(self) -> int:
@@ -92,6 +105,7 @@ class LayerShape(NamedTuple):
         choices = expert_rows * min(self.topk, experts)
         pool = align(choices + experts * (max_block - 1), max_block)
         blocks = choices // min_block + experts
+        pool_scales = 16 if self.is_fp4 else scale  # room for FP32 per 32
         groups, groups_h = self.hidden // _GRAN_K, self.intermediate // _GRAN_K
         sizes = [
             _HEADER_BYTES,
@@ -106,9 +120,9 @@ class LayerShape(NamedTuple):
             experts * expert_rows * 8,
             pool * 4,
             pool * self.hidden * element,
-            pool * groups * scale,
+            pool * groups * pool_scales,
             pool * self.intermediate * element,
-            pool * groups_h * scale,
+            pool * groups_h * pool_scales,
         ]
         offsets, end = [], 0
         for size in sizes:
@@ -135,9 +149,10 @@ def _view(buffer: Tensor, offset: int, dtype: torch.dtype, *shape: int) -> Tenso
 def _views(buffer: Tensor, shape: LayerShape) -> _Views:
     at, tokens = shape.buffer_layout(), shape.max_tokens
     dtype = torch.bfloat16 if shape.is_bf16 else torch.float8_e4m3fn
+    scale = torch.int32 if shape.is_fp4 else torch.float32
     return _Views(
         _view(buffer, at.x, dtype, tokens, shape.hidden),
-        None if shape.is_bf16 else _view(buffer, at.x_sf, torch.float32, tokens, shape.hidden // _GRAN_K),
+        None if shape.is_bf16 else _view(buffer, at.x_sf, scale, tokens, shape.hidden // _GRAN_K),
         _view(buffer, at.topk_idx, torch.int64, tokens, shape.topk),
         _view(buffer, at.topk_weights, torch.float32, tokens, shape.topk),
         _view(buffer, at.combine, torch.bfloat16, tokens, shape.topk, shape.hidden),
@@ -169,15 +184,16 @@ class SymmBuffer:
     """A rank's memory for Mega MoE, which its peers reach: inputs, results of experts, and this rank's workspace.
 
     Write the inputs of a call into the first rows of ``x`` (float8_e4m3fn ``[num_max_tokens_per_rank, hidden]``, or
-    bfloat16), ``x_sf`` (float32 ``[.., hidden / 128]``, absent with bfloat16), ``topk_idx`` (int64 ``[.., num_topk]``,
-    the expert among those of all ranks, -1 where a choice is masked; the experts of a token differ) and
-    ``topk_weights`` (float32 ``[.., num_topk]``). A call leaves everything else ready for the next one.
+    bfloat16), ``x_sf`` (``[.., hidden / 128]``: float32, with FP4 weights int32, four UE8M0 scales per 32 elements in a
+    word; absent with bfloat16), ``topk_idx`` (int64 ``[.., num_topk]``, the expert among those of all ranks, -1 where a
+    choice is masked; the experts of a token differ) and ``topk_weights`` (float32 ``[.., num_topk]``). A call leaves
+    everything else ready for the next one.
 
     ``buffer`` is the uint8 memory itself, ``handle.buffer_ptrs`` has the addresses of all ranks' buffers. A buffer is
     made by :func:`get_symm_buffer_for_mega_moe`, or by :meth:`in_one_process`.
     """
 
-    def __init__(self, buffer: Tensor, handle: Any, rank: int, group: Any, shape: LayerShape, mma_type: str) -> None:
+    def __init__(self, buffer: Tensor, handle: Any, rank: int, group: Any, shape: LayerShape) -> None:
         self.buffer: Tensor | None = buffer
         self.handle = handle
         self.rank = rank
@@ -188,7 +204,7 @@ class SymmBuffer:
         self.num_topk = shape.topk
         self.hidden = shape.hidden
         self.intermediate_hidden = shape.intermediate
-        self.mma_type = mma_type
+        self.mma_type = shape.mma_type
         views = _views(buffer, shape)
         self.x: Tensor | None = views.x
         self.x_sf: Tensor | None = views.x_sf
@@ -203,7 +219,7 @@ class SymmBuffer:
         num_topk: int,
         hidden: int,
         intermediate_hidden: int,
-        mma_type: str = "fp8xfp8",
+        mma_type: str = "fp8xfp4",
         device: torch.device | str = "cuda",
     ) -> list[SymmBuffer]:
         """Buffers of several ranks that one process plays, each on a stream or thread of its own, on one device.
@@ -218,13 +234,13 @@ class SymmBuffer:
             num_topk,
             hidden,
             intermediate_hidden,
-            _is_bf16("SymmBuffer", mma_type),
+            _checked_mma_type("SymmBuffer", mma_type),
         )
         _check_sizes("SymmBuffer", shape)
         size = shape.buffer_layout().bytes
         buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(num_ranks)]
         handle = types.SimpleNamespace(buffer_ptrs=[buffer.data_ptr() for buffer in buffers], keep=buffers)
-        return [SymmBuffer(buffer, handle, rank, None, shape, mma_type) for rank, buffer in enumerate(buffers)]
+        return [SymmBuffer(buffer, handle, rank, None, shape) for rank, buffer in enumerate(buffers)]
 
     def destroy(self) -> None:
         """Lets go of the memory. All ranks have to be done with it."""
@@ -232,10 +248,10 @@ class SymmBuffer:
         self.x = self.x_sf = self.topk_idx = self.topk_weights = None
 
 
-def _is_bf16(op: str, mma_type: str) -> bool:
+def _checked_mma_type(op: str, mma_type: str) -> str:
     if mma_type not in MMA_TYPES:
         fail(op, "mma_type", "value", mma_type, _checks.one_of(MMA_TYPES))
-    return mma_type == "bf16xbf16"
+    return mma_type
 
 
 def _shared_memory(group: Any, size: int) -> tuple[Tensor, Any]:
@@ -265,7 +281,7 @@ def get_symm_buffer_for_mega_moe(
     hidden: int,
     intermediate_hidden: int,
     use_fp8_dispatch: bool | None = None,
-    mma_type: str = "fp8xfp8",
+    mma_type: str = "fp8xfp4",
     activation: str = "swiglu",
     *,
     device: torch.device | str = "cuda",
@@ -280,7 +296,8 @@ def get_symm_buffer_for_mega_moe(
         num_topk: experts that a token chooses.
         hidden, intermediate_hidden: multiples of 128.
         use_fp8_dispatch: None, or whether ``mma_type`` begins with fp8.
-        mma_type: "fp8xfp8" (SM90) or "bf16xbf16".
+        mma_type: of tokens and weights: "fp8xfp4" for :func:`fp8_fp4_mega_moe`, "fp8xfp8" for :func:`fp8_mega_moe`,
+            "bf16xbf16" for :func:`bf16_mega_moe`.
         activation: "swiglu".
         device: "cuda" is the current device; on "cpu" processes share memory.
 
@@ -293,11 +310,11 @@ def get_symm_buffer_for_mega_moe(
     op = "get_symm_buffer_for_mega_moe"
     if activation != "swiglu":
         fail(op, "activation", "value", activation, "swiglu")
-    is_bf16 = _is_bf16(op, mma_type)
-    if use_fp8_dispatch is not None and use_fp8_dispatch == is_bf16:
+    _checked_mma_type(op, mma_type)
+    if use_fp8_dispatch is not None and use_fp8_dispatch != mma_type.startswith("fp8"):
         fail(op, "use_fp8_dispatch", "value", use_fp8_dispatch, not use_fp8_dispatch, f"mma_type is {mma_type}")
     ranks = 1 if group is None else group.size()
-    shape = LayerShape(ranks, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden, is_bf16)
+    shape = LayerShape(ranks, num_experts, num_max_tokens_per_rank, num_topk, hidden, intermediate_hidden, mma_type)
     _check_sizes(op, shape)
     size = shape.buffer_layout().bytes
     if ranks == 1:
@@ -314,7 +331,7 @@ def get_symm_buffer_for_mega_moe(
         buffer.zero_()
         torch.cuda.synchronize(buffer.device)
         dist.barrier(group=group)  # nobody signals to a buffer that is still to be zeroed
-    return SymmBuffer(buffer, handle, 0 if group is None else group.rank(), group, shape, mma_type)
+    return SymmBuffer(buffer, handle, 0 if group is None else group.rank(), group, shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,19 +353,23 @@ def _separate(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transform_weights_for_mega_moe(
-    l1_weights: Tensor | WeightsFP8, l2_weights: Tensor | WeightsFP8, activation: str = "swiglu"
-) -> tuple[Tensor | WeightsFP8, Tensor | WeightsFP8]:
+    l1_weights: Tensor | ScaledWeights, l2_weights: Tensor | ScaledWeights, activation: str = "swiglu"
+) -> tuple[Tensor | ScaledWeights, Tensor | ScaledWeights]:
     """Weights in the order that Mega MoE reads them in; once, when they are loaded.
 
     Args:
         l1_weights: ``[local experts, 2 * intermediate, hidden]``, all gates before all ups: bfloat16, or
-            float8_e4m3fn in a pair with float32 scales ``[local experts, 2 * intermediate / 128, hidden / 128]``.
+            float8_e4m3fn in a pair with float32 scales ``[local experts, 2 * intermediate / 128, hidden / 128]``, or
+            FP4, two of K a byte, as uint8, int8 or float4_e2m1fn_x2 ``[.., hidden / 2]`` in a pair with scales of each
+            row and 32 of K: float32 or float8_e8m0fnu ``[.., hidden / 32]``, or int32 ``[.., hidden / 128]``, four
+            UE8M0 in a word.
         l2_weights: ``[local experts, hidden, intermediate]``, likewise.
         activation: "swiglu".
 
     Returns:
-        The same with new l1 weights, in which eight gates and the eight ups that belong to them alternate. Scales, one
-        for a block of 128 gates or ups, and l2 are as they were.
+        The same with new l1 weights, in which eight gates and the eight ups that belong to them alternate. Scales of
+        FP8, one for a block of 128 gates or ups, and l2 are as they were. Scales of FP4 alternate with their rows, and
+        are int32 words, MN-major, those of l2 too; a float32 that is no power of two becomes UE8M0's NaN.
     """
     if activation != "swiglu":
         fail("transform_weights_for_mega_moe", "activation", "value", activation, "swiglu")
@@ -357,7 +378,26 @@ def transform_weights_for_mega_moe(
     values, scales = l1_weights
     # Rearranged as bytes: not every PyTorch can transpose FP8 everywhere.
     interleaved = _interleave(values.contiguous().view(torch.uint8)).view(values.dtype)
-    return (interleaved, scales), l2_weights
+    if values.dtype not in _checks.FP4_DTYPES:
+        return (interleaved, scales), l2_weights
+    l2, l2_sf = l2_weights
+    return (interleaved, _mn_major_words(_interleave(_scale_words(scales)))), (l2, _mn_major_words(_scale_words(l2_sf)))
+
+
+def _scale_words(sf: Tensor) -> Tensor:
+    """Scales along K as UE8M0, four in an int32."""
+    if sf.dtype == torch.float32:
+        return reference.pack_ue8m0(reference.ue8m0_bytes(sf))
+    if sf.dtype == torch.float8_e8m0fnu:
+        return reference.pack_ue8m0(sf.view(torch.uint8).to(torch.int32))
+    if sf.dtype != torch.int32:
+        dtypes = _checks.one_of(("float32", "float8_e8m0fnu", "int32"))
+        fail("transform_weights_for_mega_moe", "scales", "dtype", str(sf.dtype).removeprefix("torch."), dtypes)
+    return sf.contiguous()
+
+
+def _mn_major_words(words: Tensor) -> Tensor:
+    return words.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,9 +420,8 @@ def _call(
         fail(op, "activation", "value", activation, "swiglu")
     if sym_buffer.buffer is None:
         fail(op, "sym_buffer", "state", "destroyed", "a buffer")
-    if (sym_buffer.mma_type == "bf16xbf16") != (op == "bf16_mega_moe"):
-        want = "bf16xbf16" if op == "bf16_mega_moe" else "fp8xfp8"
-        fail(op, "sym_buffer", "mma_type", sym_buffer.mma_type, want)
+    if sym_buffer.mma_type != _MMA_TYPE_OF[op]:
+        fail(op, "sym_buffer", "mma_type", sym_buffer.mma_type, _MMA_TYPE_OF[op])
     if torch.is_grad_enabled():
         _refuse_grad(op, **weights)
     if y is None and num_tokens is None:
@@ -415,8 +454,8 @@ def _call(
 
 def fp8_mega_moe(
     y: Tensor | None,
-    l1_weights: WeightsFP8,
-    l2_weights: WeightsFP8,
+    l1_weights: ScaledWeights,
+    l2_weights: ScaledWeights,
     sym_buffer: SymmBuffer,
     cumulative_local_expert_recv_stats: Tensor | None = None,
     recipe: tuple[int, int, int] = (1, 128, 128),
@@ -478,6 +517,51 @@ def fp8_mega_moe(
     )
 
 
+def fp8_fp4_mega_moe(
+    y: Tensor | None,
+    l1_weights: ScaledWeights,
+    l2_weights: ScaledWeights,
+    sym_buffer: SymmBuffer,
+    cumulative_local_expert_recv_stats: Tensor | None = None,
+    recipe: tuple[int, int, int] = (1, 1, 32),
+    activation: str = "swiglu",
+    activation_clamp: float | None = None,
+    fast_math: bool = True,
+    *,
+    num_tokens: int | None = None,
+    expected_m: int | None = None,
+    timeout_ms: int = DEFAULT_TIMEOUT_MS,
+) -> Tensor:
+    """As :func:`fp8_mega_moe`, with FP4 weights and UE8M0 scales per 32 of K, of weights and of tokens.
+
+    The product of SwiGLU and the routing weight is quantised to FP8 with a UE8M0 scale per token and 32 elements: what
+    ``m_grouped_fp8_fp4_gemm_nt_contiguous`` with recipe ``[1, 1, 32]`` and ``swiglu_cast_to_fp8`` with ``gran_k=32``
+    and ``use_packed_ue8m0=True`` give one after the other. ``recipe`` is (1, 1, 32).
+
+    Weights are pairs as :func:`transform_weights_for_mega_moe` returns them: two FP4 values of K a byte, the even one
+    in the low nibble, as uint8, int8 or float4_e2m1fn_x2 ``[local experts, 2 * intermediate, hidden / 2]`` and
+    ``[local experts, hidden, intermediate / 2]``, and int32 words of four scales ``[.., hidden / 128]`` and
+    ``[.., intermediate / 128]``, stride 1 along the rows. ``sym_buffer`` has ``mma_type`` "fp8xfp4", its ``x_sf`` is
+    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both.
+    """
+    op = "fp8_fp4_mega_moe"
+    if tuple(recipe) != (1, 1, 32):
+        fail(op, "recipe", "value", list(recipe), [1, 1, 32])
+    weights = {"l1": l1_weights[0], "l1_sf": l1_weights[1], "l2": l2_weights[0], "l2_sf": l2_weights[1]}
+    return _call(
+        op,
+        y,
+        weights,
+        sym_buffer,
+        cumulative_local_expert_recv_stats,
+        activation,
+        activation_clamp,
+        num_tokens,
+        expected_m,
+        timeout_ms,
+    )
+
+
 def bf16_mega_moe(
     y: Tensor | None,
     l1_weights: Tensor,
@@ -518,6 +602,7 @@ def bf16_mega_moe(
 class _Arguments(NamedTuple):
     """An operator's arguments; the scales are None with BF16."""
 
+    op: str
     l1: Tensor
     l1_sf: Tensor | None
     l2: Tensor
@@ -536,12 +621,10 @@ class _Arguments(NamedTuple):
     out: Tensor | None
 
     @property
-    def op(self) -> str:
-        return "bf16_mega_moe" if self.l1_sf is None else "fp8_mega_moe"
-
-    @property
     def shape(self) -> LayerShape:
-        hidden, intermediate = _checks.shape_of(self.l1)[2], _checks.shape_of(self.l2)[2]
+        mma_type = _MMA_TYPE_OF[self.op]
+        values = 2 if mma_type == "fp8xfp4" else 1  # of K in an element
+        hidden, intermediate = values * _checks.shape_of(self.l1)[2], values * _checks.shape_of(self.l2)[2]
         return LayerShape(
             len(self.buffer_ptrs),
             self.num_experts,
@@ -549,7 +632,7 @@ class _Arguments(NamedTuple):
             self.num_topk,
             hidden,
             intermediate,
-            self.l1_sf is None,
+            mma_type,
         )
 
 
@@ -564,13 +647,19 @@ def _check_dense(op: str, arg: str, x: Tensor) -> None:
 
 def _check(a: _Arguments, real: bool) -> None:
     """``real`` is False where tensors have no memory (fakes)."""
-    op, dtype = a.op, torch.bfloat16 if a.l1_sf is None else torch.float8_e4m3fn
-    matrices = {"l1": (a.l1, dtype, 3), "l1_sf": (a.l1_sf, torch.float32, 3), "l2": (a.l2, dtype, 3)}
-    matrices |= {"l2_sf": (a.l2_sf, torch.float32, 3), "buffer": (a.buffer, torch.uint8, 1)}
-    matrices |= {"cumulative_local_expert_recv_stats": (a.stats, torch.int32, 1), "out": (a.out, torch.bfloat16, 2)}
+    op = a.op
+    is_fp4 = _MMA_TYPE_OF[op] == "fp8xfp4"
+    dtypes = _checks.FP4_DTYPES if is_fp4 else (torch.bfloat16 if a.l1_sf is None else torch.float8_e4m3fn,)
+    scales = (torch.int32 if is_fp4 else torch.float32,)
+    matrices = {"l1": (a.l1, dtypes, 3), "l1_sf": (a.l1_sf, scales, 3), "l2": (a.l2, dtypes, 3)}
+    matrices |= {"l2_sf": (a.l2_sf, scales, 3), "buffer": (a.buffer, (torch.uint8,), 1)}
+    matrices |= {
+        "cumulative_local_expert_recv_stats": (a.stats, (torch.int32,), 1),
+        "out": (a.out, (torch.bfloat16,), 2),
+    }
     given = {arg: entry for arg, entry in matrices.items() if entry[0] is not None}
-    for arg, (x, of_type, rank) in given.items():
-        _checks.check_dtype(op, arg, x, (of_type,))
+    for arg, (x, accepted, rank) in given.items():
+        _checks.check_dtype(op, arg, x, accepted)
         _checks.check_rank(op, arg, x, (rank,))
     for arg, (x, _, _) in given.items():
         _checks.check_device(op, arg, x, a.l1.device, "l1")
@@ -589,20 +678,29 @@ def _check(a: _Arguments, real: bool) -> None:
     if not a.timeout_ms > 0:
         fail(op, "timeout_ms", "value", a.timeout_ms, "a positive integer")
     experts, hidden, intermediate = shape.local_experts, shape.hidden, shape.intermediate
-    _checks.check_shape(
-        op, "l1", a.l1, "[local experts, 2 * intermediate, hidden]", [experts, 2 * intermediate, hidden]
-    )
-    _checks.check_shape(op, "l2", a.l2, "[local experts, hidden, intermediate]", [experts, hidden, intermediate])
+    packed, values = (" / 2", 2) if is_fp4 else ("", 1)  # a byte of FP4 has two
+    names = f"[local experts, 2 * intermediate, hidden{packed}]"
+    _checks.check_shape(op, "l1", a.l1, names, [experts, 2 * intermediate, hidden // values])
+    names = f"[local experts, hidden, intermediate{packed}]"
+    _checks.check_shape(op, "l2", a.l2, names, [experts, hidden, intermediate // values])
     for arg, x in (("l1", a.l1), ("l2", a.l2)):
         _check_dense(op, arg, x)
         if real and x.data_ptr() % 16 != 0:
             fail(op, arg, "base address", f"{x.data_ptr() % 16} modulo 16 bytes", 0)
     if a.l1_sf is not None and a.l2_sf is not None:
-        blocks, blocks_h = hidden // _GRAN_K, intermediate // _GRAN_K
-        names = "[local experts, 2 * intermediate / 128, hidden / 128]"
-        _checks.check_shape(op, "l1_sf", a.l1_sf, names, [experts, 2 * blocks_h, blocks])
-        names = "[local experts, hidden / 128, intermediate / 128]"
-        _checks.check_shape(op, "l2_sf", a.l2_sf, names, [experts, blocks, blocks_h])
+        rows, gran = ("", 1) if is_fp4 else (" / 128", 128)  # that share a scale
+        l1_sf_shape = [experts, 2 * intermediate // gran, hidden // _GRAN_K]
+        l2_sf_shape = [experts, hidden // gran, intermediate // _GRAN_K]
+        names = f"[local experts, 2 * intermediate{rows}, hidden / 128]"
+        _checks.check_shape(op, "l1_sf", a.l1_sf, names, l1_sf_shape)
+        names = f"[local experts, hidden{rows}, intermediate / 128]"
+        _checks.check_shape(op, "l2_sf", a.l2_sf, names, l2_sf_shape)
+        for arg, x, sf_shape in (("l1_sf", a.l1_sf, l1_sf_shape), ("l2_sf", a.l2_sf, l2_sf_shape)):
+            if not is_fp4:
+                continue  # any strides
+            _checks.check_exact_strides(op, arg, x, _checks.mn_major_strides(sf_shape))
+            if real and x.data_ptr() % 16 != 0:
+                fail(op, arg, "base address", f"{x.data_ptr() % 16} modulo 16 bytes", 0)
     needed = shape.buffer_layout().bytes
     _check_dense(op, "buffer", a.buffer)
     if not _checks.shape_of(a.buffer)[0] >= needed:
@@ -645,13 +743,15 @@ def reference_experts(
     Returns ``[tokens, topk, hidden]``, zeros where another expert is chosen: bfloat16, or with ``exact`` float64, where
     nothing is rounded or quantised between the linears. The layer is the sum over topk of all experts' results.
     """
+    is_fp4 = l1.dtype in _checks.FP4_DTYPES
+    gran_mn, gran_k = (1, 32) if is_fp4 else (128, _GRAN_K)  # of weights; tokens have a scale per row and gran_k
     dtype = torch.float64 if exact else torch.float32
 
     def product(a: Tensor, a_sf: Tensor | None, b: Tensor, b_sf: Tensor | None) -> Tensor:
         if a_sf is not None:
-            a = reference.dequantize(a, a_sf, 1, _GRAN_K, dtype)
+            a = reference.dequantize(a, a_sf, 1, gran_k, dtype)
         if b_sf is not None:
-            b = reference.dequantize(b, b_sf, 128, _GRAN_K, dtype)
+            b = reference.dequantize(expand_fp4(b), b_sf, gran_mn, gran_k, dtype)
         return a.to(dtype) @ b.to(dtype).t()
 
     results = torch.zeros(*topk_idx.shape, l2.shape[1], dtype=dtype if exact else torch.bfloat16, device=x.device)
@@ -659,10 +759,11 @@ def reference_experts(
         token, choice = (topk_idx == first_expert + expert).nonzero(as_tuple=True)
         if token.numel() == 0:
             continue
-        # Scales are those of 128 gates, then of 128 ups.
         weights = torch.cat(_separate(l1[expert].view(torch.uint8 if l1_sf is not None else l1.dtype))).view(l1.dtype)
-        scales = (None, None) if x_sf is None or l1_sf is None or l2_sf is None else (x_sf[token], l1_sf[expert])
-        both = product(x.view(torch.uint8)[token].view(x.dtype), scales[0], weights, scales[1])
+        # Scales of FP8 weights are those of 128 gates, then of 128 ups, one for each; those of FP4 follow the rows.
+        weights_sf = None if l1_sf is None else torch.cat(_separate(l1_sf[expert])) if is_fp4 else l1_sf[expert]
+        tokens_sf = None if x_sf is None else x_sf[token]
+        both = product(x.view(torch.uint8)[token].view(x.dtype), tokens_sf, weights, weights_sf)
         gate, up = (both if exact else both.to(torch.bfloat16).float()).chunk(2, dim=1)
         if clamp is not None:
             limit = torch.tensor(clamp, dtype=torch.float32, device=x.device).to(gate.dtype)
@@ -673,7 +774,7 @@ def reference_experts(
             h_sf = None
             h = h if exact else h.to(torch.bfloat16)
         else:
-            h, h_sf = reference.per_token_cast_to_fp8(h)
+            h, h_sf = reference.per_token_cast_to_fp8(h, gran_k=gran_k, use_packed_ue8m0=is_fp4)
         results[token, choice] = product(h, h_sf, l2[expert], None if l2_sf is None else l2_sf[expert]).to(
             results.dtype
         )
@@ -684,11 +785,10 @@ def reference_experts(
 # Fakes and CPU
 
 
-def _collect(
-    scaled: bool, tensors: Sequence[Tensor], rest: Sequence[Any], keywords: dict[str, Any], out: Tensor | None
-) -> _Arguments:
-    l1, l1_sf, l2, l2_sf = tensors if scaled else (tensors[0], None, tensors[1], None)
+def _collect(op: str, args: Sequence[Any], keywords: dict[str, Any], out: Tensor | None = None) -> _Arguments:
+    l1, l1_sf, l2, l2_sf, *rest = args if op != "bf16_mega_moe" else (args[0], None, args[1], None, *args[2:])
     return _Arguments(
+        op,
         l1,
         l1_sf,
         l2,
@@ -778,27 +878,25 @@ def _check_choices(op: str, topk_idx: Tensor, num_experts: int) -> None:
         fail(op, "topk_idx", "value", topk_idx[int(twice.nonzero()[0])].tolist(), "an expert once for each token")
 
 
-def _register(op: str, num_weights: int) -> None:
-    scaled = num_weights == 4
-
+def _register(op: str) -> None:
     @_fake(op)
     def fake_functional(*args: Any, **keywords: Any) -> Tensor:
-        a = _collect(scaled, args[:num_weights], args[num_weights:], keywords, None)
+        a = _collect(op, args, keywords)
         _check(a, real=False)
-        return a.l1.new_empty((a.num_tokens, a.l1.shape[2]), dtype=torch.bfloat16)
+        return a.l1.new_empty((a.num_tokens, a.shape.hidden), dtype=torch.bfloat16)
 
     @_fake(f"{op}.out")
     def fake_out(*args: Any, out: Tensor, **keywords: Any) -> None:
-        _check(_collect(scaled, args[:num_weights], args[num_weights:], keywords, out), real=False)
+        _check(_collect(op, args, keywords, out), real=False)
 
     @_cpu(op)
     def functional(*args: Any, **keywords: Any) -> Tensor:
-        return _run(_collect(scaled, args[:num_weights], args[num_weights:], keywords, None))
+        return _run(_collect(op, args, keywords))
 
     @_cpu(f"{op}.out")
     def write(*args: Any, out: Tensor, **keywords: Any) -> None:
-        out.copy_(_run(_collect(scaled, args[:num_weights], args[num_weights:], keywords, out)))
+        out.copy_(_run(_collect(op, args, keywords, out)))
 
 
-_register("fp8_mega_moe", 4)
-_register("bf16_mega_moe", 2)
+for _op in _MMA_TYPE_OF:
+    _register(_op)

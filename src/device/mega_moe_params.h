@@ -11,7 +11,10 @@ inline constexpr int kMegaMoeMaxRanks = 128;
 inline constexpr int kMegaMoeMaxLocalExperts = 512;
 inline constexpr int kMegaMoeMinBlockTokens = 16;    // of all kernels' blocks of tokens the shortest,
 inline constexpr int kMegaMoeMaxBlockTokens = 128;   // and the longest
-inline constexpr int kMegaMoeGranK = 128;            // elements along K that share a scale
+inline constexpr int kMegaMoeGranK = 128;            // elements along K that share a scale, or a word of four
+
+// Of tokens and weights. Tokens are FP8 beside FP4 weights, too.
+enum class MegaMoeType : int { kFP8, kBF16, kFP8FP4 };
 
 // What another rank can be late for.
 enum class MegaMoeStep : uint32_t { kEnter = 1, kRoute, kLeave };
@@ -45,10 +48,12 @@ struct MegaMoeShape {
     int topk;
     int hidden;
     int intermediate;
-    bool is_bf16;
+    MegaMoeType type;
 
+    constexpr bool is_bf16() const { return type == MegaMoeType::kBF16; }
+    constexpr bool is_fp4() const { return type == MegaMoeType::kFP8FP4; }
     constexpr int local_experts() const { return num_experts / num_ranks; }
-    constexpr int element_bytes() const { return is_bf16 ? 2 : 1; }
+    constexpr int element_bytes() const { return is_bf16() ? 2 : 1; }  // of tokens
     // Tokens that one expert can get: a token chooses an expert once.
     constexpr int64_t expert_rows() const { return int64_t{num_ranks} * max_tokens; }
     constexpr int64_t max_choices() const {
@@ -66,7 +71,7 @@ struct MegaMoeShape {
 // deep_gemm_ops/mega_moe.py has the same layout.
 struct MegaMoeOffsets {
     int64_t x;             // [max_tokens, hidden], FP8 or BF16
-    int64_t x_sf;          // FP32 [max_tokens, hidden / 128], FP8 alone, as are all scales
+    int64_t x_sf;          // [max_tokens, hidden / 128], not with BF16, as all scales: FP32, or UE8M0 words with FP4
     int64_t topk_idx;      // int64 [max_tokens, topk]
     int64_t topk_weights;  // FP32 [max_tokens, topk]
     int64_t combine;       // BF16 [max_tokens, topk, hidden], written by the experts' owners
@@ -78,15 +83,15 @@ struct MegaMoeOffsets {
     int64_t sources;       // MegaMoeSource [local experts, expert_rows]
     int64_t pool_weights;  // FP32 [pool rows]
     int64_t pool_x;        // [pool rows, hidden]
-    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]
+    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]; with FP4 there is room for [hidden / 32, pool rows]
     int64_t pool_h;        // [pool rows, intermediate]
-    int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows]
+    int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows], likewise
     int64_t bytes;         // of all
 
     MegaMoeOffsets() = default;
     constexpr explicit MegaMoeOffsets(const MegaMoeShape& shape) : MegaMoeOffsets() {
         const int64_t tokens = shape.max_tokens, pool = shape.pool_rows(), experts = shape.local_experts();
-        const int64_t scale = shape.is_bf16 ? 0 : 4;
+        const int64_t scale = shape.is_bf16() ? 0 : 4, pool_scales = shape.is_fp4() ? 16 : scale;
         const int64_t hidden_groups = shape.hidden / kMegaMoeGranK, groups = shape.intermediate / kMegaMoeGranK;
         bytes = align(sizeof(MegaMoeHeader));
         x = take(tokens * shape.hidden * shape.element_bytes());
@@ -100,9 +105,9 @@ struct MegaMoeOffsets {
         sources = take(experts * shape.expert_rows() * static_cast<int64_t>(sizeof(MegaMoeSource)));
         pool_weights = take(pool * 4);
         pool_x = take(pool * shape.hidden * shape.element_bytes());
-        pool_x_sf = take(pool * hidden_groups * scale);
+        pool_x_sf = take(pool * hidden_groups * pool_scales);
         pool_h = take(pool * shape.intermediate * shape.element_bytes());
-        pool_h_sf = take(pool * groups * scale);
+        pool_h_sf = take(pool * groups * pool_scales);
     }
 
 private:
@@ -114,7 +119,7 @@ private:
     }
 };
 
-// Scales of weights, a block of 128 x 128 each: FP32, any strides, in elements.
+// Scales of FP8 weights, a block of 128 x 128 each: FP32, any strides, in elements.
 struct MegaMoeBlockScales {
     const float* data;
     int64_t stride_expert;
@@ -127,9 +132,11 @@ struct MegaMoeParams {
     CUtensorMap l2_map;    // [local experts * hidden, intermediate], likewise
     CUtensorMap x_map;     // pool_x, boxes of a block of tokens
     CUtensorMap h_map;     // pool_h, likewise
-    CUtensorMap x_sf_map;  // pool_x_sf, a row of a block; unset where there are no scales
+    CUtensorMap x_sf_map;  // pool_x_sf, a block's of 128 of K; unset where there are no scales
     CUtensorMap h_sf_map;  // pool_h_sf, likewise
-    MegaMoeBlockScales l1_sf;  // a row for each 128 gates, then one for each 128 ups
+    CUtensorMap l1_sf_map;     // FP4's UE8M0 words, [local experts * hidden / 128, 2 * intermediate], boxes of 256; else unset
+    CUtensorMap l2_sf_map;     // [local experts * intermediate / 128, hidden], likewise
+    MegaMoeBlockScales l1_sf;  // FP8: a row for each 128 gates, then one for each 128 ups
     MegaMoeBlockScales l2_sf;
     MegaMoeOffsets offsets;
     MegaMoeShape shape;
@@ -142,6 +149,9 @@ struct MegaMoeParams {
     int rank;
     int num_tokens;
     int lag;                           // blocks by which the second linear is behind the first
+    int prefetch_bytes;                // of each row of a CTA's first tile of weights; 0: none, otherwise a multiple of 16
+    const uint8_t* l1;                 // what l1_map maps
+    bool evicts_weights;               // first from L2
     bool clamped;
     float clamp;
 };

@@ -20,7 +20,7 @@ using sm90::kMegaTileRows;
 using sm90::MegaMoeLayout;
 
 #if DG_WITH_SM90
-const void* layer_kernel(const MegaMoeLayout& layout) { return sm90::mega_moe_kernel(layout.block_tokens, layout.is_bf16); }
+const void* layer_kernel(const MegaMoeLayout& layout) { return sm90::mega_moe_kernel(layout); }
 const void* check_kernel() { return sm90::mega_moe_check_kernel(); }
 #else
 const void* layer_kernel(const MegaMoeLayout&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
@@ -30,12 +30,12 @@ const void* check_kernel() { throw std::runtime_error("deep_gemm: built without 
 // A number for each kernel that no row of a table has, for the launcher's notes about kernels.
 constexpr int kFirstRow = 300;
 
-int row_of(const MegaMoeLayout& layout) { return kFirstRow + 2 * layout.block_tokens + layout.is_bf16; }
+int row_of(const MegaMoeLayout& layout) { return kFirstRow + 4 * layout.block_tokens + static_cast<int>(layout.type); }
 
 std::string kernel_name(int row) {
     if (row == kFirstRow) return "sm90_mega_moe_check";
-    const int tokens = (row - kFirstRow) / 2, is_bf16 = (row - kFirstRow) % 2;
-    return "sm90_mega_moeILi" + std::to_string(tokens) + "ELb" + std::to_string(is_bf16) + "E";
+    const int tokens = (row - kFirstRow) / 4, type = (row - kFirstRow) % 4;
+    return "sm90_mega_moeILi" + std::to_string(tokens) + "ELi" + std::to_string(type) + "E";
 }
 
 void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
@@ -54,6 +54,13 @@ void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
                  kernel_name(launch.row).c_str(), launch.grid);
 }
 
+// Of an expert.
+double mean_tokens(const MegaMoeProblem& problem) {
+    if (problem.expected_m >= 0) return static_cast<double>(problem.expected_m);
+    return static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk) /
+           static_cast<double>(problem.num_experts);
+}
+
 }  // namespace
 
 MegaMoeShape shape_of(const MegaMoeProblem& problem) {
@@ -64,25 +71,31 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
     shape.topk = static_cast<int>(problem.topk);
     shape.hidden = static_cast<int>(problem.hidden);
     shape.intermediate = static_cast<int>(problem.intermediate);
-    shape.is_bf16 = problem.is_bf16 != 0;
+    shape.type = problem.type;
     return shape;
 }
 
 int mega_moe_block_tokens(const MegaMoeProblem& problem) {
-    const double all = static_cast<double>(problem.num_ranks * problem.num_tokens * problem.topk);
-    const double mean = problem.expected_m >= 0 ? static_cast<double>(problem.expected_m)
-                                                : all / static_cast<double>(problem.num_experts);
+    if (const int tuned = mega_moe_tuning().block_tokens; tuned > 0) return tuned;
+    const double mean = mean_tokens(problem);
     // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
-    return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : 128;
+    const int tallest = problem.type == MegaMoeType::kFP8FP4 ? 64 : 128;
+    return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : tallest;
+}
+
+MegaMoeTuning& mega_moe_tuning() {
+    static MegaMoeTuning tuning;
+    return tuning;
 }
 
 void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend) {
     const MegaMoeShape shape = shape_of(problem);
     const MegaMoeOffsets offsets(shape);
-    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.is_bf16};
+    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.type};
+    if (const char* reason = layout.invalid_reason()) throw std::runtime_error(std::string("deep_gemm: Mega MoE: ") + reason);
     uint8_t* const buffer = reinterpret_cast<uint8_t*>(problem.buffers[problem.rank]);
     const EncodeTiledFunction encode = backend.encode_tiled();
-    const CUtensorMapDataType type = shape.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    const CUtensorMapDataType type = shape.is_bf16() ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
     const int bytes = shape.element_bytes(), block_k = kMegaBlockBytes / bytes;
 
     MegaMoeParams params = {};
@@ -91,17 +104,32 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
         return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, block_k);
     };
     const int64_t experts = shape.local_experts(), pool_rows = shape.pool_rows();
-    params.l1_map = operand_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden, kMegaTileRows);
-    params.l2_map = operand_map(problem.l2, experts * shape.hidden, shape.intermediate, kMegaTileRows);
+    const auto weights_map = [&](const void* data, int64_t rows, int64_t k) {
+        if (!shape.is_fp4()) return operand_map(data, rows, k, kMegaTileRows);
+        const MatrixView pairs{data, rows, k / 2, k / 2, type, 1};
+        return make_tensor_map(encode, pairs, kMegaTileRows, block_k / 2);
+    };
+    params.l1_map = weights_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden);
+    params.l2_map = weights_map(problem.l2, experts * shape.hidden, shape.intermediate);
     params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, layout.block_tokens);
     params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, layout.block_tokens);
-    if (!shape.is_bf16) {
+    if (!shape.is_bf16()) {
         const auto scales_map = [&](int64_t offset, int64_t k) {
-            const MatrixView view{buffer + offset, k / kMegaMoeGranK, pool_rows, pool_rows, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-            return make_tensor_map(encode, view, 1, layout.block_tokens, false);
+            const int groups = shape.is_fp4() ? 4 : 1;  // of a K block
+            const MatrixView view{buffer + offset, k / kMegaMoeGranK * groups, pool_rows, pool_rows,
+                                  CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
+            return make_tensor_map(encode, view, groups, layout.block_tokens, false);
         };
         params.x_sf_map = scales_map(offsets.pool_x_sf, shape.hidden);
         params.h_sf_map = scales_map(offsets.pool_h_sf, shape.intermediate);
+    }
+    if (shape.is_fp4()) {
+        const auto words_map = [&](const int32_t* words, int64_t k, int64_t rows) {
+            const MatrixView view{words, experts * (k / kMegaMoeGranK), rows, rows, CU_TENSOR_MAP_DATA_TYPE_INT32, 4};
+            return make_tensor_map(encode, view, 1, kMegaTileRows, false);
+        };
+        params.l1_sf_map = words_map(problem.l1_words, shape.hidden, 2 * shape.intermediate);
+        params.l2_sf_map = words_map(problem.l2_words, shape.intermediate, shape.hidden);
     }
     params.l1_sf = problem.l1_sf;
     params.l2_sf = problem.l2_sf;
@@ -116,9 +144,21 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     params.timeout_ns = static_cast<uint64_t>(problem.timeout_ns);
     params.rank = static_cast<int>(problem.rank);
     params.num_tokens = static_cast<int>(problem.num_tokens);
-    // A block's second linear begins when all CTAs have had a task since the last tile of its first one was taken.
-    const int first_tiles = shape.intermediate / 128;
-    params.lag = (num_sms + first_tiles - 1) / first_tiles + 1;
+    // While the last tiles of the first linear are computed, 256 x hidden weights each, the other CTAs have tiles of the
+    // second one, hidden x intermediate of a block: as many blocks as that takes are finished before.
+    const MegaMoeTuning& tuning = mega_moe_tuning();
+    const int tuned_lag = tuning.lag, tuned_prefetch = tuning.prefetch_bytes;
+    const int lag = (num_sms * kMegaTileRows + shape.intermediate - 1) / shape.intermediate + 1;
+    params.lag = tuned_lag >= 0 ? std::max(tuned_lag, 1) : lag;
+    // What a CTA can fetch while ranks meet and tokens are sorted, about a quarter of a megabyte. Where experts have several
+    // blocks, the tensor cores bound it.
+    const int64_t row_bytes = int64_t{shape.hidden} * bytes / (shape.is_fp4() ? 2 : 1);
+    const int64_t most_bytes = tuned_prefetch >= 0                             ? tuned_prefetch / 16 * 16
+                               : mean_tokens(problem) <= layout.block_tokens ? 1024
+                                                                              : 0;
+    params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
+    params.l1 = static_cast<const uint8_t*>(problem.l1);
+    params.evicts_weights = tuning.evict_weights > 0;
     params.clamped = problem.clamped != 0;
     params.clamp = problem.clamp;
 

@@ -16,6 +16,15 @@ DG_EXPORT void dg_mega_moe_offsets(const MegaMoeProblem* problem, int64_t* offse
     std::memcpy(offsets, &values, sizeof(values));
 }
 
+// -1 where run_mega_moe chooses.
+DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights) {
+    MegaMoeTuning& tuning = mega_moe_tuning();
+    tuning.block_tokens = block_tokens;
+    tuning.lag = lag;
+    tuning.prefetch_bytes = prefetch_bytes;
+    tuning.evict_weights = evict_weights;
+}
+
 DG_EXPORT int dg_mega_moe_block_tokens(const MegaMoeProblem* problem) { return mega_moe_block_tokens(*problem); }
 
 // Runs a rank's layer on host memory through the callbacks. Returns 0, or 1 with the message in `error`.

@@ -12,6 +12,7 @@ namespace {
 
 // What the operators take; the scales are null with BF16.
 struct Arguments {
+    MegaMoeType type;
     const Tensor& l1;
     const Tensor* l1_sf;
     const Tensor& l2;
@@ -28,7 +29,13 @@ struct Arguments {
     std::optional<int64_t> expected_m;
     int64_t timeout_ms;
 
-    const char* op() const { return l1_sf ? "fp8_mega_moe" : "bf16_mega_moe"; }
+    const char* op() const {
+        return type == MegaMoeType::kFP8 ? "fp8_mega_moe" : is_fp4() ? "fp8_fp4_mega_moe" : "bf16_mega_moe";
+    }
+    bool is_fp4() const { return type == MegaMoeType::kFP8FP4; }
+    int64_t values() const { return is_fp4() ? 2 : 1; }  // of K in an element of the weights
+    int64_t hidden() const { return values() * l1.size(2); }
+    int64_t intermediate() const { return values() * l2.size(2); }
 };
 
 void check_dense(const char* op, const char* arg, const Tensor& x) {
@@ -39,6 +46,20 @@ void check_dense(const char* op, const char* arg, const Tensor& x) {
         }
         expected *= x.size(i);
     }
+}
+
+void check_base(const char* op, const char* arg, const Tensor& x) {
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16);
+    if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 16 bytes", int64_t{0});
+}
+
+// UE8M0 scales of FP4 weights, dense with rows innermost: a multiple of 128 in number, so that TMA can read them.
+void check_words(const char* op, const char* arg, const Tensor& sf, const char* names, int64_t experts, int64_t rows,
+                 int64_t words) {
+    check_shape(op, arg, sf, names, {experts, rows, words});
+    const int64_t strides[] = {words * rows, 1, rows};
+    check_exact_strides(op, arg, sf, strides);
+    check_base(op, arg, sf);
 }
 
 void check_positive_multiple(const char* op, const char* arg, int64_t size) {
@@ -73,6 +94,7 @@ void check_sizes(const char* op, const Arguments& a, int64_t hidden, int64_t int
 void check(const Arguments& a, const Tensor* out) {
     const char* op = a.op();
     const ScalarType type = a.l1_sf ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
+    const ScalarType scales = a.is_fp4() ? ScalarType::Int : ScalarType::Float;
     constexpr const char* kStats = "cumulative_local_expert_recv_stats";
     struct Input {
         const char* arg;
@@ -82,22 +104,26 @@ void check(const Arguments& a, const Tensor* out) {
     };
     const Input inputs[] = {
         {"l1", &a.l1, type, 3},
-        {"l1_sf", a.l1_sf, ScalarType::Float, 3},
+        {"l1_sf", a.l1_sf, scales, 3},
         {"l2", &a.l2, type, 3},
-        {"l2_sf", a.l2_sf, ScalarType::Float, 3},
+        {"l2_sf", a.l2_sf, scales, 3},
         {"buffer", &a.buffer, ScalarType::Byte, 1},
         {kStats, a.stats ? &*a.stats : nullptr, ScalarType::Int, 1},
         {"out", out, ScalarType::BFloat16, 2},
     };
     for (const Input& input : inputs) {
         if (input.x == nullptr) continue;
-        check_dtype(op, input.arg, *input.x, {input.type});
+        if (a.is_fp4() && (input.x == &a.l1 || input.x == &a.l2)) {
+            check_dtype(op, input.arg, *input.x, {ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+        } else {
+            check_dtype(op, input.arg, *input.x, {input.type});
+        }
         check_rank(op, input.arg, *input.x, input.rank);
     }
     for (const Input& input : inputs) {
         if (input.x != nullptr) check_device(op, input.arg, *input.x, a.l1, "l1");
     }
-    const int64_t hidden = a.l1.size(2), intermediate = a.l2.size(2);
+    const int64_t hidden = a.hidden(), intermediate = a.intermediate();
     check_sizes(op, a, hidden, intermediate);
     const auto ranks = static_cast<int64_t>(a.buffer_ptrs.size());
     if (a.rank < 0 || a.rank >= ranks) fail(op, "rank", "value", a.rank, "0 to " + std::to_string(ranks - 1));
@@ -108,14 +134,22 @@ void check(const Arguments& a, const Tensor* out) {
     if (a.expected_m && *a.expected_m < 0) fail(op, "expected_m", "value", *a.expected_m, "at least 0");
     if (a.timeout_ms <= 0) fail(op, "timeout_ms", "value", a.timeout_ms, "a positive integer");
     const int64_t experts = a.num_experts / ranks;
-    check_shape(op, "l1", a.l1, "[local experts, 2 * intermediate, hidden]", {experts, 2 * intermediate, hidden});
-    check_shape(op, "l2", a.l2, "[local experts, hidden, intermediate]", {experts, hidden, intermediate});
+    check_shape(op, "l1", a.l1,
+                a.is_fp4() ? "[local experts, 2 * intermediate, hidden / 2]" : "[local experts, 2 * intermediate, hidden]",
+                {experts, 2 * intermediate, hidden / a.values()});
+    check_shape(op, "l2", a.l2,
+                a.is_fp4() ? "[local experts, hidden, intermediate / 2]" : "[local experts, hidden, intermediate]",
+                {experts, hidden, intermediate / a.values()});
     for (const Input& input : {inputs[0], inputs[2]}) {
         check_dense(op, input.arg, *input.x);
-        const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(input.x->data_ptr()) % 16);
-        if (past != 0) fail(op, input.arg, "base address", std::to_string(past) + " modulo 16 bytes", int64_t{0});
+        check_base(op, input.arg, *input.x);
     }
-    if (a.l1_sf) {
+    if (a.is_fp4()) {
+        check_words(op, "l1_sf", *a.l1_sf, "[local experts, 2 * intermediate, hidden / 128]", experts, 2 * intermediate,
+                    hidden / kMegaMoeGranK);
+        check_words(op, "l2_sf", *a.l2_sf, "[local experts, hidden, intermediate / 128]", experts, hidden,
+                    intermediate / kMegaMoeGranK);
+    } else if (a.l1_sf) {
         const int64_t blocks = hidden / kMegaMoeGranK, blocks_h = intermediate / kMegaMoeGranK;
         check_shape(op, "l1_sf", *a.l1_sf, "[local experts, 2 * intermediate / 128, hidden / 128]",
                     {experts, 2 * blocks_h, blocks});
@@ -124,7 +158,7 @@ void check(const Arguments& a, const Tensor* out) {
     }
     const MegaMoeShape shape = {static_cast<int>(ranks),  static_cast<int>(a.num_experts), static_cast<int>(a.max_tokens),
                                 static_cast<int>(a.topk), static_cast<int>(hidden),        static_cast<int>(intermediate),
-                                a.l1_sf == nullptr};
+                                a.type};
     const int64_t needed = MegaMoeOffsets(shape).bytes;
     check_dense(op, "buffer", a.buffer);
     if (a.buffer.size(0) < needed) fail(op, "buffer", "bytes", a.buffer.size(0), "at least " + std::to_string(needed));
@@ -147,7 +181,6 @@ void check(const Arguments& a, const Tensor* out) {
 }
 
 MegaMoeBlockScales block_scales(const Tensor* sf) {
-    if (sf == nullptr) return {};
     return {static_cast<const float*>(sf->data_ptr()), sf->stride(0), sf->stride(1), sf->stride(2)};
 }
 
@@ -156,7 +189,7 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     check(a, given_out);
     const int device = a.l1.get_device_index();
     const DeviceGuard guard(device);
-    const int64_t hidden = a.l1.size(2);
+    const int64_t hidden = a.hidden();
     const std::array<int64_t, 2> shape = {a.num_tokens, hidden}, strides = {hidden, 1};
     Tensor out = given_out ? *given_out : empty_strided(shape, strides, ScalarType::BFloat16, a.l1);
     if (compute_capability(device) != 90) {
@@ -170,13 +203,18 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     problem.max_tokens = a.max_tokens;
     problem.topk = a.topk;
     problem.hidden = hidden;
-    problem.intermediate = a.l2.size(2);
+    problem.intermediate = a.intermediate();
     problem.num_tokens = a.num_tokens;
-    problem.is_bf16 = a.l1_sf == nullptr;
+    problem.type = a.type;
     problem.l1 = a.l1.data_ptr();
     problem.l2 = a.l2.data_ptr();
-    problem.l1_sf = block_scales(a.l1_sf);
-    problem.l2_sf = block_scales(a.l2_sf);
+    if (a.is_fp4()) {
+        problem.l1_words = static_cast<const int32_t*>(a.l1_sf->data_ptr());
+        problem.l2_words = static_cast<const int32_t*>(a.l2_sf->data_ptr());
+    } else if (a.l1_sf) {
+        problem.l1_sf = block_scales(a.l1_sf);
+        problem.l2_sf = block_scales(a.l2_sf);
+    }
     std::vector<int64_t> buffers = a.buffer_ptrs;
     buffers[a.rank] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.buffer.data_ptr()));
     problem.buffers = buffers.data();
@@ -194,30 +232,44 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
 
 }  // namespace
 
-Tensor fp8_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
-                    int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
-                    int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
-                    std::optional<int64_t> expected_m, int64_t timeout_ms) {
-    return run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
-                num_topk, stats, activation_clamp, expected_m, timeout_ms},
+template <MegaMoeType kType>
+Tensor scaled_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
+                       int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
+                       int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                       std::optional<int64_t> expected_m, int64_t timeout_ms) {
+    return run({kType, l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank,
+                num_experts, num_topk, stats, activation_clamp, expected_m, timeout_ms},
                nullptr);
 }
 
-void fp8_mega_moe_out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer, std::vector<int64_t> buffer_ptrs,
-                      int64_t rank, int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts,
-                      int64_t num_topk, std::optional<Tensor> stats, std::optional<double> activation_clamp,
-                      std::optional<int64_t> expected_m, int64_t timeout_ms, Tensor out) {
-    run({l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
-         stats, activation_clamp, expected_m, timeout_ms},
+template <MegaMoeType kType>
+void scaled_mega_moe_out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor buffer,
+                         std::vector<int64_t> buffer_ptrs, int64_t rank, int64_t num_tokens,
+                         int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
+                         std::optional<Tensor> stats, std::optional<double> activation_clamp,
+                         std::optional<int64_t> expected_m, int64_t timeout_ms, Tensor out) {
+    run({kType, l1, &l1_sf, l2, &l2_sf, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
+         num_topk, stats, activation_clamp, expected_m, timeout_ms},
         &out);
 }
+
+#define DG_SCALED(type)                                                                                                 \
+    template Tensor scaled_mega_moe<type>(Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<int64_t>, int64_t, int64_t, \
+                                          int64_t, int64_t, int64_t, std::optional<Tensor>, std::optional<double>,      \
+                                          std::optional<int64_t>, int64_t);                                             \
+    template void scaled_mega_moe_out<type>(Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<int64_t>, int64_t,       \
+                                            int64_t, int64_t, int64_t, int64_t, std::optional<Tensor>,                  \
+                                            std::optional<double>, std::optional<int64_t>, int64_t, Tensor);
+DG_SCALED(MegaMoeType::kFP8)
+DG_SCALED(MegaMoeType::kFP8FP4)
+#undef DG_SCALED
 
 Tensor bf16_mega_moe(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t> buffer_ptrs, int64_t rank,
                      int64_t num_tokens, int64_t num_max_tokens_per_rank, int64_t num_experts, int64_t num_topk,
                      std::optional<Tensor> stats, std::optional<double> activation_clamp,
                      std::optional<int64_t> expected_m, int64_t timeout_ms) {
-    return run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts,
-                num_topk, stats, activation_clamp, expected_m, timeout_ms},
+    return run({MegaMoeType::kBF16, l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank,
+                num_experts, num_topk, stats, activation_clamp, expected_m, timeout_ms},
                nullptr);
 }
 
@@ -226,8 +278,8 @@ void bf16_mega_moe_out(Tensor l1, Tensor l2, Tensor buffer, std::vector<int64_t>
                        std::optional<Tensor> stats, std::optional<double> activation_clamp,
                        std::optional<int64_t> expected_m, int64_t timeout_ms,
                        Tensor out) {
-    run({l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank, num_experts, num_topk,
-         stats, activation_clamp, expected_m, timeout_ms},
+    run({MegaMoeType::kBF16, l1, nullptr, l2, nullptr, buffer, buffer_ptrs, rank, num_tokens, num_max_tokens_per_rank,
+         num_experts, num_topk, stats, activation_clamp, expected_m, timeout_ms},
         &out);
 }
 

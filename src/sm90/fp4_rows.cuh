@@ -27,7 +27,6 @@
 #include "../device/fp4.cuh"
 #include "../device/ptx_memory.cuh"
 #include "scale_policy.cuh"
-#include "shared_storage.cuh"
 #include "wgmma.cuh"
 
 namespace deep_gemm::sm90 {
@@ -38,11 +37,11 @@ __device__ __forceinline__ float ue8m0_to_float(uint32_t code) {
     return fmaf(power, 0.0f, power);  // infinity becomes NaN
 }
 
-// A consumer thread's part of K blocks.
+// A consumer thread's part of K blocks. Traits::kLayout is a GemmLayout, or has those of its functions that are used here.
 template <class Traits>
 class Fp4Block {
-    static constexpr GemmLayout kLayout = Traits::kLayout;
-    static constexpr int kCols = kLayout.row.block_cols;
+    static constexpr auto kLayout = Traits::kLayout;
+    static constexpr int kCols = kLayout.block_cols();
     static constexpr int kAccumulators = kCols / 2;
     static constexpr int kGroups = kBlockK / 32;  // instructions of a K block
     // Whether each 32 of K has an accumulator of its own.
@@ -51,33 +50,37 @@ class Fp4Block {
     using Fragment = uint32_t[4];
 
 public:
-    // Addresses in stage 0.
-    __device__ __forceinline__ Fp4Block(const SharedStorage<Traits>& shared, int warpgroup, int thread, int scale_start)
-        : cols_(shared.cols[0]) {
+    // Of what is in stage 0: tiles of both operands, scales of rows, and those of columns from the tile's first on. The
+    // warpgroup has the 64 rows from `first_row` on.
+    __device__ __forceinline__ Fp4Block(const void* rows, const void* row_scales, const void* cols, const void* col_scales,
+                                        int first_row, int thread)
+        : cols_(cols) {
         const int lane = thread % 32;
-        const int row = part_row<Traits>(0, warpgroup) + thread / 32 * 16 + lane / 4;  // and row + 8
+        const int row = first_row + thread / 32 * 16 + lane / 4;  // and row + 8
         const uint32_t swizzle = row / 2 % 4 * 16;
-        const uint32_t pairs = ptx::smem_address(shared.rows[0]) + row * kPackedBlockK + lane % 4 * 2;
+        const uint32_t pairs = ptx::smem_address(rows) + row * kPackedBlockK + lane % 4 * 2;
         pairs_ = kept(pairs + swizzle, lane);
-        row_scales_ = kept(ptx::smem_address(shared.row_scales[0]) + row * 4, lane);
-        col_scales_ = kept(ptx::smem_address(shared.col_scales[0]) + (scale_start + lane % 4 * 2) * 4, lane);
-        far_cols_ = ptx::smem_address(shared.cols[0]) + lane % 4 * 2 * kBlockK;
+        row_scales_ = kept(ptx::smem_address(row_scales) + row * 4, lane);
+        col_scales_ = kept(ptx::smem_address(col_scales) + lane % 4 * 2 * 4, lane);
+        far_cols_ = ptx::smem_address(cols) + lane % 4 * 2 * kBlockK;
         cols_.low = kept(cols_.low, lane);
         low_magnitudes_ = kept(kLowMagnitudes + lane, 0);
     }
 
-    // Adds a K block. Calls `release` when all of the stage has been read.
+    // Adds a K block, of rows that are `further` ones on: a multiple of 8, and 0 where row scales are folded. Calls `release`
+    // when all that is needed of the stage has been read.
     template <class Release>
-    __device__ __forceinline__ void add(int stage_idx, float (&total)[kAccumulators], Release&& release) const {
+    __device__ __forceinline__ void add(int stage_idx, float (&total)[kAccumulators], Release&& release,
+                                        int further = 0) const {
         uint32_t pairs[kGroups][4];
-        load_pairs(stage_idx, pairs);
+        load_pairs(stage_idx, further, pairs);
         const uint32_t col_scales = col_scales_ + stage_idx * kLayout.col_scale_pitch();
         if constexpr (kLayout.folds_row_scales()) {
             add_folded(stage_idx, pairs, col_scales, total, release);
             return;
         }
         float rows[kGroups][2];
-        load_row_scales(stage_idx, rows);
+        load_row_scales(stage_idx, further, rows);
 
         if constexpr (kAllAtOnce) {
             float2 cols[kGroups][kCols / 8];
@@ -135,11 +138,11 @@ private:
     }
 
     // Of a thread's four registers of a fragment: row and row + 8 at the first 16 of K, then both at the others.
-    __device__ __forceinline__ void load_pairs(int stage_idx, uint32_t (&pairs)[kGroups][4]) const {
+    __device__ __forceinline__ void load_pairs(int stage_idx, int further, uint32_t (&pairs)[kGroups][4]) const {
         const uint32_t first = pairs_ + stage_idx * kLayout.row_tile_bytes();
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            const uint32_t address = first ^ group * 16;
+            const uint32_t address = (first ^ group * 16) + further * kPackedBlockK;
             pairs[group][0] = ptx::load_shared_u16(address);
             pairs[group][1] = ptx::load_shared_u16(address + 8 * kPackedBlockK);
             pairs[group][2] = ptx::load_shared_u16(address + 8);
@@ -148,8 +151,8 @@ private:
     }
 
     // Of row and row + 8.
-    __device__ __forceinline__ void load_row_scales(int stage_idx, float (&rows)[kGroups][2]) const {
-        const uint32_t address = row_scales_ + stage_idx * kLayout.row_scale_pitch();
+    __device__ __forceinline__ void load_row_scales(int stage_idx, int further, float (&rows)[kGroups][2]) const {
+        const uint32_t address = row_scales_ + stage_idx * kLayout.row_scale_pitch() + further * 4;
         if constexpr (kLayout.row_scales_are_words()) {
             const uint32_t upper = ptx::load_shared_u32(address), lower = ptx::load_shared_u32(address + 8 * 4);
 #pragma unroll

@@ -458,7 +458,8 @@ private:
                                                           int warpgroup, int helper, int thread,
                                                           float (&total)[kAccumulators]) {
         const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : work.col % 4;
-        const Fp4Block<Traits> block(shared, warpgroup, thread, scale_start);
+        const Fp4Block<Traits> block(shared.rows[0], shared.row_scales[0], shared.cols[0],
+                                     shared.col_scales[0] + scale_start * 4, part_row<Traits>(0, warpgroup), thread);
         State next = state;
         const int first = first_k_block(state, helper);
         next.advance_by(first);

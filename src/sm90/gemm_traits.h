@@ -22,6 +22,7 @@ constexpr int align_up(int value, int multiple) { return (value + multiple - 1) 
 struct GemmLayout {
     GemmRow row;
 
+    constexpr int block_cols() const { return row.block_cols; }
     constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
     constexpr bool is_fp4() const { return row.operands == OperandType::kFP8FP4; }  // the rows
     constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }

@@ -7,17 +7,28 @@ namespace deep_gemm::sm90 {
 
 namespace {
 
-template <bool kBF16>
+template <MegaMoeType kType>
 const void* kernel_of(int tokens) {
-    return tokens == 16   ? reinterpret_cast<const void*>(&sm90_mega_moe<16, kBF16>)
-           : tokens == 32 ? reinterpret_cast<const void*>(&sm90_mega_moe<32, kBF16>)
-           : tokens == 64 ? reinterpret_cast<const void*>(&sm90_mega_moe<64, kBF16>)
-                          : reinterpret_cast<const void*>(&sm90_mega_moe<128, kBF16>);
+    const void* widest = nullptr;
+    if constexpr (kType != MegaMoeType::kFP8FP4) {
+        widest = reinterpret_cast<const void*>(&sm90_mega_moe<128, static_cast<int>(kType)>);
+    }
+    return tokens == 16   ? reinterpret_cast<const void*>(&sm90_mega_moe<16, static_cast<int>(kType)>)
+           : tokens == 32 ? reinterpret_cast<const void*>(&sm90_mega_moe<32, static_cast<int>(kType)>)
+           : tokens == 64 ? reinterpret_cast<const void*>(&sm90_mega_moe<64, static_cast<int>(kType)>)
+                          : widest;
 }
 
 }  // namespace
 
-const void* mega_moe_kernel(int tokens, bool is_bf16) { return is_bf16 ? kernel_of<true>(tokens) : kernel_of<false>(tokens); }
+const void* mega_moe_kernel(const MegaMoeLayout& layout) {
+    switch (layout.type) {
+        case MegaMoeType::kFP8: return kernel_of<MegaMoeType::kFP8>(layout.block_tokens);
+        case MegaMoeType::kBF16: return kernel_of<MegaMoeType::kBF16>(layout.block_tokens);
+        case MegaMoeType::kFP8FP4: return kernel_of<MegaMoeType::kFP8FP4>(layout.block_tokens);
+    }
+    return nullptr;
+}
 
 const void* mega_moe_check_kernel() { return reinterpret_cast<const void*>(&sm90_mega_moe_check); }
 

@@ -1,10 +1,12 @@
 // The Mega MoE kernels, for the host.
 #pragma once
 
+#include "mega_moe_traits.h"
+
 namespace deep_gemm::sm90 {
 
-// Of blocks of `tokens` (16, 32, 64 or 128).
-const void* mega_moe_kernel(int tokens, bool is_bf16);
+// Of a layout without an invalid_reason().
+const void* mega_moe_kernel(const MegaMoeLayout& layout);
 // Behind each of those.
 const void* mega_moe_check_kernel();
 

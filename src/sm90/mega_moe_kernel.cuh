@@ -3,7 +3,8 @@
 //   h = quantise(silu(x_t G_e^T) * (x_t U_e^T) * weight_tc),   combine[t, c] = h D_e^T  (into the buffer of t's rank),
 // then for the tokens of this rank y_t = sum_c combine[t, c], in the order of c. FP8 operands with FP32 scales, per token
 // and 128 elements or per 128 x 128 block of weights, or BF16. Sums are FP32; gates and ups are rounded to BF16 before
-// SwiGLU and combine[t, c] is BF16, as where every step is an operator of its own.
+// SwiGLU and combine[t, c] is BF16, as where every step is an operator of its own. Or tokens are FP8 and weights FP4, both
+// with UE8M0 scales per 32 of K: consumers expand the weights as those of single products do (fp4_rows.cuh).
 //
 // The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert. l1 holds
 // eight gates, then the eight ups that belong to them, and so on: a thread's accumulators are a gate and its up, in the
@@ -22,13 +23,13 @@
 // Warpgroups 1 and 2 dispatch, too, before they begin to consume: w has rows (2 p + w) 64 .. of the tile in its part p.
 //
 // barrier        arrivals                                    guards
-// full[s]        2 (weights' thread, tokens' thread), bytes  stage s is filled
+// full[s]        2 (weights' thread, tokens' thread), bytes  stage s is filled, scales per 32 included
 // empty[s]       consumer warps                              stage s may be overwritten
 // scales_full    1 (warp 2)                                  a chunk of block scales is there
 // scales_empty   consumer warps                              the chunk may be overwritten
 // tile full[s]   1 (a lane of warp 2)                        a tile is in slot s of the queue
 // tile empty[s]  consumer warps, weights', tokens' thread    all roles are done with it
-// named 1        256                                         results of the first linear in shared memory
+// named 1        256                                         results of the first linear in shared memory; chosen experts
 // named 2 + w    128                                         results of the second one, of warpgroup w
 #pragma once
 
@@ -40,6 +41,7 @@
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
 #include "../device/tile_scheduler.cuh"
+#include "fp4_rows.cuh"
 #include "mega_moe_traits.h"
 #include "wgmma.cuh"
 
@@ -86,6 +88,11 @@ __device__ __forceinline__ bool is_last_cta(uint32_t* counter) {
 // Memory that other CTAs have written with ordinary stores is read by bulk copies, and the other way round: in the thread
 // that wrote, and in the one that issues the copies.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Brings 16-byte aligned memory, a multiple of 16 bytes, into L2.
+__device__ __forceinline__ void prefetch_l2(const void* source, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
 
 __device__ __forceinline__ uint64_t global_time_ns() {
     uint64_t time;
@@ -163,11 +170,18 @@ private:
     }
 };
 
-template <int kTokens, bool kBF16>
+template <int kTokens, MegaMoeType kType>
 class MegaMoeKernel {
-    static constexpr MegaMoeLayout kLayout{kTokens, kBF16};
+public:
+    static constexpr MegaMoeLayout kLayout{kTokens, kType};
+
+private:
+    static_assert(kLayout.invalid_reason() == nullptr);
+    static constexpr bool kBF16 = kLayout.is_bf16(), kFP4 = kLayout.is_fp4();
+    static constexpr bool kBlockScales = kType == MegaMoeType::kFP8;
     static constexpr int kStages = kLayout.num_stages();
     static constexpr int kBlockK = kMegaBlockBytes / (kBF16 ? 2 : 1);
+    static constexpr int kWeightBlockK = kFP4 ? kPackedBlockK : kBlockK;  // elements of their tensor map
     static constexpr int kParts = 2;             // of 64 rows, of a consumer warpgroup
     static constexpr int kTotals = kTokens / 2;  // registers of a thread, for a part
     static constexpr int kChunk = kLayout.chunk_tokens();
@@ -175,7 +189,8 @@ class MegaMoeKernel {
     static constexpr int kDispatchWarps = 1 + kConsumerWarps;
     // Both parts' tiles need not fit into the registers beside the totals.
     static constexpr bool kPartsTogether = kTokens <= 64;
-    static constexpr bool kSetRegisters = kTokens > 64;
+    // So many totals, or the accumulators of four times 32 of K beside totals.
+    static constexpr bool kSetRegisters = kTokens > 64 || (kFP4 && kTokens == 32);
     static constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
     static_assert(128 * 3 * kLaunchRegisters <= 65536 &&
                   128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 128 * 3 * kLaunchRegisters);
@@ -187,12 +202,14 @@ public:
     struct alignas(1024) Storage {
         uint8_t weights[kStages][kLayout.weight_tile_bytes()];
         uint8_t tokens[kStages][kLayout.token_tile_bytes()];
+        uint32_t weight_scales[kStages][kLayout.weight_scales() + !kFP4];
         alignas(128) uint8_t staging[kLayout.staging_bytes()];
         alignas(128) float token_scales[kStages][kLayout.token_scales() + (kLayout.token_scales() == 0)];
         alignas(16) float block_scales[kMegaScaleChunks][2][kMegaScaleChunk];
         int first_block[kMegaMoeMaxLocalExperts + 1];  // of each expert; the last entry is the number of all
         int counts[kMegaMoeMaxLocalExperts];           // tokens of each expert
         int tokens_of[kMegaMoeMaxRanks];
+        uint32_t used[kMegaMoeMaxLocalExperts / 32];  // a bit for each expert that prefetch_weights() knows to be chosen
         ptx::Barrier full[kStages];
         ptx::Barrier empty[kStages];
         ptx::Barrier scales_full[kMegaScaleChunks];
@@ -221,6 +238,7 @@ public:
         }
         ptx::grid_dependency_wait();
 
+        if (warp >= 4 && params.prefetch_bytes > 0) prefetch_weights(params, shared);
         MegaMoeHeader& header = *local<MegaMoeHeader>(params, 0);
         const uint32_t call = header.epoch + 1;
         if (!enter(params, shared, header, call)) return;
@@ -253,6 +271,8 @@ public:
         if (kSetRegisters && warp < 4) grow_registers<kLaunchRegisters>();
 
         if (!leave(params, header, call)) return;
+        // Not before: what comes next could take the place of another rank's CTAs, on which these wait.
+        ptx::grid_dependency_launch();
         combine(params);
         // Nobody of this rank uses the counters any more.
         clear(params, tiles.num_blocks);
@@ -276,6 +296,48 @@ private:
     }
 
     // ---- enter, route ----
+
+    // By the consumers: brings the beginning of the CTA's first tile of weights into L2 while the others enter. Which expert
+    // it is of depends on all tokens, but mostly on whether an expert has any, and some of this rank's own tell that.
+    __device__ __forceinline__ static void prefetch_weights(const MegaMoeParams& params, Storage& shared) {
+        constexpr int kLooks = 4, kWords = kMegaMoeMaxLocalExperts / 32;
+        const int thread = thread_index() - 128;
+        const int experts = params.shape.local_experts(), first_expert = params.rank * experts;
+        const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
+        const int64_t count = int64_t{params.num_tokens} * params.shape.topk;
+        int64_t chosen[kLooks];
+#pragma unroll
+        for (int i = 0; i < kLooks; ++i) {
+            const int at = i * 256 + thread;
+            chosen[i] = at < count ? choices[at] - first_expert : -1;
+        }
+        if (thread < kWords) shared.used[thread] = 0;
+        ptx::named_barrier_sync(1, 256);
+#pragma unroll
+        for (int i = 0; i < kLooks; ++i) {
+            const int64_t expert = chosen[i];
+            if (expert >= 0 && expert < experts) atomicOr(&shared.used[expert / 32], 1u << expert % 32);
+        }
+        ptx::named_barrier_sync(1, 256);
+        // As if each had one block.
+        const int first_tiles = params.shape.intermediate / 128, tile = blockIdx.x % first_tiles;
+        int before = blockIdx.x / first_tiles;  // experts that come before the tile's
+#pragma unroll 1
+        for (int word = 0; word < kWords; ++word) {
+            uint32_t used = shared.used[word];
+            const int more = __popc(used);
+            if (before >= more) {
+                before -= more;
+                continue;
+            }
+            for (; before > 0; --before) used &= used - 1;
+            const int64_t expert = word * 32 + __ffs(used) - 1;
+            const int64_t row = (expert * first_tiles + tile) * kMegaTileRows + thread;
+            const int64_t row_bytes = int64_t{params.shape.hidden} / kBlockK * (kFP4 ? kPackedBlockK : kMegaBlockBytes);
+            prefetch_l2(params.l1 + row * row_bytes, params.prefetch_bytes);
+            break;
+        }
+    }
 
     __device__ __forceinline__ static bool enter(const MegaMoeParams& params, Storage& shared, MegaMoeHeader& header,
                                                  uint32_t call) {
@@ -435,7 +497,15 @@ private:
             const float* scales = remote<const float>(params, source.rank, params.offsets.x_sf) + int64_t{token} * groups;
             float* pool = local<float>(params, params.offsets.pool_x_sf) + row;
             const int64_t pitch = params.shape.pool_rows();
-            for (int i = lane; i < groups; i += 32) pool[i * pitch] = __ldcg(scales + i);
+            if constexpr (kFP4) {
+                for (int i = lane; i < groups; i += 32) {
+                    const uint32_t word = __float_as_uint(__ldcg(scales + i));
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) pool[(4 * i + j) * pitch] = ue8m0_to_float(word >> j * 8 & 0xff);
+                }
+            } else {
+                for (int i = lane; i < groups; i += 32) pool[i * pitch] = __ldcg(scales + i);
+            }
         }
         if (lane == 0) {
             local<float>(params, params.offsets.pool_weights)[row] =
@@ -471,18 +541,25 @@ private:
     // ---- producers ----
 
     __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared) {
+        // As createpolicy.fractional has it.
+        constexpr auto kEvictFirst = static_cast<ptx::CacheHint>(0x12f0000000000000ull);
+        const ptx::CacheHint hint = params.evicts_weights ? kEvictFirst : ptx::CacheHint::kEvictNormal;
         Reader reader(shared.queue);
         State state;
         MegaTile tile;
         while (reader.template next<false>(tile)) {
             const CUtensorMap& map = tile.is_second ? params.l2_map : params.l1_map;
+            const CUtensorMap& scales_map = tile.is_second ? params.l2_sf_map : params.l1_sf_map;
 #pragma unroll 1
             for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes());
-                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kBlockK, tile.weight_row,
-                                 ptx::CacheHint::kEvictNormal);
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes() + kLayout.weight_scales() * 4);
+                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kWeightBlockK, tile.weight_row, hint);
+                if constexpr (kFP4) {
+                    ptx::tma_load_2d(scales_map, full, shared.weight_scales[state.stage_idx],
+                                     tile.weights * kMegaTileRows, tile.expert * tile.num_k_blocks + k, hint);
+                }
             }
         }
     }
@@ -506,10 +583,10 @@ private:
             for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + (kBF16 ? 0 : kTokens * 4));
+                ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + kLayout.token_scale_bytes());
                 ptx::tma_load_2d(map, full, shared.tokens[state.stage_idx], k * kBlockK, row, kHint);
                 if constexpr (!kBF16) {
-                    ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, k, kHint);
+                    ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, kFP4 ? 4 * k : k, kHint);
                 }
             }
         }
@@ -544,7 +621,7 @@ private:
             }
             if (is_end) return;
             index = __shfl_sync(0xffffffff, index, 0);
-            if constexpr (!kBF16) load_block_scales(params, shared, tile, tiles.first_tiles, scale_state);
+            if constexpr (kBlockScales) load_block_scales(params, shared, tile, tiles.first_tiles, scale_state);
         }
     }
 
@@ -589,6 +666,8 @@ private:
             float total[kParts][kTotals] = {};
             if constexpr (kBF16) {
                 accumulate_unscaled(shared, state, num_k_blocks, warpgroup, lane, total);
+            } else if constexpr (kFP4) {
+                accumulate_fp4(shared, state, num_k_blocks, warpgroup, total);
             } else {
                 accumulate(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
             }
@@ -691,6 +770,21 @@ private:
         }
     }
 
+    // FP4 weights: each 32 of K are a sum that is scaled.
+    __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, int num_k_blocks, int warpgroup,
+                                                          float (&total)[kParts][kTotals]) {
+        const int thread = thread_index() % 128;
+        const Fp4Block<MegaMoeKernel> block(shared.weights[0], shared.weight_scales[0], shared.tokens[0],
+                                            shared.token_scales[0], warpgroup * 64, thread);
+#pragma unroll 1
+        for (int i = 0; i < num_k_blocks; ++i, state.advance()) {
+            const int s = state.stage_idx;
+            ptx::mbarrier_wait(shared.full[s], state.phase);
+            block.add(s, total[0], [] {});
+            block.add(s, total[1], [&] { release(shared.empty[s], thread % 32); }, 128);
+        }
+    }
+
     // BF16: the tensor core sums all K blocks. While a block's instructions run the next ones are issued, so a stage is
     // given back one block later.
     __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, int num_k_blocks,
@@ -753,7 +847,10 @@ private:
         const int64_t pool_rows = params.shape.pool_rows();
         const float* weights = local<const float>(params, params.offsets.pool_weights) + row;
         uint8_t* pool = local<uint8_t>(params, params.offsets.pool_h);
-        float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][token]
+        // A scale is of 128 columns, of both parts and warpgroups, or of 32, of one.
+        constexpr int kScales = kFP4 ? kParts : 1;  // of a thread's values of a token
+        float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][scale][token]
+        const int first_warp = kFP4 ? warpgroup * 4 : 0;  // of those with values under the same scale
         const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's 64
         // Both warpgroups may still be storing results of the second linear from this memory.
         ptx::named_barrier_sync(1, 256);
@@ -787,49 +884,59 @@ private:
             } else {
 #pragma unroll
                 for (int j = 0; j < kPairs; ++j) {
-                    float most[2];
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int at = chunk / 2 + 4 * j + i;
-                        most[i] = cast::max_abs(total[0][at], total[1][at]);
+                    for (int k = 0; k < kScales; ++k) {
+                        float most[2];
 #pragma unroll
-                        for (int distance = 4; distance < 32; distance *= 2) {
-                            most[i] = cast::max_abs(most[i], __shfl_xor_sync(0xffffffff, most[i], distance));
+                        for (int i = 0; i < 2; ++i) {
+                            const int at = chunk / 2 + 4 * j + i;
+                            most[i] = cast::max_abs(total[k][at], total[kFP4 ? k : 1][at]);
+#pragma unroll
+                            for (int distance = 4; distance < 32; distance *= 2) {
+                                most[i] = cast::max_abs(most[i], __shfl_xor_sync(0xffffffff, most[i], distance));
+                            }
                         }
-                    }
-                    if (lane < 4) {
-                        *reinterpret_cast<float2*>(amax + (warpgroup * 4 + warp) * kChunk + 8 * j + lane * 2) =
-                            make_float2(most[0], most[1]);
+                        if (lane < 4) {
+                            float* to = amax + ((warpgroup * 4 + warp) * kScales + k) * kChunk + 8 * j + lane * 2;
+                            *reinterpret_cast<float2*>(to) = make_float2(most[0], most[1]);
+                        }
                     }
                 }
                 ptx::named_barrier_sync(1, 256);
 #pragma unroll
                 for (int j = 0; j < kPairs; ++j) {
-                    float2 most = make_float2(0, 0);
-#pragma unroll
-                    for (int w = 0; w < kConsumerWarps; ++w) {
-                        const float2 of_warp =
-                            *reinterpret_cast<const float2*>(amax + w * kChunk + 8 * j + lane % 4 * 2);
-                        most.x = cast::max_abs(most.x, of_warp.x);
-                        most.y = cast::max_abs(most.y, of_warp.y);
-                    }
-                    const cast::GroupScale first = cast::quick_group_scale<cast::E4M3>(most.x, false);
-                    const cast::GroupScale second = cast::quick_group_scale<cast::E4M3>(most.y, false);
                     const int at = chunk / 2 + 4 * j, token = 8 * j + lane % 4 * 2;
-                    const uint32_t bytes = cast::to_e4m3x4(total[0][at] * first.inverse, total[1][at] * first.inverse,
-                                                           total[0][at + 1] * second.inverse,
-                                                           total[1][at + 1] * second.inverse);
+                    cast::GroupScale first[kScales], second[kScales];
+#pragma unroll
+                    for (int k = 0; k < kScales; ++k) {
+                        float2 most = make_float2(0, 0);
+#pragma unroll
+                        for (int w = 0; w < kConsumerWarps / kScales; ++w) {
+                            const float2 of_warp = *reinterpret_cast<const float2*>(
+                                amax + ((first_warp + w) * kScales + k) * kChunk + token);
+                            most.x = cast::max_abs(most.x, of_warp.x);
+                            most.y = cast::max_abs(most.y, of_warp.y);
+                        }
+                        first[k] = cast::quick_group_scale<cast::E4M3>(most.x, kFP4);
+                        second[k] = cast::quick_group_scale<cast::E4M3>(most.y, kFP4);
+                        // One warp for each pair of tokens writes their scales.
+                        const int writer = kFP4 ? j % 4 : j % kConsumerWarps - warpgroup * 4;
+                        if (writer == warp && lane < 4) {
+                            const int64_t group = kFP4 ? tile.weights * 4 + k * 2 + warpgroup : tile.weights;
+                            float* scales = local<float>(params, params.offsets.pool_h_sf) + group * pool_rows + row +
+                                            chunk + token;
+                            *reinterpret_cast<float2*>(scales) = make_float2(first[k].sf, second[k].sf);
+                        }
+                    }
+                    constexpr int kLast = kScales - 1;  // of the second part
+                    const uint32_t bytes =
+                        cast::to_e4m3x4(total[0][at] * first[0].inverse, total[1][at] * first[kLast].inverse,
+                                        total[0][at + 1] * second[0].inverse, total[1][at + 1] * second[kLast].inverse);
                     uint8_t* to = shared.staging + token * kPitch + column;
                     to[0] = static_cast<uint8_t>(bytes);
                     to[64] = static_cast<uint8_t>(bytes >> 8);
                     to[kPitch] = static_cast<uint8_t>(bytes >> 16);
                     to[kPitch + 64] = static_cast<uint8_t>(bytes >> 24);
-                    // One warp for each pair of tokens writes their scales.
-                    if (j % kConsumerWarps == warpgroup * 4 + warp && lane < 4) {
-                        float* scales = local<float>(params, params.offsets.pool_h_sf) + tile.weights * pool_rows + row +
-                                        chunk + token;
-                        *reinterpret_cast<float2*>(scales) = make_float2(first.sf, second.sf);
-                    }
                 }
             }
             ptx::named_barrier_sync(1, 256);
@@ -923,29 +1030,68 @@ private:
         return __syncthreads_and(arrived);
     }
 
-    // y: each thread eight columns of a token at a time.
+    // y: a warp has several hundred columns of a token at a time. A token's choices are loaded while those of the one before
+    // it are summed up, and several results are on their way: what takes time is loads that wait for one another.
     __device__ __forceinline__ static void combine(const MegaMoeParams& params) {
-        const int per_row = params.shape.hidden / 8, topk = params.shape.topk;
-        const int64_t count = int64_t{params.num_tokens} * per_row;
-        const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
-        const uint4* rows = local<const uint4>(params, params.offsets.combine);
+        constexpr int kPieces = kSetRegisters ? 2 : 4;  // of eight columns, of a lane
+        constexpr bool kTwoResults = !kSetRegisters;    // at once, if there is room for them
+        const int lane = thread_index() % 32, topk = params.shape.topk;
+        const int per_row = params.shape.hidden / 8, segments = (per_row + kPieces * 32 - 1) / (kPieces * 32);
+        // In 32 bits: the combine buffer has more than 1024 bytes for each.
+        const int count = params.num_tokens * segments, step = gridDim.x * (kMegaThreads / 32);
+        const auto choice = [&](int task, int c) {
+            const int64_t* choices = local<const int64_t>(params, params.offsets.topk_idx);
+            return task < count && c < topk ? choices[int64_t{task / segments} * topk + c] : int64_t{-1};
+        };
+        int task = thread_index() / 32 * gridDim.x + blockIdx.x;
+        int64_t expert = choice(task, lane);
 #pragma unroll 1
-        for (int64_t i = int64_t{blockIdx.x} * kMegaThreads + thread_index(); i < count; i += int64_t{gridDim.x} * kMegaThreads) {
-            const int token = static_cast<int>(i / per_row), piece = static_cast<int>(i % per_row);
-            float sum[8] = {};
-#pragma unroll 2
-            for (int c = 0; c < topk; ++c) {
-                const int64_t expert = choices[int64_t{token} * topk + c];
-                if (expert < 0 || expert >= params.shape.num_experts) continue;
-                const uint4 row = __ldcg(rows + (int64_t{token} * topk + c) * per_row + piece);
-                float values[8];
-                cast::Elements<__nv_bfloat16>::unpack(row, values);
+        for (; task < count; task += step) {
+            const int token = task / segments, first = task % segments * (kPieces * 32) + lane;
+            const uint4* rows = local<const uint4>(params, params.offsets.combine) + int64_t{token} * topk * per_row + first;
+            const auto load = [&](int c, uint4 (&row)[kPieces]) {
 #pragma unroll
-                for (int e = 0; e < 8; ++e) sum[e] += values[e];
+                for (int i = 0; i < kPieces; ++i) {
+                    row[i] = first + i * 32 < per_row ? __ldcg(rows + int64_t{c} * per_row + i * 32) : uint4{};
+                }
+            };
+            float sum[kPieces][8] = {};
+            const auto add = [&](const uint4 (&row)[kPieces]) {
+#pragma unroll
+                for (int i = 0; i < kPieces; ++i) {
+                    float values[8];
+                    cast::Elements<__nv_bfloat16>::unpack(row[i], values);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) sum[i][e] += values[e];
+                }
+            };
+            const int64_t next = choice(task + step, lane);
+#pragma unroll 1
+            for (int base = 0; base < topk; base += 32) {
+                if (base > 0) expert = choice(task, base + lane);
+                uint32_t chosen = __ballot_sync(0xffffffff, expert >= 0 && expert < params.shape.num_experts);
+#pragma unroll 1
+                while (chosen != 0) {
+                    uint4 row[kPieces], other[kPieces];
+                    load(base + __ffs(chosen) - 1, row);
+                    chosen &= chosen - 1;
+                    const bool has_other = kTwoResults && chosen != 0;
+                    if (has_other) {
+                        load(base + __ffs(chosen) - 1, other);
+                        chosen &= chosen - 1;
+                    }
+                    add(row);
+                    if (has_other) add(other);
+                }
             }
-            __nv_bfloat16* y = static_cast<__nv_bfloat16*>(params.y) + token * params.y_stride;
-            reinterpret_cast<uint4*>(y)[piece] =
-                make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+            expert = next;
+            uint4* y = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(params.y) + token * params.y_stride) + first;
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) {
+                if (first + i * 32 >= per_row) break;
+                y[i * 32] = make_uint4(pack(sum[i][0], sum[i][1]), pack(sum[i][2], sum[i][3]), pack(sum[i][4], sum[i][5]),
+                                       pack(sum[i][6], sum[i][7]));
+            }
         }
     }
 
@@ -959,11 +1105,11 @@ private:
     }
 };
 
-template <int kTokens, bool kBF16>
+template <int kTokens, int kType>
 __global__ void __launch_bounds__(kMegaThreads, 1) sm90_mega_moe(const __grid_constant__ MegaMoeParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared_memory[];
-    using Kernel = MegaMoeKernel<kTokens, kBF16>;
+    using Kernel = MegaMoeKernel<kTokens, static_cast<MegaMoeType>(kType)>;
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared_memory));
 #endif
 }

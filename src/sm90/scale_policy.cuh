@@ -37,8 +37,8 @@ __device__ __forceinline__ void load_scale_chunk(const ScaleSource& source, int6
 // Thread layout of the accumulator: wgmma.cuh.
 template <class Traits>
 struct Promotion {
-    static constexpr GemmLayout kLayout = Traits::kLayout;
-    static constexpr int kCols = kLayout.row.block_cols;
+    static constexpr auto kLayout = Traits::kLayout;
+    static constexpr int kCols = kLayout.block_cols();
 
     // A scale for each column; `col(i)` gives that of the thread's i-th: two of every eight.
     template <class Col>

@@ -14,7 +14,7 @@ import torch
 
 from . import plot, report
 
-SUITES = ("gemm", "products", "fp4", "prenorm", "mqa", "mega_moe", "casts", "host", "rows", "layers")
+SUITES = ("gemm", "products", "fp4", "prenorm", "mqa", "mega_moe", "mega_tuning", "casts", "host", "rows", "layers")
 NO_GPU = (
     "deep_gemm_ops.bench: PyTorch sees no CUDA device here, so nothing can be measured. --cpu checks the CPU reference "
     "on small problems instead; --from-json FILE shows an earlier run."
@@ -167,6 +167,11 @@ def _records(suite: str, options: argparse.Namespace, limits: Any, run: dict[str
         from . import mega_moe
 
         for record in mega_moe.mega_records(limits, repeats=repeats, references=references, quick=quick):
+            yield record, report.product_line(record)
+    elif suite == "mega_tuning":
+        from . import mega_moe
+
+        for record in mega_moe.tuning_records(limits, repeats=options.repeats or 7, quick=quick):
             yield record, report.product_line(record)
     elif suite == "layers":
         from . import layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,13 +10,13 @@ import torch
 
 import deep_gemm_ops
 
-from .. import mega_moe
+from .. import _capi, mega_moe
 from ..testing import bench as timing
 from ..testing.numeric import compare
 from . import suites
 from .report import OURS
 
-__all__ = ["mega_records"]
+__all__ = ["mega_records", "tuning_records"]
 
 Record = dict[str, Any]
 
@@ -29,13 +30,24 @@ class Layer(NamedTuple):
     tokens: int
     intermediate: int
     hidden: int = 7168
+    is_fp4: bool = False
+
+    @property
+    def op(self) -> str:
+        return "fp8_fp4_mega_moe" if self.is_fp4 else "fp8_mega_moe"
 
     @property
     def label(self) -> str:
-        return f"{self.tokens} tokens, {LOCAL_EXPERTS} of {EXPERTS} x {self.intermediate} x {self.hidden}"
+        weights = " FP4" if self.is_fp4 else ""
+        return f"{self.tokens} tokens, {LOCAL_EXPERTS} of {EXPERTS} x {self.intermediate} x {self.hidden}{weights}"
 
 
-LAYERS = [Layer(tokens, intermediate) for intermediate in (2048, 3072) for tokens in (1, 32, 512, 8192)]
+LAYERS = [
+    Layer(tokens, intermediate, is_fp4=is_fp4)
+    for is_fp4 in (False, True)
+    for intermediate in (2048, 3072)
+    for tokens in (1, 32, 512, 8192)
+]
 
 
 def mega_records(
@@ -43,13 +55,39 @@ def mega_records(
 ) -> Iterator[Record]:
     """Check and time each layer: in one kernel, and operator by operator."""
     for layer in LAYERS[1:4:2] if quick else LAYERS:
-        yield _measure(layer, limits, repeats, references)
+        problem = _Problem(layer)
+        contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.fused}
+        if references:
+            contenders[f"{OURS} operators"] = problem.by_operators
+        yield _measure(problem, contenders, limits, repeats)
+
+
+#: What the kernel is tried with instead of its own choices.
+TUNING: list[dict[str, int]] = [
+    *({"block_tokens": tokens} for tokens in (16, 32, 64)),
+    *({"lag": blocks} for blocks in (1, 5, 8, 24, 1000)),
+    *({"prefetch_bytes": size} for size in (0, 512, 1536, 2048)),
+    {"evict_weights": 1},
+    {"lag": 7, "prefetch_bytes": 0},
+]
+
+
+def tuning_records(limits: timing.DeviceLimits, *, repeats: int = 7, quick: bool = False) -> Iterator[Record]:
+    """Time each layer with other choices than the kernel's own."""
+    for layer in LAYERS[1:4:2] if quick else LAYERS:
+        problem = _Problem(layer)
+        contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.fused}
+        for choices in TUNING:
+            name = ", ".join(f"{choice} {value}" for choice, value in choices.items())
+            contenders[name] = functools.partial(problem.tuned, choices)
+        yield _measure(problem, contenders, limits, repeats)
 
 
 class _Problem:
     """One rank's inputs and weights; choices of other ranks' experts are masked, about seven of eight."""
 
     def __init__(self, layer: Layer) -> None:
+        self.layer = layer
         generator = torch.Generator(suites.DEVICE).manual_seed(0)
         on_gpu: dict[str, Any] = {"device": suites.DEVICE, "generator": generator}
         tokens, hidden, intermediate = layer.tokens, layer.hidden, layer.intermediate
@@ -58,20 +96,27 @@ class _Problem:
         choices[0, 1:] = choices[0, 1:].clamp(min=LOCAL_EXPERTS)
         self.topk_idx = choices.where(choices < LOCAL_EXPERTS, -1)
         self.topk_weights = torch.rand(tokens, TOPK, **on_gpu)
-        self.x, self.x_sf = deep_gemm_ops.per_token_cast_to_fp8(torch.randn(tokens, hidden, **on_gpu).bfloat16())
+        #: Scales of activations.
+        self.per_32: dict[str, Any] = {"gran_k": 32, "use_packed_ue8m0": True} if layer.is_fp4 else {}
+        x = torch.randn(tokens, hidden, **on_gpu).bfloat16()
+        self.x, self.x_sf = deep_gemm_ops.per_token_cast_to_fp8(x, **self.per_32)
 
-        def weights(rows: int, cols: int) -> mega_moe.WeightsFP8:
-            casts = [
-                deep_gemm_ops.per_block_cast_to_fp8((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16())
-                for _ in range(LOCAL_EXPERTS)
-            ]
-            values = torch.stack([values.view(torch.uint8) for values, _ in casts]).view(torch.float8_e4m3fn)
-            return values, torch.stack([scales for _, scales in casts])
+        def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if layer.is_fp4:
+                return deep_gemm_ops.per_token_cast_to_fp4(x, use_packed_ue8m0=True)
+            return deep_gemm_ops.per_block_cast_to_fp8(x)
+
+        def weights(rows: int, cols: int) -> mega_moe.ScaledWeights:
+            casts = [cast((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16()) for _ in range(LOCAL_EXPERTS)]
+            values = torch.stack([values.view(torch.uint8) for values, _ in casts]).view(casts[0][0].dtype)
+            # MN-major, as the casts have them and as products read them.
+            return values, torch.stack([scales.t() for _, scales in casts]).transpose(1, 2)
 
         self.plain = (weights(2 * intermediate, hidden), weights(hidden, intermediate))
         self.l1, self.l2 = deep_gemm_ops.transform_weights_for_mega_moe(*self.plain)
         sizes = (LOCAL_EXPERTS, tokens, TOPK, hidden, intermediate)
-        self.buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(None, *sizes, device=suites.DEVICE)
+        options = {"mma_type": "fp8xfp4" if layer.is_fp4 else "fp8xfp8", "device": suites.DEVICE}
+        self.buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(None, *sizes, **options)
         self.y = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=suites.DEVICE)
         self.buffer.x.view(torch.uint8).copy_(self.x.view(torch.uint8))
         self.buffer.x_sf.copy_(self.x_sf)
@@ -81,10 +126,17 @@ class _Problem:
         self.mean = -(-self.rows // LOCAL_EXPERTS)
         used = int(self.topk_idx[self.topk_idx >= 0].unique().numel())
         self.flops = 2 * self.rows * 3 * hidden * intermediate
-        self.bytes = used * 3 * hidden * intermediate + self.rows * (3 * hidden + 2 * intermediate)
+        of_weights = 3 * hidden * intermediate  # elements of an expert
+        bytes_of_weights = of_weights // 2 + of_weights // 32 if layer.is_fp4 else of_weights
+        self.bytes = used * bytes_of_weights + self.rows * (3 * hidden + 2 * intermediate)
 
     def fused(self, i: int) -> torch.Tensor:
-        return deep_gemm_ops.fp8_mega_moe(self.y, self.l1, self.l2, self.buffer, expected_m=self.mean)
+        op = getattr(deep_gemm_ops, self.layer.op)
+        return op(self.y, self.l1, self.l2, self.buffer, expected_m=self.mean)
+
+    def tuned(self, choices: dict[str, int], i: int) -> torch.Tensor:
+        with _capi.tune_mega_moe(**choices):
+            return self.fused(i)
 
     def by_operators(self, i: int) -> torch.Tensor:
         """How many rows there are is known here, which saves these operators from padding to the worst case."""
@@ -94,11 +146,13 @@ class _Problem:
         experts = torch.arange(LOCAL_EXPERTS, device=flat.device)
         ends = (flat[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
         x = self.x.view(torch.uint8).index_select(0, tokens).view(self.x.dtype)
-        product = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous
         options: dict[str, Any] = {"layout": "offsets", "expected_m": self.mean}
+        product = deep_gemm_ops.m_grouped_fp8_gemm_nt_contiguous
+        if self.layer.is_fp4:
+            product, options["recipe"] = deep_gemm_ops.m_grouped_fp8_fp4_gemm_nt_contiguous, [1, 1, 32]
         both = product(x, self.x_sf.index_select(0, tokens), *self.plain[0], ends, **options)
         factors = self.topk_weights.flatten().index_select(0, order)
-        h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors)
+        h, h_sf = deep_gemm_ops.swiglu_cast_to_fp8(both, topk_weights=factors, **self.per_32)
         results = product(h, h_sf, *self.plain[1], ends, **options)
         return torch.zeros_like(self.y).index_add_(0, tokens, results)
 
@@ -117,14 +171,16 @@ class _Problem:
         return y
 
 
-def _measure(layer: Layer, limits: timing.DeviceLimits, repeats: int, references: bool) -> Record:
-    problem = _Problem(layer)
-    record: Record = {"op": "fp8_mega_moe", "shape": layer.label, "bytes": problem.bytes, "flops": problem.flops}
+def _measure(
+    problem: _Problem,
+    contenders: dict[str, Callable[[int], torch.Tensor]],
+    limits: timing.DeviceLimits,
+    repeats: int,
+) -> Record:
+    layer = problem.layer
+    record: Record = {"op": layer.op, "shape": layer.label, "bytes": problem.bytes, "flops": problem.flops}
     record |= {"times": {}, "failed": {}, "errors": {}}
     floor_us = 10.0 + max(problem.flops / limits.fp8_tflops * 1e-6, problem.bytes / limits.copy_gbps * 1e-3)
-    contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.fused}
-    if references:
-        contenders[f"{OURS} operators"] = problem.by_operators
     expected = problem.expected()
     for name in list(contenders):
         try:
