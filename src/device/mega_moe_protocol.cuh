@@ -250,7 +250,9 @@ protected:
             for (; before > 0; --before) used &= used - 1;
             const int64_t expert = word * 32 + __ffs(used) - 1;
             const int64_t row = (expert * first_tiles + tile) * kRoles.tile_rows + thread;
-            if (kRoles.tile_rows == 256 || thread < kRoles.tile_rows) prefetch_l2(params.l1 + row * row_bytes, params.prefetch_bytes);
+            if (kRoles.tile_rows == 256 || thread < kRoles.tile_rows) {
+                prefetch_l2(params.l1 + row * row_bytes, params.prefetch_bytes);
+            }
             break;
         }
     }

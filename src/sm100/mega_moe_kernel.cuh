@@ -357,8 +357,8 @@ private:
 
     // SwiGLU, rounding or quantisation, and 64 columns of pool_h from `first_column` on.
     __device__ __forceinline__ static void store_activated(const MegaMoeParams& params, Storage& shared,
-                                                           const MegaTile& tile, int first_column, int warp, uint32_t accumulator,
-                                                           ptx::Barrier& accumulator_empty) {
+                                                           const MegaTile& tile, int first_column, int warp,
+                                                           uint32_t accumulator, ptx::Barrier& accumulator_empty) {
         constexpr int kPitch = kLayout.activated_pitch();
         const int thread = thread_index() % 128, lane = thread % 32;
         const int row = tile.block * kTokens;
@@ -427,8 +427,8 @@ private:
 
     // 128 columns, from `first_column` on, of each token's row in the combine buffer of its rank.
     __device__ __forceinline__ static void store_results(const MegaMoeParams& params, Storage& shared,
-                                                         const MegaTile& tile, int first_column, int warp, uint32_t accumulator,
-                                                         ptx::Barrier& accumulator_empty) {
+                                                         const MegaTile& tile, int first_column, int warp,
+                                                         uint32_t accumulator, ptx::Barrier& accumulator_empty) {
         const int thread = thread_index() % 128, lane = thread % 32;
         constexpr int kBytes = kChunk * 128;  // of 64 columns: [token][64 columns], 16-byte pieces swizzled
         // Where this lane's row of a matrix of stmatrix goes: of token `lane % 8`, or eight further on in the upper half.
