@@ -107,6 +107,7 @@ class MegaCase:
     num_sms: int = 2  # of each rank
     calls: int = 1
     seed: int = 0  # of the schedule; the data depends on the rest
+    arch: int = 90  # whose kernels the emulator runs
 
     @property
     def num_ranks(self) -> int:

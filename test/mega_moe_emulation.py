@@ -83,6 +83,7 @@ def launches_of(
     y: torch.Tensor,
     stats: torch.Tensor | None,
     *,
+    arch: int,
     num_sms: int,
     block_tokens: int,
     clamp: float | None,
@@ -110,7 +111,7 @@ def launches_of(
     def launch(kernel, grid, block, cluster, shared_bytes, params, params_bytes):
         try:
             name = kernel.decode()
-            ((compiled, entry),) = [(m, e) for _, m in units("mega_moe") for e in m.entries if name in e]
+            ((compiled, entry),) = [(m, e) for _, m in units(f"sm{arch}_mega_moe") for e in m.entries if name in e]
             changed = module if module is not None and entry in module.entries else compiled
             arguments = [ctypes.string_at(params, params_bytes)]
             result.append(
@@ -124,6 +125,7 @@ def launches_of(
     error = ctypes.create_string_buffer(4096)
     status = _capi.library().dg_run_mega_moe(
         ctypes.byref(problem),
+        arch,
         num_sms,
         block_tokens,
         ctypes.c_void_p(ptx_emulator.encode_tiled_function()),
@@ -169,6 +171,7 @@ def prepare(case: MegaCase, call: int = 0, before: Prepared | None = None, **opt
     surroundings = [torch.full((n + 2, case.hidden + 8), math.nan, dtype=torch.bfloat16) for n in case.tokens]
     y = [buffer[1 : tokens + 1, : case.hidden] for buffer, tokens in zip(surroundings, case.tokens)]
     options = {
+        "arch": case.arch,
         "num_sms": case.num_sms,
         "block_tokens": case.block_tokens,
         "clamp": case.clamp,

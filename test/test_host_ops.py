@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
 FOLDER = ROOT / "test" / "host_ops"
-SOURCES = [ROOT / "src" / "ops" / f"{name}.cpp" for name in ("product", "gemm", "einsum", "grouped_gemm")]
+SOURCES = [ROOT / "src" / "ops" / f"{name}.cpp" for name in ("product", "gemm", "einsum", "grouped_gemm", "mega_moe")]
 DEPENDENCIES = [path for name in ("ops", "host") for path in sorted((ROOT / "src" / name).glob("*.*"))]
 
 
@@ -79,8 +79,20 @@ def library() -> Path:
         (["test_grouped.py"], "not cuda and (fuzz or padding or hostile or skip or alignment or empty or casts)", 10),
         (["test_fp8_fp4_gemm.py"], "not ragged and not fakes and not compiles", 10),
         (["test_fp8_fp4_gemm.py"], "not fakes and not compiles", 9),
+        (["test_mega_moe.py"], "bad_input and not fake and not cuda", 9),
+        (["test_mega_moe.py"], "kernels_of_sm100", 10),
     ],
-    ids=["bad input", "gemm", "grouped", "gemm on SM100", "grouped on SM100", "FP4 on SM100", "FP4 on SM90"],
+    ids=[
+        "bad input",
+        "gemm",
+        "grouped",
+        "gemm on SM100",
+        "grouped on SM100",
+        "FP4 on SM100",
+        "FP4 on SM90",
+        "Mega MoE",
+        "Mega MoE on SM100",
+    ],
 )
 def test_the_operators_own_tests(files: list[str], selection: str, major: int) -> None:
     """`major`: of the compute capability of the GPU that there seems to be."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
-from deep_gemm_ops import _capi
+from deep_gemm_ops import _capi, mega_moe
 from deep_gemm_ops.bench import roofline
 
 from common import LAYOUTS, ROOT
@@ -99,6 +99,24 @@ def test_mqa_logits(row: Row) -> None:
     assert (count(mnemonics, "UTMALDG.3D") > 0) == row["paged"]
 
 
+@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("mma_type", ["bf16xbf16", "fp8xfp4"])
+def test_mega_moe(mma_type: str, block_tokens: int) -> None:
+    """One loop for both linears: four instructions for each part of a stage, and copies of the scales of all."""
+    scaled, parts = mma_type == "fp8xfp4", 2 if block_tokens == 128 else 1
+    name = f"sm100_mega_moeILi{block_tokens}ELi{mega_moe.MMA_TYPES.index(mma_type)}E"
+    resources, _, mnemonics = sass(name)
+    assert (resources["stack"], resources["local"]) == (0, 0)
+    assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
+    assert resources["reg"] * 384 <= 65536
+    instructions = {name: times for name, times in mnemonics.items() if "MMA" in name}
+    assert instructions == {"UTCQMMA" if scaled else "UTCHMMA": 4 * parts}
+    assert count(mnemonics, "UTCCP") == (1 + parts if scaled else 0)
+    assert count(mnemonics, "UTCBAR") == 1 + parts  # a stage, each part's accumulator
+    assert count(mnemonics, "LDTM.16dp256bit") == 4  # both halves of a warp's lanes, of either linear
+    assert count(mnemonics, "UTMALDG.2D") == (4 if scaled else 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Selection
 
@@ -141,7 +159,9 @@ def test_every_problem_has_a_row() -> None:
 
 def test_roofline_of_the_docs() -> None:
     """docs/sm100.md shows what `python -m deep_gemm_ops.bench.roofline` prints."""
-    assert roofline.table(roofline.problems()) in (ROOT / "docs" / "sm100.md").read_text()
+    page = (ROOT / "docs" / "sm100.md").read_text()
+    assert roofline.table(roofline.problems()) in page
+    assert roofline.mega_moe_table() in page
 
 
 def test_roofline() -> None:
@@ -153,6 +173,14 @@ def test_roofline() -> None:
     assert r.fill_bytes == 16 * 22 * 2 * 56 * (128 * (128 + 96) + (128 + 192))
     assert r.tensor_memory_bytes == 16 * 22 * 2 * (8 * 128 * 192 + 56 * 4 * (128 + 192))
     assert r.bound[0] == "L2 to SM" and r.bound[1] == r.fill_us > r.operations_us > r.memory_us
+
+
+def test_roofline_of_mega_moe() -> None:
+    """By hand, BF16: 32 experts of 64 tokens, in 16 and 28 tiles of 112 and 32 stages of 128 x (256 + 128) bytes."""
+    r = roofline.mega_moe_roofline(64, "bf16")
+    assert (r.row, r.operations) == ("256 x 128", 32 * 64 * 6 * 7168 * 2048)
+    assert r.fill_bytes == 32 * (16 * 112 + 28 * 32) * 128 * (256 + 128)
+    assert r.memory_bytes == 32 * (3 * 7168 * 2048 * 2 + 64 * (2 * (3 * 7168 + 2 * 2048) + 4 * 7168))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,11 +25,16 @@ from test_bad_input import changed, messages, other_device
 
 
 @pytest.fixture(autouse=True)
-def _hopper(request: pytest.FixtureRequest) -> None:
-    """There are kernels for SM90 alone."""
+def _kernels(request: pytest.FixtureRequest) -> None:
+    """FP8 weights with FP32 scales are SM90's; SM100 has kernels for the other types."""
     name = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
-    if name == "cuda" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("Mega MoE has kernels for SM90")
+    if name != "cuda":
+        return
+    major = torch.cuda.get_device_capability()[0]
+    of_test = getattr(request.node, "callspec", None)
+    mma_type = "fp8xfp8" if of_test is None else of_test.params.get("mma_type", "fp8xfp8")
+    if major not in (9, 10) or (major == 10 and mma_type == "fp8xfp8"):
+        pytest.skip(f"Mega MoE has no kernels for {mma_type} on SM{major}0")
 
 
 def run(case: MegaCase, device: str, expected_m: int | None = None) -> None:
@@ -318,6 +323,23 @@ l2_sf too large: fp8_mega_moe: l2_sf has shape [3, 4, 1], expected [local expert
 buffer too small: fp8_mega_moe: buffer has bytes 225279, expected at least 225280
 statistics: fp8_mega_moe: cumulative_local_expert_recv_stats has shape [4], expected [local experts] = [3]""",
     )
+
+
+@pytest.mark.skipif(os.environ.get("HOST_OPS_MAJOR") != "10", reason="asks the operators' C++: test_host_ops.py")
+def test_kernels_of_sm100() -> None:
+    """FP8 weights with FP32 scales have none, and the error says what has; FP4 weights begin where TMA can unpack them."""
+    run = torch.ops.deep_gemm
+    text = r"fp8_mega_moe: l1 has architecture sm_100, expected sm_90 \(.*fp8_fp4_mega_moe\)"
+    with pytest.raises(RuntimeError, match=text):
+        run.fp8_mega_moe(**arguments("cpu", "fp8_mega_moe"))
+    for op in ("bf16_mega_moe", "fp8_fp4_mega_moe"):
+        getattr(run, op)(**arguments("cpu", op))
+    given = arguments("cpu", "fp8_fp4_mega_moe")
+    memory = torch.zeros(given["l1"].numel() + 16 + 32, dtype=torch.uint8)
+    start = -memory.data_ptr() % 32 + 16
+    given["l1"] = memory[start : start + given["l1"].numel()].view(given["l1"].shape)
+    with pytest.raises(RuntimeError, match="fp8_fp4_mega_moe: l1 has base address 16 modulo 32 bytes, expected 0"):
+        run.fp8_fp4_mega_moe(**given)
 
 
 def test_bad_input_of_fp4(device_of_arguments: str) -> None:

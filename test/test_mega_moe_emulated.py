@@ -225,7 +225,7 @@ def test_sass() -> None:
 def test_missing_synchronisation_is_reported(mma_type: str) -> None:
     """Each wait, arrive, fence and barrier of a kernel, left out or wrong."""
     name = f"sm90_mega_moeILi32ELi{mega_moe.MMA_TYPES.index(mma_type)}E"
-    ((text, entry),) = [(text, e) for text, module in units("mega_moe") for e in module.entries if name in e]
+    ((text, entry),) = [(text, e) for text, module in units("sm90_mega_moe") for e in module.entries if name in e]
     text = mutate.extract(text, entry)
     # Enough K blocks to wrap around the stages; tiles of the second linear before those of the first one and behind one
     # another; CTAs that are done early.

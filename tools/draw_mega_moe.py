@@ -69,18 +69,18 @@ def draw() -> str:
 
     canvas.text(300, 190, "One CTA of the kernel, of all SMs", bold=True)
     canvas.box(300, 205, 190, 60, ROLE, "all threads: route", "every rank's choices")
-    canvas.box(300, 300, 190, 76, ROLE, "dispatch", "warp 3, and the consumers", "before their first tile")
+    canvas.box(300, 300, 190, 76, ROLE, "dispatch", "a warp or three, and the", "consumers at first")
     canvas.box(300, 420, 190, 76, ROLE, "tokens: warp 1", "waits for the block,", "TMA")
     canvas.box(300, 540, 190, 60, ROLE, "weights: warp 0", "TMA, waits for nobody")
-    canvas.box(550, 480, 190, 76, BUFFER, "ring of stages", "256 x 128 bytes of weights", "block of tokens, scales")
+    canvas.box(550, 480, 190, 76, BUFFER, "ring of stages", "256 or 128 rows of weights", "block of tokens, scales")
     canvas.box(
         550,
         300,
         190,
         108,
         ROLE,
-        "consumers: 2 warpgroups",
-        "wgmma, scales",
+        "consumers: warpgroups",
+        "wgmma; SM100: tcgen05",
         "first linear: SwiGLU,",
         "quantisation",
         "second linear: BF16 rows",

@@ -124,6 +124,11 @@ def mqa_instances() -> list[dict[str, Any]]:
     return [] if lib is None else json.loads(lib.dg_mqa_instances())
 
 
+def mega_moe_block_tokens(arch: str, mma_type: int, expected_m: int) -> int:
+    """Tokens of a block of Mega MoE for experts with so many each; ``mma_type`` counts mega_moe.MMA_TYPES."""
+    return _require().dg_mega_moe_block_tokens(int(arch[3:].rstrip("a")), mma_type, ctypes.c_int64(expected_m))
+
+
 @contextlib.contextmanager
 def force_mqa_row(index: int) -> Iterator[None]:
     """While the context is open, MQA logits run on row ``index`` of their table, or raise where that does not fit."""

@@ -496,7 +496,8 @@ def fp8_mega_moe(
             the CPU also: ``topk_idx`` has an expert that does not exist, or one twice for a token. Elsewhere the
             former is ignored like -1, and the latter gives wrong values.
 
-    All ranks have to call it, in the same order. The same inputs give the same bits. Specification:
+    All ranks have to call it, in the same order. The same inputs give the same bits. On SM90 and CPU; SM100's tensor
+    core takes UE8M0 scales per 32 alone, for which there is :func:`fp8_fp4_mega_moe`. Specification:
     ``deep_gemm_ops.mega_moe.reference_experts``.
     """
     op = "fp8_mega_moe"
@@ -542,7 +543,8 @@ def fp8_fp4_mega_moe(
     in the low nibble, as uint8, int8 or float4_e2m1fn_x2 ``[local experts, 2 * intermediate, hidden / 2]`` and
     ``[local experts, hidden, intermediate / 2]``, and int32 words of four scales ``[.., hidden / 128]`` and
     ``[.., intermediate / 128]``, stride 1 along the rows. ``sym_buffer`` has ``mma_type`` "fp8xfp4", its ``x_sf`` is
-    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both.
+    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both. On SM100 base addresses of weights
+    are multiples of 32 bytes.
     """
     op = "fp8_fp4_mega_moe"
     if tuple(recipe) != (1, 1, 32):

@@ -83,7 +83,7 @@ struct MegaMoeOffsets {
     int64_t sources;       // MegaMoeSource [local experts, expert_rows]
     int64_t pool_weights;  // FP32 [pool rows]
     int64_t pool_x;        // [pool rows, hidden]
-    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]; with FP4 there is room for [hidden / 32, pool rows]
+    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]; with FP4 room for [hidden / 32, pool rows], SM100 has words
     int64_t pool_h;        // [pool rows, intermediate]
     int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows], likewise
     int64_t bytes;         // of all

@@ -9,34 +9,73 @@
 
 #include "../sm90/mega_moe_dispatch.h"
 #include "../sm90/mega_moe_traits.h"
+#include "../sm100/mega_moe_dispatch.h"
+#include "../sm100/mega_moe_traits.h"
 #include "knobs.h"
 
 namespace deep_gemm {
 
 namespace {
 
-using sm90::kMegaBlockBytes;
-using sm90::kMegaTileRows;
-using sm90::MegaMoeLayout;
-
-#if DG_WITH_SM90
-const void* layer_kernel(const MegaMoeLayout& layout) { return sm90::mega_moe_kernel(layout); }
-const void* check_kernel() { return sm90::mega_moe_check_kernel(); }
-#else
-const void* layer_kernel(const MegaMoeLayout&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
-const void* check_kernel() { throw std::runtime_error("deep_gemm: built without sm_90a"); }
-#endif
-
-// A number for each kernel that no row of a table has, for the launcher's notes about kernels.
+// A number for each kernel of an architecture that no row of a table has, for the launcher's notes about kernels.
 constexpr int kFirstRow = 300;
 
-int row_of(const MegaMoeLayout& layout) { return kFirstRow + 4 * layout.block_tokens + static_cast<int>(layout.type); }
+int row_of(int block_tokens, MegaMoeType type) { return kFirstRow + 4 * block_tokens + static_cast<int>(type); }
 
-std::string kernel_name(int row) {
-    if (row == kFirstRow) return "sm90_mega_moe_check";
+std::string kernel_name(const std::string& arch, int row) {
+    if (row == kFirstRow) return arch + "_mega_moe_check";
     const int tokens = (row - kFirstRow) / 4, type = (row - kFirstRow) % 4;
-    return "sm90_mega_moeILi" + std::to_string(tokens) + "ELi" + std::to_string(type) + "E";
+    return arch + "_mega_moeILi" + std::to_string(tokens) + "ELi" + std::to_string(type) + "E";
 }
+
+// A kernel, its tiles, and how it reads operands.
+struct LayerKernel {
+    const void* layer;
+    const void* check;
+    std::string (*name)(int row);
+    int tile_rows;
+    int block_k;
+    int threads;
+    int shared_bytes;
+    bool unpacks;        // FP4: TMA puts 16 elements into 16 bytes, as the tensor core wants them
+    int token_scales;    // of a token, in the pool for each K block of 128: words, or what they are expanded to
+};
+
+#if DG_WITH_SM90
+LayerKernel sm90_kernel(int block_tokens, const MegaMoeShape& shape) {
+    const sm90::MegaMoeLayout layout{block_tokens, shape.type};
+    if (const char* reason = layout.invalid_reason()) throw std::runtime_error(std::string("deep_gemm: Mega MoE: ") + reason);
+    return {sm90::mega_moe_kernel(layout),
+            sm90::mega_moe_check_kernel(),
+            [](int row) { return kernel_name("sm90", row); },
+            sm90::kMegaTileRows,
+            sm90::kMegaBlockBytes / shape.element_bytes(),
+            sm90::kMegaThreads,
+            layout.shared_bytes(),
+            false,
+            shape.is_fp4() ? 4 : 1};
+}
+#else
+LayerKernel sm90_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
+#endif
+
+#if DG_WITH_SM100
+LayerKernel sm100_kernel(int block_tokens, const MegaMoeShape& shape) {
+    const sm100::MegaMoeLayout layout{block_tokens, shape.type};
+    if (const char* reason = layout.invalid_reason()) throw std::runtime_error(std::string("deep_gemm: Mega MoE: ") + reason);
+    return {sm100::mega_moe_kernel(layout),
+            sm100::mega_moe_check_kernel(),
+            [](int row) { return kernel_name("sm100", row); },
+            layout.tile_rows(),
+            layout.block_k(),
+            sm100::kMegaThreads,
+            layout.shared_bytes(),
+            true,
+            1};
+}
+#else
+LayerKernel sm100_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_100a"); }
+#endif
 
 void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
     static std::mutex mutex;
@@ -51,7 +90,7 @@ void print_config(const MegaMoeProblem& problem, const KernelLaunch& launch) {
                  static_cast<long long>(problem.rank), static_cast<long long>(problem.num_ranks),
                  static_cast<long long>(problem.num_tokens), static_cast<long long>(problem.num_experts),
                  static_cast<long long>(problem.hidden), static_cast<long long>(problem.intermediate),
-                 kernel_name(launch.row).c_str(), launch.grid);
+                 launch.name(launch.row).c_str(), launch.grid);
 }
 
 // Of an expert.
@@ -75,11 +114,11 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
     return shape;
 }
 
-int mega_moe_block_tokens(const MegaMoeProblem& problem) {
+int mega_moe_block_tokens(const MegaMoeProblem& problem, int arch) {
     if (const int tuned = mega_moe_tuning().block_tokens; tuned > 0) return tuned;
     const double mean = mean_tokens(problem);
     // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
-    const int tallest = problem.type == MegaMoeType::kFP8FP4 ? 64 : 128;
+    const int tallest = arch == 90 && problem.type == MegaMoeType::kFP8FP4 ? 64 : 128;
     return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : tallest;
 }
 
@@ -88,37 +127,38 @@ MegaMoeTuning& mega_moe_tuning() {
     return tuning;
 }
 
-void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend) {
+void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int block_tokens, bool pdl, Backend& backend) {
     const MegaMoeShape shape = shape_of(problem);
     const MegaMoeOffsets offsets(shape);
-    const MegaMoeLayout layout{block_tokens > 0 ? block_tokens : mega_moe_block_tokens(problem), shape.type};
-    if (const char* reason = layout.invalid_reason()) throw std::runtime_error(std::string("deep_gemm: Mega MoE: ") + reason);
+    if (block_tokens == 0) block_tokens = mega_moe_block_tokens(problem, arch);
+    const LayerKernel kernel = arch == 90 ? sm90_kernel(block_tokens, shape) : sm100_kernel(block_tokens, shape);
     uint8_t* const buffer = reinterpret_cast<uint8_t*>(problem.buffers[problem.rank]);
     const EncodeTiledFunction encode = backend.encode_tiled();
     const CUtensorMapDataType type = shape.is_bf16() ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-    const int bytes = shape.element_bytes(), block_k = kMegaBlockBytes / bytes;
+    const int bytes = shape.element_bytes();
 
     MegaMoeParams params = {};
     params.offsets = offsets;
     const auto operand_map = [&](const void* data, int64_t rows, int64_t k, int box_rows) {
-        return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, block_k);
+        return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, kernel.block_k);
     };
     const int64_t experts = shape.local_experts(), pool_rows = shape.pool_rows();
     const auto weights_map = [&](const void* data, int64_t rows, int64_t k) {
-        if (!shape.is_fp4()) return operand_map(data, rows, k, kMegaTileRows);
-        const MatrixView pairs{data, rows, k / 2, k / 2, type, 1};
-        return make_tensor_map(encode, pairs, kMegaTileRows, block_k / 2);
+        if (!shape.is_fp4()) return operand_map(data, rows, k, kernel.tile_rows);
+        const int64_t packed = kernel.unpacks ? 1 : 2;  // values in an element of the map; strides are in bytes
+        const MatrixView view{data, rows, k / packed, k / 2,
+                              kernel.unpacks ? CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B : type, 1};
+        return make_tensor_map(encode, view, kernel.tile_rows, static_cast<int>(kernel.block_k / packed));
     };
     params.l1_map = weights_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden);
     params.l2_map = weights_map(problem.l2, experts * shape.hidden, shape.intermediate);
-    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, layout.block_tokens);
-    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, layout.block_tokens);
+    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, block_tokens);
+    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, block_tokens);
     if (!shape.is_bf16()) {
         const auto scales_map = [&](int64_t offset, int64_t k) {
-            const int groups = shape.is_fp4() ? 4 : 1;  // of a K block
-            const MatrixView view{buffer + offset, k / kMegaMoeGranK * groups, pool_rows, pool_rows,
+            const MatrixView view{buffer + offset, k / kMegaMoeGranK * kernel.token_scales, pool_rows, pool_rows,
                                   CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-            return make_tensor_map(encode, view, groups, layout.block_tokens, false);
+            return make_tensor_map(encode, view, kernel.token_scales, block_tokens, false);
         };
         params.x_sf_map = scales_map(offsets.pool_x_sf, shape.hidden);
         params.h_sf_map = scales_map(offsets.pool_h_sf, shape.intermediate);
@@ -126,7 +166,7 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     if (shape.is_fp4()) {
         const auto words_map = [&](const int32_t* words, int64_t k, int64_t rows) {
             const MatrixView view{words, experts * (k / kMegaMoeGranK), rows, rows, CU_TENSOR_MAP_DATA_TYPE_INT32, 4};
-            return make_tensor_map(encode, view, 1, kMegaTileRows, false);
+            return make_tensor_map(encode, view, 1, kernel.tile_rows, false);
         };
         params.l1_sf_map = words_map(problem.l1_words, shape.hidden, 2 * shape.intermediate);
         params.l2_sf_map = words_map(problem.l2_words, shape.intermediate, shape.hidden);
@@ -144,18 +184,18 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     params.timeout_ns = static_cast<uint64_t>(problem.timeout_ns);
     params.rank = static_cast<int>(problem.rank);
     params.num_tokens = static_cast<int>(problem.num_tokens);
-    // While the last tiles of the first linear are computed, 256 x hidden weights each, the other CTAs have tiles of the
+    // While the last tiles of the first linear are computed, a tile's rows by hidden weights each, the other CTAs have tiles of the
     // second one, hidden x intermediate of a block: as many blocks as that takes are finished before.
     const MegaMoeTuning& tuning = mega_moe_tuning();
     const int tuned_lag = tuning.lag, tuned_prefetch = tuning.prefetch_bytes;
-    const int lag = (num_sms * kMegaTileRows + shape.intermediate - 1) / shape.intermediate + 1;
+    const int lag = (num_sms * kernel.tile_rows + shape.intermediate - 1) / shape.intermediate + 1;
     params.lag = tuned_lag >= 0 ? std::max(tuned_lag, 1) : lag;
     // What a CTA can fetch while ranks meet and tokens are sorted, about a quarter of a megabyte. Where experts have several
     // blocks, the tensor cores bound it.
     const int64_t row_bytes = int64_t{shape.hidden} * bytes / (shape.is_fp4() ? 2 : 1);
-    const int64_t most_bytes = tuned_prefetch >= 0                             ? tuned_prefetch / 16 * 16
-                               : mean_tokens(problem) <= layout.block_tokens ? 1024
-                                                                              : 0;
+    const int64_t most_bytes = tuned_prefetch >= 0                    ? tuned_prefetch / 16 * 16
+                               : mean_tokens(problem) <= block_tokens ? 1024
+                                                                      : 0;
     params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
     params.l1 = static_cast<const uint8_t*>(problem.l1);
     params.evicts_weights = tuning.evict_weights > 0;
@@ -163,14 +203,14 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     params.clamp = problem.clamp;
 
     KernelLaunch launch = {};
-    launch.kernel = layer_kernel(layout);
-    launch.name = &kernel_name;
-    launch.symbol = &kernel_name;
-    launch.row = row_of(layout);
+    launch.kernel = kernel.layer;
+    launch.name = kernel.name;
+    launch.symbol = kernel.name;
+    launch.row = row_of(block_tokens, shape.type);
     launch.grid = num_sms;
-    launch.block = sm90::kMegaThreads;
+    launch.block = kernel.threads;
     launch.cluster = 1;
-    launch.shared_bytes = layout.shared_bytes();
+    launch.shared_bytes = kernel.shared_bytes;
     launch.params = &params;
     launch.params_bytes = sizeof(params);
     launch.pdl = pdl;
@@ -178,7 +218,7 @@ void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, 
     backend.launch(launch);
 
     const MegaMoeCheckParams check = {reinterpret_cast<const MegaMoeHeader*>(buffer)};
-    launch.kernel = check_kernel();
+    launch.kernel = kernel.check;
     launch.row = kFirstRow;
     launch.grid = 1;
     launch.block = 32;

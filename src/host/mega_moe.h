@@ -40,7 +40,7 @@ struct MegaMoeProblem {
 MegaMoeShape shape_of(const MegaMoeProblem& problem);
 
 // Tokens of a block, by which the kernels differ.
-int mega_moe_block_tokens(const MegaMoeProblem& problem);
+int mega_moe_block_tokens(const MegaMoeProblem& problem, int arch);
 
 // What run_mega_moe chooses instead of its own, where it is not -1: for tests and tuning.
 struct MegaMoeTuning {
@@ -51,7 +51,7 @@ struct MegaMoeTuning {
 };
 MegaMoeTuning& mega_moe_tuning();
 
-// `block_tokens`: 0 chooses. Throws std::runtime_error where a launch fails.
-void run_mega_moe(const MegaMoeProblem& problem, int num_sms, int block_tokens, bool pdl, Backend& backend);
+// `arch`: 90 or 100. `block_tokens`: 0 chooses. Throws std::runtime_error where a launch fails, or there is no kernel.
+void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int block_tokens, bool pdl, Backend& backend);
 
 }  // namespace deep_gemm

@@ -25,12 +25,18 @@ DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, i
     tuning.evict_weights = evict_weights;
 }
 
-DG_EXPORT int dg_mega_moe_block_tokens(const MegaMoeProblem* problem) { return mega_moe_block_tokens(*problem); }
+// Tokens of a block for experts with so many each. `type`: MegaMoeType.
+DG_EXPORT int dg_mega_moe_block_tokens(int arch, int type, int64_t expected_m) {
+    MegaMoeProblem problem;
+    problem.type = static_cast<MegaMoeType>(type);
+    problem.expected_m = expected_m;
+    return mega_moe_block_tokens(problem, arch);
+}
 
 // Runs a rank's layer on host memory through the callbacks. Returns 0, or 1 with the message in `error`.
-DG_EXPORT int dg_run_mega_moe(const MegaMoeProblem* problem, int num_sms, int block_tokens, EncodeTiledFunction encode,
-                              LaunchCallback launch, char* error, size_t error_size) {
+DG_EXPORT int dg_run_mega_moe(const MegaMoeProblem* problem, int arch, int num_sms, int block_tokens,
+                              EncodeTiledFunction encode, LaunchCallback launch, char* error, size_t error_size) {
     return run_on_callbacks(encode, launch, error, error_size, [&](Backend& backend) {
-        run_mega_moe(*problem, num_sms, block_tokens, false, backend);
+        run_mega_moe(*problem, arch, num_sms, block_tokens, false, backend);
     });
 }

@@ -192,8 +192,17 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     const int64_t hidden = a.hidden();
     const std::array<int64_t, 2> shape = {a.num_tokens, hidden}, strides = {hidden, 1};
     Tensor out = given_out ? *given_out : empty_strided(shape, strides, ScalarType::BFloat16, a.l1);
-    if (compute_capability(device) != 90) {
-        fail(a.op(), "l1", "architecture", "sm_" + std::to_string(compute_capability(device)), "sm_90");
+    const int arch = compute_capability(device);
+    if (arch != 90 && (arch != 100 || a.type == MegaMoeType::kFP8)) {
+        const std::string reason = arch == 100 ? "FP8 weights with FP32 scales; SM100 has fp8_fp4_mega_moe" : "";
+        fail(a.op(), "l1", "architecture", "sm_" + std::to_string(arch),
+             a.type == MegaMoeType::kFP8 ? "sm_90" : "sm_90 or sm_100", reason);
+    }
+    if (arch == 100 && a.is_fp4()) {
+        for (const auto& [arg, x] : {std::pair{"l1", &a.l1}, std::pair{"l2", &a.l2}}) {
+            const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x->data_ptr()) % 32);
+            if (past != 0) fail(a.op(), arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
+        }
     }
 
     MegaMoeProblem problem;
@@ -226,7 +235,7 @@ Tensor run(const Arguments& a, const Tensor* given_out) {
     problem.expected_m = a.expected_m.value_or(-1);
     problem.timeout_ns = a.timeout_ms * 1'000'000;
     DeviceBackend backend(device, current_stream(a.l1));
-    run_mega_moe(problem, usable_sms(device), 0, knobs().pdl, backend);
+    run_mega_moe(problem, arch, usable_sms(device), 0, knobs().pdl, backend);
     return out;
 }
 

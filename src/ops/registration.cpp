@@ -61,12 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("get_paged_mqa_logits_metadata.out", TORCH_BOX(&get_paged_mqa_logits_metadata_out));
     m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));
     m.impl("fp8_paged_mqa_logits.out", TORCH_BOX(&fp8_paged_mqa_logits_out));
-    m.impl("fp8_fp4_mega_moe", TORCH_BOX(&scaled_mega_moe<MegaMoeType::kFP8FP4>));
-    m.impl("fp8_fp4_mega_moe.out", TORCH_BOX(&scaled_mega_moe_out<MegaMoeType::kFP8FP4>));
-    m.impl("fp8_mega_moe", TORCH_BOX(&scaled_mega_moe<MegaMoeType::kFP8>));
-    m.impl("fp8_mega_moe.out", TORCH_BOX(&scaled_mega_moe_out<MegaMoeType::kFP8>));
-    m.impl("bf16_mega_moe", TORCH_BOX(&bf16_mega_moe));
-    m.impl("bf16_mega_moe.out", TORCH_BOX(&bf16_mega_moe_out));
+#include "mega_moe_impls.inc"
 }
 
 }  // namespace

@@ -208,13 +208,6 @@ private:
 
     // ---- warp 3 ----
 
-    // K-major, rows of head_dim bytes that are one swizzle span, groups of 8 rows one after the other.
-    __device__ __forceinline__ static uint64_t descriptor(const void* tile, int span) {
-        const uint64_t swizzle = span == 128 ? 2 : span == 64 ? 4 : 6;
-        return 1ull << 46 /* version */ | swizzle << 61 | static_cast<uint64_t>(8 * span >> 4) << 32 |
-               (ptx::smem_address(tile) >> 4 & 0x3FFF);
-    }
-
     __device__ __forceinline__ static void multiply(const MqaLogitsParams& params, Storage& shared, uint32_t tensor_memory) {
         QueryState q_state;
         KeyState kv_state;
@@ -227,7 +220,7 @@ private:
             // Columns that are read from tensor memory 32 at a time.
             const int cols = (shared.groups[g].num_tokens * kHeads + 31) / 32 * 32;
             const uint32_t instruction = 1u << 4 /* FP32 */ | static_cast<uint32_t>(cols) >> 3 << 17 | 128u >> 4 << 24;
-            const uint64_t queries = descriptor(shared.q[g], params.head_dim);
+            const uint64_t queries = k_major_descriptor(shared.q[g], params.head_dim);
             ptx::mbarrier_arrive(shared.q_empty[g]);  // for what this thread has read; the commit is for the queries
 #pragma unroll 1
             for (int i = 0; i < num_tiles; ++i, kv_state.advance(), accumulator.advance()) {
@@ -235,7 +228,7 @@ private:
                 ptx::mbarrier_wait(shared.accumulator_empty[a], accumulator.phase ^ 1);
                 ptx::mbarrier_wait(shared.kv_full[s], kv_state.phase);
                 fence_after_sync();
-                const uint64_t keys = descriptor(shared.kv[s], params.head_dim);
+                const uint64_t keys = k_major_descriptor(shared.kv[s], params.head_dim);
 #pragma unroll 1
                 for (int step = 0; step < params.head_dim / 32; ++step) {
                     multiply_fp8(tensor_memory + a * kMqaCols, keys + step * 2, queries + step * 2, instruction, step > 0);

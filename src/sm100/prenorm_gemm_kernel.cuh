@@ -217,12 +217,6 @@ private:
 
     // ---- warp 9 ----
 
-    // K-major, rows of 128 bytes with their swizzle, groups of 8 rows 1024 bytes apart.
-    __device__ __forceinline__ static uint64_t descriptor(const void* tile) {
-        constexpr uint64_t kDescriptor = 1ull << 46 /* version */ | 2ull << 61 | static_cast<uint64_t>(1024 >> 4) << 32;
-        return kDescriptor | (ptx::smem_address(tile) >> 4 & 0x3FFF);
-    }
-
     __device__ __forceinline__ static void multiply(const PrenormGemmParams& params, Storage& shared,
                                                     const PrenormWork& work, State& state, uint32_t tensor_memory) {
         constexpr uint32_t kInstruction =
@@ -237,7 +231,7 @@ private:
             }
             ptx::mbarrier_wait(shared.parts[s], state.phase);
             fence_after_sync();
-            const uint64_t rows = descriptor(shared.a[s]), cols = descriptor(shared.b[s]);
+            const uint64_t rows = k_major_descriptor(shared.a[s], 128), cols = k_major_descriptor(shared.b[s], 128);
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
 #pragma unroll

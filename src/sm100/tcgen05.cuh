@@ -66,6 +66,25 @@ __device__ __forceinline__ void load_columns(uint32_t address, uint32_t (&r)[16]
         : "memory");
 }
 
+// 16 lanes of the warp's quarter, from that of `address` on, and 32 or 16 columns, in the form of mma's m16n8 accumulators: of
+// every eight columns thread t gets 2 (t % 4) and the next one, of lanes t / 4 and t / 4 + 8.
+__device__ __forceinline__ void load_fragments(uint32_t address, uint32_t (&r)[16]) {
+    asm volatile(
+        "tcgen05.ld.sync.aligned.16x256b.x4.b32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15},"
+        " [%16];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]), "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7]), "=r"(r[8]),
+          "=r"(r[9]), "=r"(r[10]), "=r"(r[11]), "=r"(r[12]), "=r"(r[13]), "=r"(r[14]), "=r"(r[15])
+        : "r"(address)
+        : "memory");
+}
+
+__device__ __forceinline__ void load_fragments(uint32_t address, uint32_t (&r)[8]) {
+    asm volatile("tcgen05.ld.sync.aligned.16x256b.x2.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]), "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7])
+                 : "r"(address)
+                 : "memory");
+}
+
 // The registers are operands, so that the compiler does not read them earlier.
 template <int... kCounts>
 __device__ __forceinline__ void load_wait(uint32_t (&... registers)[kCounts]) {
@@ -75,6 +94,14 @@ __device__ __forceinline__ void load_wait(uint32_t (&... registers)[kCounts]) {
         for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
     };
     (pin(registers), ...);
+}
+
+// Descriptor of an operand in shared memory: K-major, rows of 32, 64 or 128 bytes (`span`) that are one swizzle span, groups
+// of 8 rows one after the other.
+__device__ __forceinline__ uint64_t k_major_descriptor(const void* tile, int span) {
+    const uint64_t swizzle = span == 128 ? 2 : span == 64 ? 4 : 6;
+    return 1ull << 46 /* version */ | swizzle << 61 | static_cast<uint64_t>(8 * span >> 4) << 32 |
+           (ptx::smem_address(tile) >> 4 & 0x3FFF);
 }
 
 // ---- operations of the tensor core's queue, issued by one thread and executed in the order of issue ----

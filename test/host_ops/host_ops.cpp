@@ -19,8 +19,10 @@
 #include "host/gemm.h"
 #include "host/gemm_sm100.h"
 #include "host/knobs.h"
+#include "host/mega_moe.h"
 #include "host/selection_cache.h"
 #include "ops/gemm_ops.h"
+#include "ops/mega_moe_ops.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA
@@ -400,13 +402,15 @@ void run_on_host(const GemmProblem& p, bool sm100) {
 
 void run_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) { run_on_host(p, false); }
 void run_sm100_gemm(const GemmProblem& p, const SelectionLimits&, int, bool, Backend&) { run_on_host(p, true); }
+// Of Mega MoE arguments are checked, and nothing is computed.
+void run_mega_moe(const MegaMoeProblem&, int, int, int, bool, Backend&) {}
 
 }  // namespace deep_gemm
 
 extern "C" void host_ops_set_alignment(int alignment) { deep_gemm::knobs().mk_alignment = alignment; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Registration: the products, for tensors in host memory
+// Registration: the products and Mega MoE, for tensors in host memory
 
 namespace {
 
@@ -420,6 +424,7 @@ STABLE_TORCH_LIBRARY(deep_gemm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CPU, m) {
 #include "ops/product_impls.inc"
+#include "ops/mega_moe_impls.inc"
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .. import _capi
+from .. import _capi, mega_moe
 from ..testing.cases import BENCH_M, BENCH_SHAPES
 
 NUM_SMS = 148
@@ -109,6 +109,48 @@ def _of_row(row: dict[str, Any], m: int, n: int, k: int, operands: str, gran_k: 
     )
 
 
+MEGA_EXPERTS, MEGA_HIDDEN, MEGA_INTERMEDIATE = 32, 7168, 2048
+
+
+def mega_moe_roofline(tokens: int, operands: str = "fp4") -> Roofline:
+    """A rank's expert layer, ``tokens`` for each of its experts: ``operands`` are fp4 (the weights) or bf16."""
+    bf16 = operands == "bf16"
+    mma_type = mega_moe.MMA_TYPES.index("bf16xbf16" if bf16 else "fp8xfp4")
+    block = _capi.mega_moe_block_tokens("sm_100a", mma_type, tokens)
+    rows = 256 if block == 128 else 128  # of weights: MegaMoeLayout of src/sm100/mega_moe_traits.h
+    row = {"name": f"{rows} x {block}", "swap_ab": True, "block_m": block, "block_n": rows, "row_ctas": 1}
+    row |= {"block_k": 64 if bf16 else 128, "split_k": 1, "grouping": "m_grouped"}
+    first = _of_row(row, tokens, 2 * MEGA_INTERMEDIATE, MEGA_HIDDEN, operands, 32, MEGA_EXPERTS)
+    second = _of_row(row, tokens, MEGA_HIDDEN, MEGA_INTERMEDIATE, operands, 32, MEGA_EXPERTS)
+    sums = {
+        field.name: getattr(first, field.name) + getattr(second, field.name)
+        for field in dataclasses.fields(Roofline)
+        if field.name != "row"
+    }
+    # Weights once. Of a token: x read, written to the pool and read again, h written and read, the result, too.
+    item, of_weights = (2.0, 2.0) if bf16 else (1 + 1 / 32, 0.5 + 1 / 32)
+    weights = 3 * MEGA_HIDDEN * MEGA_INTERMEDIATE * of_weights
+    of_token = item * (3 * MEGA_HIDDEN + 2 * MEGA_INTERMEDIATE) + 2 * 2 * MEGA_HIDDEN
+    memory = MEGA_EXPERTS * (weights + tokens * of_token)
+    return Roofline(row["name"], **{**sums, "memory_bytes": memory, "memory_us": memory / MEMORY_GBPS * 1e-3})
+
+
+def mega_moe_table() -> str:
+    """Markdown, one line for each number of tokens of an expert and type."""
+    lines = [
+        "| tokens of an expert | operands | tile | GFLOP | memory, MB | L2 to SM, MB | bound | at least, µs |",
+        "|---:|---|---|---:|---:|---:|---|---:|",
+    ]
+    for operands, name in (("fp4", "FP8 x FP4"), ("bf16", "BF16")):
+        for tokens in (1, 16, 64, 256):
+            r = mega_moe_roofline(tokens, operands)
+            megabytes = [f"{x * 1e-6:.1f}" for x in (r.memory_bytes, r.fill_bytes)]
+            bound, us = r.bound
+            cells = [tokens, name, r.row, f"{r.operations * 1e-9:.1f}", *megabytes, bound, f"{us:.1f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def table(problems: Iterator[tuple]) -> str:
     """Markdown, one line for each problem: arguments of `roofline`."""
     lines = [
@@ -147,4 +189,4 @@ def problems() -> Iterator[tuple]:
 
 
 if __name__ == "__main__":
-    print(table(problems()))
+    print(table(problems()), mega_moe_table(), sep="\n\n")
