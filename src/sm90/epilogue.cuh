@@ -180,25 +180,43 @@ private:
         return work.store_end < min((kSwapAB ? work.col : work.row) + kLayout.row.block_m(), params.m);
     }
 
-    // A staged box, whose first element is (row, col) of the product: the threads copy its rows of this group.
+    // A staged box, whose first element is (row, col) of the product: the threads copy its rows of this group, each the
+    // same 16 bytes of several rows.
     __device__ __forceinline__ static void copy_box(const GemmParams& params, const WorkTile& work, const uint8_t* box,
                                                     int row, int col, int thread) {
         constexpr int kRowBytes = kBoxCols * 2;
         constexpr int kChunks = kRowBytes / 16;
+        constexpr int kRows = 128 / kChunks;  // that all threads copy at once
+        constexpr int kPasses = (kLayout.box_rows() + kRows - 1) / kRows, kAtOnce = kPasses < 4 ? kPasses : 4;
         const int count = min(work.store_end - row, kLayout.box_rows());
-        auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work);
+        const int chunk = thread % kChunks, first = col + chunk * 8;
+        const bool is_whole = first + 8 <= params.n;
+        auto* d = of_group(static_cast<__nv_bfloat16*>(params.d), params.d_group_stride, work) + first;
 #pragma unroll 1
-        for (int i = thread; i < count * kChunks; i += 128) {
-            const int box_row = i / kChunks;
-            const int swizzle = box_row / (128 / kRowBytes) % kChunks;
-            const auto* source = reinterpret_cast<const uint4*>(box + box_row * kRowBytes + (i % kChunks ^ swizzle) * 16);
-            const int first = col + i % kChunks * 8;
-            __nv_bfloat16* destination = d + (row + box_row) * params.d_stride + first;
-            if (first + 8 <= params.n) {
-                *reinterpret_cast<uint4*>(destination) = *source;
-            } else {
-                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(source);
-                for (int element = 0; first + element < params.n; ++element) destination[element] = elements[element];
+        for (int begin = thread / kChunks; begin < count; begin += kAtOnce * kRows) {
+            uint4 values[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int box_row = min(begin + i * kRows, kLayout.box_rows() - 1);
+                const int swizzle = box_row / (128 / kRowBytes) % kChunks;
+                values[i] = *reinterpret_cast<const uint4*>(box + box_row * kRowBytes + (chunk ^ swizzle) * 16);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int box_row = begin + i * kRows;
+                if (box_row >= count) break;
+                __nv_bfloat16* destination = d + (row + box_row) * params.d_stride;
+                if (is_whole) {
+                    *reinterpret_cast<uint4*>(destination) = values[i];
+                } else {
+                    const uint32_t words[] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+                    for (int element = 0; element < 8; ++element) {
+                        if (first + element < params.n) {
+                            destination[element] = __ushort_as_bfloat16(words[element / 2] >> element % 2 * 16 & 0xffff);
+                        }
+                    }
+                }
             }
         }
     }
