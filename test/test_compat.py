@@ -19,6 +19,7 @@ import deep_gemm_ops
 from deep_gemm_ops import compat, reference
 from deep_gemm_ops.compat import _names
 
+import mqa_cases
 from common import ROOT, assert_close, error_bar, generator, on_sm100, same_bits
 
 Tensor = torch.Tensor
@@ -338,6 +339,10 @@ def test_logits(deep_gemm: ModuleType, device: str) -> None:
         deep_gemm.fp8_fp4_mqa_logits((q, None), (kv, kv_sf), head_weights, start, end, True, 0, torch.float32),
     ):
         assert same_bits(actual, expected)
+    if not mqa_cases.fp4_condition(device):
+        q, q_sf, kv, kv_sf, *rest = mqa_cases.dense_arguments(device=device, fp4=True).values()
+        expected = ops.fp8_fp4_mqa_logits(q, q_sf, kv, kv_sf, *rest)
+        assert same_bits(deep_gemm.fp8_fp4_mqa_logits((q.view(torch.int8), q_sf), (kv, kv_sf), *rest), expected)
 
 
 def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
@@ -355,6 +360,12 @@ def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
     expected = ops.fp8_paged_mqa_logits(q, *rest, clean_logits=True)
     assert same_bits(deep_gemm.fp8_paged_mqa_logits(q, *rest, clean_logits=True), expected)
     assert same_bits(deep_gemm.fp8_fp4_paged_mqa_logits((q, None), *rest, True), expected)
+    if not mqa_cases.fp4_condition(device):
+        arguments = mqa_cases.paged_arguments([99, 7], 2, fp4=True, device=device)
+        q, q_sf, *rest, indices = arguments.values()
+        assert indices is None
+        expected = ops.fp8_fp4_paged_mqa_logits(q, q_sf, *rest, clean_logits=True)
+        assert same_bits(deep_gemm.fp8_fp4_paged_mqa_logits((q, q_sf), *rest, clean_logits=True), expected)
 
 
 def test_hyper_connections(deep_gemm: ModuleType, device: str) -> None:

@@ -71,7 +71,7 @@ void print_config(const MqaLogitsProblem& problem, const MqaRow& row, const MqaR
 
 bool fits(const MqaRow& row, const MqaLogitsProblem& problem) {
     return row.heads == problem.heads && (row.head_dim == 0 || row.head_dim == problem.head_dim) &&
-           row.paged == problem.paged;
+           row.paged == problem.paged && row.fp4 == problem.fp4;
 }
 
 }  // namespace
@@ -84,6 +84,11 @@ std::span<const MqaRow> mqa_logits_rows(int arch) {
     if (arch == 100) return sm100::kMqaRows;
 #endif
     return {};
+}
+
+bool has_mqa_rows(int arch, bool fp4) {
+    const auto rows = mqa_logits_rows(arch);
+    return std::any_of(rows.begin(), rows.end(), [&](const MqaRow& row) { return row.fp4 == fp4; });
 }
 
 std::string kernel_symbol(const MqaRow& row, int index) {
