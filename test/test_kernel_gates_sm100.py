@@ -93,7 +93,8 @@ def test_mqa_logits(row: Row) -> None:
     assert (resources["stack"], resources["local"]) == (0, 0)
     assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
     assert resources["reg"] * row["num_threads"] <= 65536
-    assert count(mnemonics, "UTCQMMA") == 1
+    assert (count(mnemonics, "UTCQMMA"), count(mnemonics, "UTCOMMA")) == ((0, 1) if row["fp4"] else (1, 0))
+    assert count(mnemonics, "UTCCP") == (3 if row["fp4"] else 0)  # scales of 128 keys and up to 256 columns
     assert count(mnemonics, "UTCBAR") == 3  # a stage, queries, an accumulator
     assert count(mnemonics, "LDTM") == 6
     assert (count(mnemonics, "UTMALDG.3D") > 0) == row["paged"]

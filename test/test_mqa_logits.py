@@ -412,8 +412,9 @@ def test_fp4_extreme_scales(fp4_device: str) -> None:
     words = {name: arguments[name].view(torch.uint8).view(*arguments[name].shape, 4) for name in ("q_sf", "kv_sf")}
     words["q_sf"][3, 5, 1] = 0xFF
     words["kv_sf"][70, 2] = 0xFF
-    words["kv_sf"][7] = 0  # 2^-127
+    words["kv_sf"][7] = 127 - 90
     words["kv_sf"][8] = 254  # 2^127: products beyond FP32's range, negative ones of which are still nothing
+    arguments["kv"][8, 1:] = 0
     words["kv_sf"][9] = 127 + 100
     result = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments).cpu()
     scores = torch.einsum(
