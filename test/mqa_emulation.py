@@ -266,10 +266,8 @@ def _scales(count: int, data: str, random: torch.Generator) -> torch.Tensor:
     return scales
 
 
-def _fp4(
-    shape: tuple[int, ...], data: str, random: torch.Generator, alike: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed values and words of scales, ``alike`` neighbours of which are large or small together: a logit is exact."""
+def _fp4(shape: tuple[int, ...], data: str, random: torch.Generator, alike: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed values and words of scales, ``alike`` neighbours of which are large or small together: no sum rounds."""
     if data == "normal":
         return make_fp4(shape, random, 7, 9)
     values, words = make_fp4(shape, random)
@@ -576,9 +574,7 @@ class PagedCase(_Case):
         expected = torch.zeros(tokens, max_len, dtype=torch.float64)
         for i, sequence in enumerate(sequence_of.tolist()):
             keys = values[table[sequence]].view(-1, dim)[:max_len]
-            row = relu_logits(
-                exact_q[i : i + 1], keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1]
-            )
+            row = relu_logits(exact_q[i : i + 1], keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1])
             expected[i, : row.shape[1]] = row
         inside = torch.arange(max_len) < ends[:, None]
         self.compare(logits, expected, inside, self.clean)

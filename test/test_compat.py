@@ -20,7 +20,7 @@ from deep_gemm_ops import compat, reference
 from deep_gemm_ops.compat import _names
 
 import mqa_cases
-from common import ROOT, assert_close, error_bar, generator, on_sm100, same_bits
+from common import ROOT, assert_close, error_bar, generator, same_bits
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -236,8 +236,6 @@ def test_fp4_weights(deep_gemm: ModuleType, device: str) -> None:
     assert same_bits(d, expected)
     with pytest.raises(RuntimeError, match="recipe_a, recipe_b have gran_k 128 and 32, expected the same"):
         deep_gemm.fp8_fp4_gemm_nt(a, a, empty(384, 384, device=device), **recipes)
-    if on_sm100(device):
-        return
     rows = layout >= 0
     expected = ops.m_grouped_fp8_fp4_gemm_nt_contiguous(*a, weights, words, layout, recipe=[1, 1, 128, 32])
     deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(a, (weights, words), d, layout, **recipes)

@@ -336,8 +336,8 @@ def mutated_rows() -> list[Row]:
         return ROWS
     kinds: dict[tuple, Row] = {}
     for row in sorted(ROWS, key=lambda row: row["cols"] * row["head_dim"]):
-        # On SM100 a token of few heads may end anywhere in what is read from tensor memory at once; with FP4 the same code
-        # reads it.
+        # On SM100 a token of few heads may end anywhere in what is read from tensor memory at once; the same code reads
+        # FP4's.
         few_heads = row["arch"] == "sm_100a" and row["heads"] < 64 and not row["fp4"]
         kinds.setdefault((row["arch"], row["paged"], row["fp4"], row["parts"], row["warpgroups"], few_heads), row)
     return list(kinds.values())

@@ -100,10 +100,10 @@ std::string kernel_symbol(const MqaRow& row, int index) {
 MqaRowResources row_resources(const MqaRow& row) {
     if (row.arch == 100) {
         const sm100::MqaType type{row.fp4};
-        return {type.stages(), type.shared_bytes(), type.threads()};
+        return {sm100::kMqaKeys, type.stages(), type.shared_bytes(), type.threads()};
     }
     const sm90::MqaLayout layout{row};
-    return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
+    return {kMqaTileKeys, layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
 }
 
 std::string row_name(const MqaRow& row) {
@@ -156,7 +156,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
                        CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
     // The tensor core's steps and the swizzle are 32 bytes; what a row has not is zeros.
     const int box_bytes = std::max(row_bytes, 32);
-    const int tile_keys = arch == 100 ? sm100::kMqaKeys : kMqaTileKeys;
+    const MqaRowResources resources = row_resources(row);
     params.row_bytes = box_bytes;
     params.q_rows = row.tile_cols();
     // SM100: as many columns as tokens have that are scored together, 32 at a time.
@@ -183,8 +183,8 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
         // A matrix of one row, whose stride is never used.
         const MatrixView kv_sf{problem.kv_sf, 1, problem.num_keys, (problem.num_keys + 3) / 4 * 4,
                                CU_TENSOR_MAP_DATA_TYPE_UINT32, 4};
-        params.kv_map = make_tensor_map(encode, kv, tile_keys, box_bytes);
-        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, tile_keys, false);
+        params.kv_map = make_tensor_map(encode, kv, resources.tile_keys, box_bytes);
+        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, resources.tile_keys, false);
     }
     params.q_sf = reinterpret_cast<const uint32_t*>(problem.q_sf);
     params.q_sf_stride = problem.q_sf_stride;
@@ -211,7 +211,6 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
     params.indices = problem.indices;
     params.schedule = problem.schedule;
 
-    const MqaRowResources resources = row_resources(row);
     KernelLaunch launch;
     launch.kernel = arch == 100 ? sm100_kernel(row_idx) : sm90_kernel(row_idx);
     launch.name = arch == 100 ? &sm100_name : &sm90_name;

@@ -72,6 +72,7 @@ std::span<const MqaRow> mqa_logits_rows(int arch);
 bool has_mqa_rows(int arch, bool fp4);
 
 struct MqaRowResources {
+    int tile_keys;
     int num_stages;
     int shared_bytes;
     int num_threads;

@@ -21,7 +21,7 @@ DG_EXPORT const char* dg_mqa_instances() {
                 const MqaRowResources resources = row_resources(row);
                 text << (index > 0 ? ",\n " : "") << "{\"index\": " << index << ", \"name\": \"" << row_name(row)
                      << "\", \"arch\": \"sm_" << arch << "a\", \"family\": \"" << (row.fp4 ? "fp8_fp4_mqa_logits" : "fp8_mqa_logits")
-                     << "\", \"kernel\": \""
+                     << "\", \"tile_keys\": " << resources.tile_keys << ", \"kernel\": \""
                      << kernel_symbol(row, static_cast<int>(i)) << "\", \"heads\": " << row.heads << ", \"head_dim\": "
                      << row.head_dim << ", \"cols\": " << row.cols << ", \"parts\": " << row.parts
                      << ", \"fp4\": " << (row.fp4 ? "true" : "false") << ", \"warpgroups\": " << row.warpgroups
