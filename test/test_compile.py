@@ -208,8 +208,8 @@ deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights,
 deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
 deep_gemm::fp8_paged_mqa_logits.out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, *, int gran_k=128) -> Tensor
-deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
-deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, *, bool round_up=False) -> Tensor
+deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, bool round_up=False, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None) -> Tensor
@@ -258,7 +258,7 @@ deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? cla
 deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::tf32_hc_prenorm_gemm(Tensor a, Tensor b, *, int? num_splits=None) -> (Tensor d, Tensor sqr_sum)
 deep_gemm::tf32_hc_prenorm_gemm.out(Tensor a, Tensor b, *, int? num_splits=None, Tensor(d!) out, Tensor(e!) out_sqr_sum) -> ()
-deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
+deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False, bool round_up=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",
     )

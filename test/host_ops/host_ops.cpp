@@ -103,7 +103,9 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& p, cudaStream_t, bool)
                     continue;
                 }
                 int exponent = 0;
-                const bool is_power = scale > 0 && std::frexp(scale, &exponent) == 0.5f;
+                const bool is_half = scale > 0 && std::frexp(scale, &exponent) == 0.5f;
+                const bool is_power = is_half || (p.round_up && scale > 0);
+                if (!is_half) ++exponent;
                 uint32_t& word = static_cast<uint32_t*>(p.dst)[to];
                 word = (k % 4 == 0 ? 0 : word) | (is_power ? exponent + 126u : 255u) << (8 * (k % 4));
             }
