@@ -79,7 +79,7 @@ def test_packing_rounds_up_where_asked_for(device: str) -> None:
     out = torch.empty_strided(packed.shape, packed.stride(), dtype=torch.int32, device=device)
     deep_gemm_ops.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, round_up=True, out=out)
     assert same_bits(out, packed)
-    if on_sm100(device):  # where transformed scales are packed
+    if device != "cpu" and on_sm100(device):  # where transformed scales are packed
         result = deep_gemm_ops.transform_sf_into_required_layout(sf, 1, 128 * len(codes), [1, 128], round_up=True)
         assert same_bits(result, packed)
     expected = reference.transform_sf_into_required_layout(
