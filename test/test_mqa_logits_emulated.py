@@ -162,6 +162,7 @@ def test_random_dense_problems(row: Row) -> None:
             data=pick("normal", "integer", "special"),
             num_sms=pick(1, 2, 5, 20),
             seed=seed,
+            dim=pick(32, 64, 128),
         ).run()
 
 
@@ -286,6 +287,7 @@ def test_random_paged_problems(row: Row) -> None:
             data=pick("normal", "integer", "special"),
             num_ctas=pick(1, 2, 5, 20),
             seed=seed,
+            dim=pick(32, 64, 128),
         ).run()
 
 
