@@ -167,6 +167,7 @@ std::span<const GemmRow> sm100_gemm_rows() { return {}; }
 int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
 EncodeTiledFunction driver_encode_tiled() { return nullptr; }
 void DeviceBackend::launch(const KernelLaunch&) {}
+int DeviceBackend::resident_clusters(const KernelLaunch&, int limit) { return limit; }
 
 namespace {
 
