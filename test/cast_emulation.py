@@ -116,7 +116,8 @@ class TransposeProblem(ctypes.Structure):
 class ScaleLayoutProblem(ctypes.Structure):
     _fields_ = [("src", _P), ("src_type", _I), ("src_batch_stride", _L), ("src_mn_stride", _L)] + [
         ("src_k_stride", _L), ("dst", _P), ("dst_type", _I), ("dst_batch_stride", _L), ("dst_k_stride", _L)] + [
-        ("batch", _L), ("mn", _L), ("k_sf", _L), ("mn_repeat", _I), ("k_repeat", _I), ("row_counts", _P)]  # fmt: skip
+        ("batch", _L), ("mn", _L), ("k_sf", _L), ("mn_repeat", _I), ("k_repeat", _I), ("row_counts", _P)] + [
+        ("round_up", ctypes.c_bool)]  # fmt: skip
 
 
 class GroupedPackProblem(ctypes.Structure):

@@ -132,7 +132,8 @@ class KGroupedCase(_Case):
     """D[g] = A_g^T B_g (+ C[g]) for groups of ``sizes`` along K, everything that belongs to no group poisoned with NaN.
 
     ``layout`` is ``sizes``, ``psum`` or ``offsets``. BF16 operands lie [K, M], groups one after the other; of FP8 ones,
-    [M, K], each group fills blocks of 128, the last one with zeros. ``tail`` elements of K follow the last group.
+    [M, K], each group fills blocks of 128, the last one with zeros, or, ``mn_major``, they lie as BF16 ones. ``tail``
+    elements of K follow the last group.
     ``values`` replaces what the layout holds: then only memory is checked. ``d`` is ``tma`` or ``direct`` (BF16, see
     RowCase), ``float32`` or ``float32 direct``; ``c`` and ``data`` are those of RowCase.
     """
@@ -146,6 +147,7 @@ class KGroupedCase(_Case):
     d: str = "tma"
     c: str = ""
     data: str = "normal"
+    mn_major: bool = False
     values: tuple[int, ...] | None = None
     num_sms: int = 3
     seed: int = 0  # of the schedule; the data depends on the rest
@@ -165,38 +167,49 @@ class KGroupedCase(_Case):
     def build(self) -> Tensors:
         m, n, groups, is_bf16 = self.m, self.n, len(self.sizes), self.info["scaling"] == "none"
         packed = self.info["scaling"] == "ue8m0"
-        step = 128 if not is_bf16 else self.alignment if self.layout == "psum" else 1
+        as_they_lie = is_bf16 or self.mn_major
+        step = 128 if not as_they_lie else self.alignment if self.layout == "psum" else 1
         places = self._places(step)
         k = max(ceil_div(places[-1][1] + self.tail, step) * step, 1)
+        # Where each group's scales begin, in blocks of 128.
+        blocks = [start // 128 for start, _ in places]
+        num_blocks = ceil_div(k, 128)
+        if self.mn_major:
+            blocks = list(itertools.accumulate((ceil_div(size, 128) for size in self.sizes), initial=0))
+            num_blocks = k // 128 + groups
         random = generator(hash((self.sizes, m, n)) % 2**32)
         operands = [self._values((mn, k), random).to(torch.bfloat16 if is_bf16 else FP8) for mn in (m, n)]
-        scales = [2.0 ** torch.randint(-2, 3, (ceil_div(k, 128), mn), generator=random) for mn in (m, n)]
+        scales = [2.0 ** torch.randint(-2, 3, (num_blocks, mn), generator=random) for mn in (m, n)]
         if self.data == "normal" and not packed:
             scales = [sf * (1 + torch.rand(sf.shape, generator=random)) for sf in scales]
 
         owned = torch.zeros(k, dtype=torch.bool)
+        scaled = torch.zeros(num_blocks, dtype=torch.bool)
         expected = torch.zeros(groups, m, n, dtype=torch.float64)
         for group, (start, end) in enumerate(places):
             owned[start:end] = True
-            for block in range(start, end, 128):
-                here = slice(block, min(block + 128, end))
+            for i in range(ceil_div(end - start, 128)):
+                here = slice(start + 128 * i, min(start + 128 * (i + 1), end))
                 product = operands[0][:, here].double() @ operands[1][:, here].double().t()
                 if not is_bf16:
-                    product *= scales[0][block // 128, :, None].double() * scales[1][block // 128].double()
+                    block = blocks[group] + i
+                    scaled[block] = True
+                    product *= scales[0][block, :, None].double() * scales[1][block].double()
                 expected[group] += product
-        if not is_bf16:
+        for sf in scales:
+            sf[~scaled] = math.nan
+        if not as_they_lie:
             for _, end in places:
                 for x in operands:
                     x.view(torch.uint8)[:, end : ceil_div(end, 128) * 128] = 0
                 owned[end : ceil_div(end, 128) * 128] = True
-            for sf in scales:
-                sf[~owned[::128]] = math.nan
         for x in operands:
             x.view(torch.uint8 if not is_bf16 else torch.int16)[:, ~owned] = 0x7FFF if is_bf16 else 0x7F
 
         a, b = operands
-        if is_bf16:
-            a, b = (strided(x.t(), ceil_div(x.shape[0], 8) * 8 + 8, "cpu") for x in operands)
+        if as_they_lie:
+            step = 8 if is_bf16 else 16
+            a, b = (strided(x.t(), ceil_div(x.shape[0], step) * step + step, "cpu") for x in operands)
         else:
             a, b = (strided(x, ceil_div(k, 16) * 16 + 16, "cpu") for x in operands)
         values = torch.tensor(self._layout_values(), dtype=torch.int32)
@@ -215,8 +228,9 @@ class KGroupedCase(_Case):
             group_alignment=self.alignment,
         )
         inputs = {"a": a, "b": b, "group_layout": values}
+        problem.a_mn_major = problem.b_mn_major = as_they_lie
         if is_bf16:
-            problem.operands, problem.a_mn_major, problem.b_mn_major = BF16_OPERANDS, True, True
+            problem.operands = BF16_OPERANDS
         else:
             if packed:
                 scales = [pack_scales(torch.where(sf.isnan(), 255, sf.log2() + 127).long()) for sf in scales]

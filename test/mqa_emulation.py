@@ -29,6 +29,7 @@ from deep_gemm_ops.inspect import find_tool
 
 import ptx_emulator
 from common import FP8, assert_close, ceil_div, generator, same_bits
+from mqa_cases import fp4_values, make_fp4
 from ptx_emulator import mutate
 
 # Warp instructions before a run is declared endless; the largest case needs a hundredth.
@@ -103,6 +104,9 @@ class _Problem(ctypes.Structure):
         ("num_tokens", ctypes.c_int64),
         ("heads", ctypes.c_int),
         ("head_dim", ctypes.c_int),
+        ("fp4", ctypes.c_bool),
+        ("q_sf", ctypes.c_void_p),
+        ("q_sf_stride", ctypes.c_int64),
         ("weights", ctypes.c_void_p),
         ("weights_stride", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
@@ -163,6 +167,11 @@ def _ints(x: torch.Tensor | None) -> _Ints:
     if x is None:
         return _Ints(None, 0, 0)
     return _Ints(x.data_ptr(), x.stride(0), x.stride(1) if x.dim() == 2 else 0)
+
+
+def _query_scales(q_sf: torch.Tensor | None) -> dict[str, Any]:
+    """Fields of a problem."""
+    return {} if q_sf is None else {"fp4": True, "q_sf": q_sf.data_ptr(), "q_sf_stride": q_sf.stride(0)}
 
 
 def _region(x: torch.Tensor, name: str, read_only: bool) -> tuple[int, int, str, bool]:
@@ -257,6 +266,43 @@ def _scales(count: int, data: str, random: torch.Generator) -> torch.Tensor:
     return scales
 
 
+def _fp4(shape: tuple[int, ...], data: str, random: torch.Generator, alike: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed values and words of scales, ``alike`` neighbours of which are large or small together: no sum rounds."""
+    if data == "normal":
+        return make_fp4(shape, random, 7, 9)
+    values, words = make_fp4(shape, random)
+    scales = words.contiguous().view(torch.uint8).view(-1, alike, 4)
+    if data == "special":
+        at = torch.randint(len(scales), (4,), generator=random)
+        scales[at[0]], scales[at[1]], scales[at[2]] = 127 + 57, 127 + 56, 127 - 40
+        scales[at[3], 0, 0] = 0xFF
+    if data == "negative":
+        scales[:] = 127 + 58
+    return values, scales.view(torch.int32).view(words.shape)
+
+
+def _queries(
+    shape: tuple[int, ...], data: str, random: torch.Generator, fp4: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What the kernel gets, values and words of scales or None, and what they mean."""
+    if not fp4:
+        values = _values(shape, data, random)
+        return values, None, values.double()
+    values, words = _fp4(shape, "integer" if data == "negative" else data, random, shape[-2])
+    return values, words, fp4_values(values, words)
+
+
+def _keys(
+    shape: tuple[int, ...], data: str, random: torch.Generator, fp4: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the kernel gets, values and scales or words of them, and what they mean: values and scales in float64."""
+    if not fp4:
+        values, scales = _values(shape, data, random), _scales(math.prod(shape[:-1]), data, random).view(shape[:-1])
+        return values, scales, values.double(), scales.double()
+    values, words = _fp4(shape, data, random, 1)
+    return values, words, fp4_values(values, words), torch.ones(shape[:-1], dtype=torch.float64)
+
+
 def _weights(shape: tuple[int, int], data: str, random: torch.Generator) -> torch.Tensor:
     if data == "normal":
         return torch.randn(shape, generator=random)
@@ -311,7 +357,8 @@ class DenseCase(_Case):
     """``ranges``: ``causal``, ``random`` (empty ones, beyond both ends), ``full``, ``empty`` or ``last``.
 
     ``data``: ``integer`` (results are exact), ``normal``, ``special`` (integers, with NaN, Inf and huge ones among
-    values and scales) or ``negative`` (integers, every scale negative: no tile's can be taken out of its sums)."""
+    values and scales) or ``negative`` (integers, every scale negative, of FP4 large: no tile's can be taken out of its
+    sums)."""
 
     tokens: int
     keys: int
@@ -342,10 +389,13 @@ class DenseCase(_Case):
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         info, random = self.info, generator(hash((self.tokens, self.keys)) % 2**32)
         heads, dim = info["heads"], info["head_dim"] or self.dim
-        q = _values((self.tokens, heads, dim), self.data, random)
-        kv_buffer = _values((self.keys, dim + 16), self.data, random)
-        kv = kv_buffer[:, :dim]
-        kv_sf = _scales(self.keys, self.data, random)
+        q, q_sf, exact_q = _queries((self.tokens, heads, dim), self.data, random, info["fp4"])
+        packed, kv_sf, exact_kv, exact_sf = _keys((self.keys, dim), self.data, random, info["fp4"])
+        kv_buffer = torch.full((self.keys, packed.shape[1] + 16), 0x7F, dtype=torch.uint8)  # all NaN
+        kv = kv_buffer.view(packed.dtype)[:, : packed.shape[1]]
+        kv.copy_(packed)
+        if q_sf is not None:  # more words between those of tokens
+            q_sf = torch.nn.functional.pad(q_sf, (0, 5), value=-1)[:, :heads]
         weights = _weights((self.tokens, heads + 3), self.data, random)[:, :heads]
         start, end = self.key_ranges(random)
         # Every other element: strides of these are anything.
@@ -355,10 +405,11 @@ class DenseCase(_Case):
         logits = buffer[1 : self.tokens + 1, 3 : width + 3]
         problem = _Problem(
             q=q.data_ptr(),
-            q_stride=dim,
+            q_stride=q.shape[-1],
             num_tokens=self.tokens,
             heads=heads,
             head_dim=dim,
+            **_query_scales(q_sf),
             weights=weights.data_ptr(),
             weights_stride=weights.stride(0),
             logits=logits.data_ptr(),
@@ -377,7 +428,7 @@ class DenseCase(_Case):
             next_n=1,
         )
         call = functools.partial(_capi.library().dg_run_mqa_logits, ctypes.byref(problem), info["index"], self.num_sms)
-        inputs = {"q": q, "kv": kv, "kv_sf": kv_sf, "weights": weights, "start": start, "end": end}
+        inputs = {"q": q, "q_sf": q_sf, "kv": kv, "kv_sf": kv_sf, "weights": weights, "start": start, "end": end}
         try:
             _launch(call, inputs, logits, module, **{"seed": self.seed, **options})
         except ptx_emulator.PtxError as error:
@@ -386,7 +437,7 @@ class DenseCase(_Case):
         around[1 : self.tokens + 1, 3 : width + 3] = False
         assert bool((buffer[around] == 7).all()), f"wrote outside of the result\nreproduce with: {self.repro}"
 
-        full = relu_logits(q.float(), kv.float(), kv_sf, weights)
+        full = relu_logits(exact_q, exact_kv, exact_sf, weights)
         first = start.long().clamp(0, self.keys)
         last = end.long().clamp(0, self.keys)
         columns = torch.arange(width)
@@ -436,13 +487,12 @@ class PagedCase(_Case):
         max_blocks = max(1, ceil_div(max(self.lens), block_kv))
         num_blocks = sequences * max_blocks + 3
         table = torch.randperm(num_blocks, generator=random)[: sequences * max_blocks].view(sequences, max_blocks)
-        block_bytes = block_kv * (dim + 4)
+        packed, sf, values, scales = _keys((num_blocks, block_kv, dim), self.data, random, info["fp4"])
+        row_bytes = packed.shape[-1]
+        block_bytes = block_kv * (row_bytes + 4)
         cache = torch.full((num_blocks, block_bytes + 48), 0x7F, dtype=torch.uint8)  # all NaN
-        values = _values((num_blocks, block_kv, dim), self.data, random)
-        scales = _scales(num_blocks * block_kv, self.data, random).view(num_blocks, block_kv)
-        cache[:, : block_kv * dim] = values.view(torch.uint8).reshape(num_blocks, -1)
-        cache[:, block_kv * dim : block_bytes] = scales.contiguous().view(torch.uint8).reshape(num_blocks, -1)
-        values, scales = values.float(), scales.clone()
+        cache[:, : block_kv * row_bytes] = packed.view(torch.uint8).reshape(num_blocks, -1)
+        cache[:, block_kv * row_bytes : block_bytes] = sf.contiguous().view(torch.uint8).reshape(num_blocks, -1)
         if self.table == "broken":
             table = table.clone()
             table[:, max_blocks // 2] = torch.tensor([-1, num_blocks, 2**31 - 1, -(2**31)])[torch.arange(sequences) % 4]
@@ -453,7 +503,7 @@ class PagedCase(_Case):
         strided_table = strided_table[:, :max_blocks]
         strided_table.copy_(table)
 
-        q = _values((tokens, heads, dim), self.data, random)
+        q, q_sf, exact_q = _queries((tokens, heads, dim), self.data, random, info["fp4"])
         weights = _weights((tokens, heads + 1), self.data, random)[:, :heads]
         longest = torch.tensor(self.lens, dtype=torch.int32)
         indices = None
@@ -479,10 +529,11 @@ class PagedCase(_Case):
         logits = buffer[1 : tokens + 1, 2 : max_len + 2]
         problem = _Problem(
             q=q.data_ptr(),
-            q_stride=dim,
+            q_stride=row_bytes,
             num_tokens=tokens,
             heads=heads,
             head_dim=dim,
+            **_query_scales(q_sf),
             weights=weights.data_ptr(),
             weights_stride=weights.stride(0),
             logits=logits.data_ptr(),
@@ -507,7 +558,7 @@ class PagedCase(_Case):
         )
         call = functools.partial(_capi.library().dg_run_mqa_logits, ctypes.byref(problem), info["index"], 1)
         inputs = {"q": q, "cache": cache[:, :block_bytes], "weights": weights, "lens": lens, "table": strided_table}
-        inputs |= {"schedule": schedule, "indices": indices}
+        inputs |= {"schedule": schedule, "indices": indices, "q_sf": q_sf}
         try:
             _launch(call, inputs, logits, module, **{"seed": self.seed, **options})
         except ptx_emulator.PtxError as error:
@@ -523,9 +574,7 @@ class PagedCase(_Case):
         expected = torch.zeros(tokens, max_len, dtype=torch.float64)
         for i, sequence in enumerate(sequence_of.tolist()):
             keys = values[table[sequence]].view(-1, dim)[:max_len]
-            row = relu_logits(
-                q[i : i + 1].float(), keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1]
-            )
+            row = relu_logits(exact_q[i : i + 1], keys, scales[table[sequence]].view(-1)[:max_len], weights[i : i + 1])
             expected[i, : row.shape[1]] = row
         inside = torch.arange(max_len) < ends[:, None]
         self.compare(logits, expected, inside, self.clean)

@@ -427,6 +427,27 @@ def test_mqa_records(on_cpu):
     assert report.failures(run) == ["S 8, S_kv 24, H 16, split, deep_gemm_ops: wrong result: off"]
 
 
+def test_mqa_records_of_fp4(on_cpu):
+    """The public package gets pairs, and FP4 as int8."""
+    on_cpu.setattr(mqa_logits, "DENSE", [mqa_logits.Dense(6, 30, 16, fp4=True)])
+    on_cpu.setattr(mqa_logits, "PAGED", [mqa_logits.Paged(3, 2, 90, 32, fp4=True)])
+    module, ops = fake_deep_gemm(), torch.ops.deep_gemm
+    module.get_num_sms = lambda: 132
+    module.get_paged_mqa_logits_metadata = ops.get_paged_mqa_logits_metadata
+
+    def dense(q, kv, *others, **options):
+        assert q[0].dtype == kv[0].dtype == torch.int8
+        return ops.fp8_fp4_mqa_logits(*q, *kv, *others, **options)
+
+    module.fp8_fp4_mqa_logits = dense
+    module.fp8_fp4_paged_mqa_logits = lambda q, *others, **options: ops.fp8_fp4_paged_mqa_logits(*q, *others, **options)
+    on_cpu.setitem(sys.modules, "deep_gemm", module)
+    records = list(mqa_logits.mqa_records(LIMITS, repeats=3))
+    assert [sorted(record["times"]) for record in records] == [["deep_gemm", "deep_gemm_ops"]] * 2
+    assert records[0]["flops"] == 2 * 16 * 128 * sum(range(24, 30))
+    assert "paged, B 3, next_n 2, L 90, H 32, FP4" in report.text({"mqa": records, "device": {"copy_gbps": 4000.0}})
+
+
 def test_mega_records(on_cpu):
     """In one operator and in many, with the same result; a wrong one is reported."""
     for name, value in (("LOCAL_EXPERTS", 4), ("EXPERTS", 16), ("TOPK", 3)):

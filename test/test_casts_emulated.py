@@ -238,6 +238,7 @@ def scale_layout(
     mn: int = 0,
     k_repeat: int = 1,
     row_counts: torch.Tensor | None = None,
+    round_up: bool = False,
     **options: object,
 ):
     types = {torch.float32: 0, torch.uint8: 1, torch.int32: 2}
@@ -261,6 +262,7 @@ def scale_layout(
         mn_repeat=repeat,
         k_repeat=k_repeat,
         row_counts=None if row_counts is None else row_counts.data_ptr(),
+        round_up=round_up,
     )
     inputs = [src] if row_counts is None else [src, row_counts]
     result = emulation.run("scale_layout", problem, inputs, [dst], **options)
@@ -372,6 +374,16 @@ def test_fp4_becomes_fp8(shape: tuple[int, int, int]) -> None:
 
 
 MANY_GROUPS = [0] * 40 + [700] + [33] * 40
+
+
+def test_scales_are_rounded_up_where_asked_for() -> None:
+    """Every exponent, and bits around powers of two; Inf, NaN and negative ones."""
+    exponents = torch.arange(256).repeat_interleave(5) << 23
+    bits = torch.cat([exponents + torch.tensor([0, 1, 0x400000, 0x400001, 0x7FFFFF]).repeat(256), -exponents - 1])
+    x = bits.to(torch.int32).view(torch.float32).view(1, -1, 10)
+    for src in arrangements(x)[:2]:
+        expected = reference.pack_ue8m0(reference.ue8m0_bytes(x, round_up=True))
+        assert_same(scale_layout(src, 10, "packed", round_up=True)[0], expected)
 
 
 @pytest.mark.parametrize("sizes", [[128], [0, 512, 1, 0, 1000, 640], [300, -5, 10**9, 4], [], MANY_GROUPS])

@@ -19,7 +19,8 @@ import deep_gemm_ops
 from deep_gemm_ops import compat, reference
 from deep_gemm_ops.compat import _names
 
-from common import ROOT, assert_close, error_bar, generator, on_sm100, same_bits
+import mqa_cases
+from common import ROOT, assert_close, error_bar, generator, same_bits
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -235,8 +236,6 @@ def test_fp4_weights(deep_gemm: ModuleType, device: str) -> None:
     assert same_bits(d, expected)
     with pytest.raises(RuntimeError, match="recipe_a, recipe_b have gran_k 128 and 32, expected the same"):
         deep_gemm.fp8_fp4_gemm_nt(a, a, empty(384, 384, device=device), **recipes)
-    if on_sm100(device):
-        return
     rows = layout >= 0
     expected = ops.m_grouped_fp8_fp4_gemm_nt_contiguous(*a, weights, words, layout, recipe=[1, 1, 128, 32])
     deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(a, (weights, words), d, layout, **recipes)
@@ -338,6 +337,10 @@ def test_logits(deep_gemm: ModuleType, device: str) -> None:
         deep_gemm.fp8_fp4_mqa_logits((q, None), (kv, kv_sf), head_weights, start, end, True, 0, torch.float32),
     ):
         assert same_bits(actual, expected)
+    if not mqa_cases.fp4_condition(device):
+        q, q_sf, kv, kv_sf, *rest = mqa_cases.dense_arguments(device=device, fp4=True).values()
+        expected = ops.fp8_fp4_mqa_logits(q, q_sf, kv, kv_sf, *rest)
+        assert same_bits(deep_gemm.fp8_fp4_mqa_logits((q.view(torch.int8), q_sf), (kv, kv_sf), *rest), expected)
 
 
 def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
@@ -355,6 +358,12 @@ def test_paged_logits(deep_gemm: ModuleType, device: str) -> None:
     expected = ops.fp8_paged_mqa_logits(q, *rest, clean_logits=True)
     assert same_bits(deep_gemm.fp8_paged_mqa_logits(q, *rest, clean_logits=True), expected)
     assert same_bits(deep_gemm.fp8_fp4_paged_mqa_logits((q, None), *rest, True), expected)
+    if not mqa_cases.fp4_condition(device):
+        arguments = mqa_cases.paged_arguments([99, 7], 2, fp4=True, device=device)
+        q, q_sf, *rest, indices = arguments.values()
+        assert indices is None
+        expected = ops.fp8_fp4_paged_mqa_logits(q, q_sf, *rest, clean_logits=True)
+        assert same_bits(deep_gemm.fp8_fp4_paged_mqa_logits((q, q_sf), *rest, clean_logits=True), expected)
 
 
 def test_hyper_connections(deep_gemm: ModuleType, device: str) -> None:

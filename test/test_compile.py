@@ -187,6 +187,10 @@ deep_gemm::fp8_fp4_gemm_tt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor
 deep_gemm::fp8_fp4_gemm_tt.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_fp4_mega_moe(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000) -> Tensor
 deep_gemm::fp8_fp4_mega_moe.out(Tensor l1, Tensor l1_sf, Tensor l2, Tensor l2_sf, Tensor(a!) buffer, int[] buffer_ptrs, int rank, SymInt num_tokens, int num_max_tokens_per_rank, int num_experts, int num_topk, *, Tensor(b!)? cumulative_local_expert_recv_stats=None, float? activation_clamp=None, SymInt? expected_m=None, int timeout_ms=60000, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_mqa_logits(Tensor q, Tensor? q_sf, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, ScalarType logits_dtype=6) -> Tensor
+deep_gemm::fp8_fp4_mqa_logits.out(Tensor q, Tensor? q_sf, Tensor kv, Tensor kv_sf, Tensor weights, Tensor cu_seq_len_k_start, Tensor cu_seq_len_k_end, *, bool clean_logits=True, SymInt max_seqlen_k=0, Tensor(d!) out) -> ()
+deep_gemm::fp8_fp4_paged_mqa_logits(Tensor q, Tensor? q_sf, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
+deep_gemm::fp8_fp4_paged_mqa_logits.out(Tensor q, Tensor? q_sf, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nn(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
 deep_gemm::fp8_gemm_nn.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::fp8_gemm_nt(Tensor a, Tensor sfa, Tensor b, Tensor sfb, *, Tensor? c=None, ScalarType out_dtype=15, int[]? recipe=None) -> Tensor
@@ -204,8 +208,8 @@ deep_gemm::fp8_mqa_logits.out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights,
 deep_gemm::fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, ScalarType logits_dtype=6, Tensor? indices=None) -> Tensor
 deep_gemm::fp8_paged_mqa_logits.out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, Tensor schedule_metadata, SymInt max_context_len, *, bool clean_logits=False, Tensor? indices=None, Tensor(d!) out) -> ()
 deep_gemm::get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor ks, *, int gran_k=128) -> Tensor
-deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor
-deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
+deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, *, bool round_up=False) -> Tensor
+deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor.out(Tensor sf, *, bool round_up=False, Tensor(d!) out) -> ()
 deep_gemm::get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor
 deep_gemm::get_mn_major_tma_aligned_tensor.out(Tensor sf, *, Tensor(d!) out) -> ()
 deep_gemm::get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, *, Tensor? indices=None) -> Tensor
@@ -254,7 +258,7 @@ deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? cla
 deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::tf32_hc_prenorm_gemm(Tensor a, Tensor b, *, int? num_splits=None) -> (Tensor d, Tensor sqr_sum)
 deep_gemm::tf32_hc_prenorm_gemm.out(Tensor a, Tensor b, *, int? num_splits=None, Tensor(d!) out, Tensor(e!) out_sqr_sum) -> ()
-deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False) -> Tensor
+deep_gemm::transform_sf_into_required_layout(Tensor sf, SymInt mn, SymInt k, int[] recipe, *, SymInt? num_groups=None, bool? is_sfa=None, bool disable_ue8m0_cast=False, bool round_up=False) -> Tensor
 deep_gemm::transpose_fp8(Tensor x) -> Tensor
 deep_gemm::transpose_fp8.out(Tensor x, *, Tensor(d!) out) -> ()""",
     )

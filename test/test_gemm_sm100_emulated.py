@@ -252,7 +252,10 @@ def cases_with_groups(row: Row) -> list[GroupedCase | KGroupedCase]:
         sizes = (k, 0, 70, 3, 2 * row["block_k"], 200)
         case = KGroupedCase(row["name"], "psum", sizes, m + 3, n + 24, 48, 70, num_sms=row["cluster_size"])
         ways = [("tma", ""), ("float32", "alias"), ("float32", ""), ("direct", "bias"), ("float32 direct", "full")]
-        return [dataclasses.replace(case, d=d, c=c, data="integer") for d, c in ways]
+        each = [dataclasses.replace(case, d=d, c=c, data="integer") for d, c in ways]
+        if row["scaling"] == "ue8m0":
+            each += [dataclasses.replace(each[0], mn_major=True), dataclasses.replace(each[2], mn_major=True)]
+        return each
     sizes = (0, m - 3, 1, m + 5, 2 * m)
     case = GroupedCase(row["name"], "offsets", sizes, n + 24, k, data="integer", num_sms=row["cluster_size"])
     psum = dataclasses.replace(case, layout="psum", k=150, zero_padding=True, tail=m, d="direct")

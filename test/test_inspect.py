@@ -34,6 +34,20 @@ ROWS = [
 ROWS.append(ROWS[0] | {"index": 1, "name": "sm90_fp8_1d2d_m16n64_swap", "kernel": "fp8_gemmILi1E", "swap_ab": True})
 ROWS[1] |= {"block_m": 16, "block_n": 64, "cluster": "none", "cluster_size": 1}
 
+LOGITS = {
+    "index": 0,
+    "name": "sm100_fp4_mqa_h64",
+    "arch": "sm_100a",
+    "family": "fp8_fp4_mqa_logits",
+    "kernel": "logitsILi64E",
+    "tile_keys": 128,
+    "cols": 192,
+    "parts": 1,
+    "num_stages": 12,
+    "shared_bytes": 100352,
+    "num_threads": 416,
+}
+
 RESOURCES = """
 Fatbin elf code:
 ================
@@ -46,6 +60,8 @@ Resource usage:
   REG:34 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:1280 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _Z8fp8_gemmILi0EEv6Params:
   REG:168 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:1280 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z6logitsILi64EEv6Params:
+  REG:112 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:1280 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 SASS = """
@@ -76,6 +92,7 @@ def made_up(monkeypatch):
         return {"row": 1, "name": ROWS[1]["name"], "candidates": candidates}
 
     monkeypatch.setattr(_capi, "instances", lambda arch=None: [dict(row) for row in ROWS])
+    monkeypatch.setattr(_capi, "mqa_instances", lambda: [dict(LOGITS)])
     monkeypatch.setattr(_capi, "select", select)
     monkeypatch.setattr(inspect, "library_path", lambda: Path("library.so"))
     monkeypatch.setattr(inspect, "_cuobjdump", lambda *a, disassemble=False: SASS if disassemble else RESOURCES)
@@ -89,11 +106,12 @@ def output(capsys, *arguments: str, code: int = 0) -> str:
 
 def test_list(made_up, capsys):
     lines = output(capsys).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[0].split()[:4] == ["index", "name", "arch", "tile"]
     assert lines[1].split() == "0 sm90_fp8_1d2d_m128n128 sm_90a 128x128x128 row_pair 2 1d2d 128 5 199680 384".split()
     assert "16x64x128 swap" in lines[2]
-    assert json.loads(output(capsys, "--json")) == ROWS
+    assert lines[3].split() == "- sm100_fp4_mqa_h64 sm_100a 128 keys x 192 none - - 12 100352 416".split()
+    assert json.loads(output(capsys, "--json")) == [*ROWS, LOGITS]
 
 
 def test_select(made_up, capsys):
@@ -127,10 +145,12 @@ def test_row(made_up, capsys):
     assert facts["resources"]["reg"] == 34
     assert facts["opcodes"] == {"LDC": 1, "BRA": 1, "UIADD3": 1, "QGMMA": 2, "STL": 1}
     assert "sass" not in facts
+    assert output(capsys, "row", ROWS[0]["name"]) == output(capsys, "row", "0")
+    assert "112 a thread at launch, 416 threads" in output(capsys, "row", LOGITS["name"])
 
 
 def test_a_row_that_does_not_exist(made_up, capsys):
-    assert "row 7 does not exist, the table has rows 0 to 1" in output(capsys, "row", "7", code=1)
+    assert "row 7 does not exist, the table has rows 0 to 1 and names" in output(capsys, "row", "7", code=1)
 
 
 def test_a_kernel_that_the_library_lacks(made_up, monkeypatch, capsys):
@@ -149,7 +169,7 @@ def test_without_cuobjdump(monkeypatch):
         inspect.find_tool("cuobjdump")
 
 
-@pytest.mark.parametrize("arguments", [["select", "1", "2"], ["select", "-1", "2", "3"], ["row", "x"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [["select", "1", "2"], ["select", "-1", "2", "3"], ["row"], ["nonsense"]])
 def test_bad_arguments(arguments: list[str], capsys):
     with pytest.raises(SystemExit) as error:
         inspect.main(arguments)
@@ -160,7 +180,9 @@ def test_bad_arguments(arguments: list[str], capsys):
 @pytest.mark.skipif(library_path() is None, reason="needs the compiled library")
 def test_the_real_table(capsys):
     rows = json.loads(output(capsys, "--json"))
-    assert [row["index"] for row in rows] == list(range(len(rows)))
+    gemms = [row for row in rows if "block_m" in row]
+    assert [row["index"] for row in gemms] == list(range(len(gemms)))
+    assert rows[len(gemms) :] == _capi.mqa_instances()
     assert len({row["name"] for row in rows}) == len(rows)
     for arch in {row["arch"] for row in rows}:
         assert "selected" in output(capsys, "select", "4096", "7168", "16384", "--arch", arch)

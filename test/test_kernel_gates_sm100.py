@@ -83,7 +83,8 @@ def test_bulk_copies(row: Row) -> None:
     assert count(mnemonics, "LDTM") == 2 * (max(columns // 32, 1) if row["split_k"] > 1 else 1)
 
 
-MQA_ROWS = [row for row in _capi.mqa_instances() if row["arch"] == "sm_100a"]
+# FP4's rows differ from FP8's where the number of heads does not matter.
+MQA_ROWS = [row for row in _capi.mqa_instances() if row["arch"] == "sm_100a" and (not row["fp4"] or row["heads"] == 64)]
 
 
 @pytest.mark.parametrize("row", MQA_ROWS, ids=lambda row: row["name"])
@@ -93,7 +94,8 @@ def test_mqa_logits(row: Row) -> None:
     assert (resources["stack"], resources["local"]) == (0, 0)
     assert count(mnemonics, "LDL") == count(mnemonics, "STL") == 0
     assert resources["reg"] * row["num_threads"] <= 65536
-    assert count(mnemonics, "UTCQMMA") == 1
+    assert (count(mnemonics, "UTCQMMA"), count(mnemonics, "UTCOMMA")) == ((0, 1) if row["fp4"] else (1, 0))
+    assert count(mnemonics, "UTCCP") == (3 if row["fp4"] else 0)  # scales of 128 keys and up to 256 columns
     assert count(mnemonics, "UTCBAR") == 3  # a stage, queries, an accumulator
     assert count(mnemonics, "LDTM") == 6
     assert (count(mnemonics, "UTMALDG.3D") > 0) == row["paged"]
@@ -162,6 +164,7 @@ def test_roofline_of_the_docs() -> None:
     page = (ROOT / "docs" / "sm100.md").read_text()
     assert roofline.table(roofline.problems()) in page
     assert roofline.mega_moe_table() in page
+    assert roofline.logits_table() in page
 
 
 def test_roofline() -> None:
@@ -181,6 +184,16 @@ def test_roofline_of_mega_moe() -> None:
     assert (r.row, r.operations) == ("256 x 128", 32 * 64 * 6 * 7168 * 2048)
     assert r.fill_bytes == 32 * (16 * 112 + 28 * 32) * 128 * (256 + 128)
     assert r.memory_bytes == 32 * (3 * 7168 * 2048 * 2 + 64 * (2 * (3 * 7168 + 2 * 2048) + 4 * 7168))
+
+
+def test_roofline_of_logits() -> None:
+    """By hand, four tokens of 64 heads of 128 for each of 256 sequences: FP4 scores three and one of them."""
+    r = roofline.logits_roofline(4, 8192, 64, 128, "fp4", 256)
+    keys = 256 * 8192
+    assert (r.row, r.operations) == ("sm100_fp4_paged_mqa_h64", 2 * keys * 4 * 64 * 128)
+    assert r.memory_bytes == keys * (64 + 4 + 4 * 4) + 256 * 4 * 64 * (64 + 4 + 4)
+    assert r.fill_bytes == keys * 2 * (64 + 4) and r.tensor_memory_bytes == keys * 256 * 8
+    assert r.times["FP32"] == 2 * r.times["operations"] == keys * 256 * 2 / 128 / (1855 * 148)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from kgrouped_emulation import KGroupedCase, SummedCase
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
 K_GROUPED = [row for row in _capi.instances(None) if row["grouping"] == "k_grouped"]
+# FP8 of either order: SM100's.
+EITHER = [row for row in K_GROUPED if row["scaling"] == "ue8m0"]
 SUMMED = [row for row in _capi.instances(None) if row["grouping"] == "summed"]
 
 pytestmark = [
@@ -70,6 +72,25 @@ def test_layouts(row: Row, layout: str, data: str) -> None:
     check(KGroupedCase(row["name"], layout, sizes, m + 3, n + 24, 48, 200, data=data, num_sms=row["cluster_size"]))
 
 
+@pytest.mark.parametrize("row", EITHER, ids=lambda row: row["name"])
+@pytest.mark.parametrize(("layout", "data"), [("sizes", "integer"), ("psum", "normal"), ("offsets", "integer")])
+def test_operands_as_they_lie(row: Row, layout: str, data: str) -> None:
+    """FP8 [K, M]: a group starts anywhere and has blocks of scales of its own, in words that other groups have, too."""
+    m, n = cluster_tile(row)
+    sizes = (0, 70, 1, 256, 0, 0, 128 * (row["num_stages"] + 1) - 5, 129, 37, 32, 0)
+    case = KGroupedCase(row["name"], layout, sizes, m + 3, n + 24, 48, 200, data=data, mn_major=True)
+    check(dataclasses.replace(case, num_sms=row["cluster_size"]))
+    check(dataclasses.replace(case, c="alias", d="float32 direct", alignment=5, num_sms=6))
+
+
+@pytest.mark.parametrize("row", EITHER, ids=lambda row: row["name"])
+@every_layout
+def test_hostile_layouts_of_operands_as_they_lie(row: Row, layout: str) -> None:
+    m, n = cluster_tile(row)
+    for values in [(300, 200, 100, 0), (2**31 - 1, -(2**31), 2**31 - 1, 5), (1, 2, 3, 2**31 - 1)]:
+        check(KGroupedCase(row["name"], layout, (64, 128, 0, 150), m - 1, n + 1, 128, values=values, mn_major=True))
+
+
 @k_grouped
 @every_c
 @pytest.mark.parametrize("d", ["tma", "direct", "float32", "float32 direct"])
@@ -111,7 +132,10 @@ def test_more_groups_than_a_launch_takes(row: Row) -> None:
     random = torch.Generator().manual_seed(0)
     sizes = tuple(torch.randint(0, 4, (257,), generator=random).tolist())
     for layout in ("sizes", "psum"):
-        check(KGroupedCase(row["name"], layout, sizes, 9, 16, c="alias", d="float32", data="integer", num_sms=50))
+        case = KGroupedCase(row["name"], layout, sizes, 9, 16, c="alias", d="float32", data="integer", num_sms=50)
+        check(case)
+        if row in EITHER:
+            check(dataclasses.replace(case, mn_major=True))
 
 
 @k_grouped

@@ -10,7 +10,7 @@ import torch
 import deep_gemm_ops
 from deep_gemm_ops import layout, reference
 
-from common import FP8, ceil_div, encode_scales, fp8_bytes, generator, like, same_bits
+from common import FP8, ceil_div, encode_scales, fp8_bytes, generator, like, on_sm100, same_bits
 
 SHAPES = [(1, 1), (4, 4), (5, 3), (7, 9), (128, 1), (130, 57), (33, 5), (0, 3), (3, 0), (0, 0)]
 
@@ -66,6 +66,26 @@ def test_packing_never_rounds(device: str) -> None:
     packed = deep_gemm_ops.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf).cpu()
     codes = [(int(packed[0, i // 4]) >> (8 * (i % 4))) & 0xFF for i in range(sf.shape[1])]
     assert codes == [*powers.values(), *[255] * len(others)]
+
+
+def test_packing_rounds_up_where_asked_for(device: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    codes = {1.0: 127, 3.0: 129, 1.0000001: 128, 0.99999994: 127, 2.0**-127: 0, 2.0**-149: 0, 1.5 * 2.0**-127: 1}
+    codes |= {0.0: 0, 2.0**127: 254, 1.1 * 2.0**127: 255, -1.0: 255, inf: 255, -inf: 255, nan: 255}
+    sf = torch.tensor([[*codes]], dtype=torch.float32, device=device)
+    packed = deep_gemm_ops.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, round_up=True)
+    words = packed.cpu()
+    assert [(int(words[0, i // 4]) >> (8 * (i % 4))) & 0xFF for i in range(len(codes))] == [*codes.values()]
+    out = torch.empty_strided(packed.shape, packed.stride(), dtype=torch.int32, device=device)
+    deep_gemm_ops.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, round_up=True, out=out)
+    assert same_bits(out, packed)
+    if device != "cpu" and on_sm100(device):  # where transformed scales are packed
+        result = deep_gemm_ops.transform_sf_into_required_layout(sf, 1, 128 * len(codes), [1, 128], round_up=True)
+        assert same_bits(result, packed)
+    expected = reference.transform_sf_into_required_layout(
+        sf.cpu(), 1, 128 * len(codes), [1, 128], round_up=True, arch_major=10
+    )
+    assert same_bits(expected, packed)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 7), (2, 128, 4)], ids=str)

@@ -18,7 +18,17 @@ import deep_gemm_ops
 from deep_gemm_ops import mqa_logits
 
 from common import FP8, ROOT, assert_close, generator, same_bits
-from mqa_cases import dense_arguments, expected_dense, expected_paged, make_cache, paged_arguments, samples
+from mqa_cases import (
+    dense_arguments,
+    expected_dense,
+    expected_paged,
+    fp4_condition,
+    fp4_values,
+    make_cache,
+    make_fp4,
+    paged_arguments,
+    samples,
+)
 from test_bad_input import changed, messages
 
 
@@ -31,6 +41,13 @@ def assert_logits(actual: torch.Tensor, expected: torch.Tensor, hint: str = "") 
 
 def inside(expected: torch.Tensor) -> torch.Tensor:
     return expected != -math.inf
+
+
+@pytest.fixture
+def fp4_device(device: str) -> str:
+    if reason := fp4_condition(device):
+        pytest.skip(reason)
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +321,133 @@ def test_schedules_equal_the_reference(device: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FP4
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_fp4(fp4_device: str, heads: int, dim: int) -> None:
+    """Every dtype that FP4 may come in, and of the result, with and without compression."""
+    dtypes = [(torch.uint8, torch.float32), (torch.int8, torch.bfloat16), (torch.float4_e2m1fn_x2, torch.float32)]
+    for (tokens, keys, width), (fp4, dtype) in zip([(1, 1, 0), (33, 300, 0), (40, 129, 50)], dtypes):
+        arguments = dense_arguments(tokens, keys, heads, dim, fp4_device, seed=tokens, fp4=True)
+        expected = expected_dense(arguments, width)
+        arguments["q"], arguments["kv"] = arguments["q"].view(fp4), arguments["kv"].view(fp4)
+        result = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments, max_seqlen_k=width, logits_dtype=dtype)
+        assert result.is_contiguous() and result.dtype == dtype
+        assert_logits(result, expected)
+        out = torch.full((tokens, result.shape[1] + 3), 7.0, dtype=dtype, device=fp4_device)
+        kept = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments, max_seqlen_k=width, clean_logits=False, out=out[:, 2:-1])
+        assert_logits(kept, expected.where(inside(expected), 7.0))
+        assert bool((out[:, [0, 1, -1]] == 7).all())
+
+
+@pytest.mark.parametrize("block_kv", [64, 32])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_fp4_paged(fp4_device: str, heads: int, next_n: int, block_kv: int) -> None:
+    for dim, options in [(128, {}), (64, {"per_token": True, "gap": 48}), (32, {"max_blocks": 9})]:
+        arguments = paged_arguments(
+            [0, 1, 63, 257], next_n, heads, dim, block_kv=block_kv, fp4=True, device=fp4_device, **options
+        )
+        table = arguments["block_table"]
+        table[2, 0], table[3, 1] = -1, 2**31 - 1  # not in the cache: zeros
+        result = deep_gemm_ops.fp8_fp4_paged_mqa_logits(**arguments, clean_logits=True)
+        assert_logits(result, expected_paged(arguments, True), f"dim {dim}")
+
+
+def test_fp4_indices(fp4_device: str) -> None:
+    for heads, counts in [(64, [4, 5, 9]), (8, [3, 0, 2])]:
+        arguments = paged_arguments([130, 65, 300], heads=heads, counts=counts, fp4=True, device=fp4_device)
+        result = deep_gemm_ops.fp8_fp4_paged_mqa_logits(**arguments, clean_logits=True, logits_dtype=torch.bfloat16)
+        assert_logits(result, expected_paged(arguments, True))
+
+
+def test_fp4_strides(fp4_device: str) -> None:
+    plain = dense_arguments(10, 90, 16, 64, fp4_device, fp4=True)
+    padded = dict(plain)
+    padded["q"] = torch.nn.functional.pad(plain["q"], (0, 16), value=0x77)[:, :, :32]
+    padded["kv"] = torch.nn.functional.pad(plain["kv"], (0, 16), value=0x77)[:, :32]
+    padded["q_sf"] = torch.nn.functional.pad(plain["q_sf"], (0, 3), value=-1)[:, :16]
+    assert same_bits(deep_gemm_ops.fp8_fp4_mqa_logits(**padded), deep_gemm_ops.fp8_fp4_mqa_logits(**plain))
+    paged = paged_arguments([130, 65], 3, 16, fp4=True, device=fp4_device)
+    padded = dict(paged, q_sf=torch.nn.functional.pad(paged["q_sf"], (0, 5), value=-1)[..., :16])
+    results = [deep_gemm_ops.fp8_fp4_paged_mqa_logits(**each, clean_logits=True) for each in (paged, padded)]
+    assert same_bits(*results)
+
+
+def test_fp4_of_every_value(fp4_device: str) -> None:
+    """All codes and many scales, against float64."""
+    random = generator(3)
+    (q, q_sf), (kv, kv_sf) = make_fp4((20, 64, 128), random, 7, 9), make_fp4((700, 128), random, 7, 9)
+    inputs = (q, q_sf, kv, kv_sf, torch.randn(20, 64, generator=random))
+    ranges = (torch.zeros(20, dtype=torch.int32), torch.full((20,), 700, dtype=torch.int32))
+    scores = torch.einsum("ihd,jd->ihj", fp4_values(q, q_sf), fp4_values(kv, kv_sf)).relu()
+    expected = torch.einsum("ihj,ih->ij", scores, inputs[4].double())
+    result = deep_gemm_ops.fp8_fp4_mqa_logits(*(x.to(fp4_device) for x in (*inputs, *ranges)))
+    assert_close(result.cpu(), expected, tol=1e-5)
+
+
+def test_fp4_of_casts(fp4_device: str) -> None:
+    """What ``per_token_cast_to_fp4`` makes is what the operator takes."""
+    random = generator(4)
+    q, kv = torch.randn(9 * 8, 128, generator=random).bfloat16(), torch.randn(50, 128, generator=random).bfloat16()
+    casts = [deep_gemm_ops.per_token_cast_to_fp4(x.to(fp4_device), use_packed_ue8m0=True) for x in (q, kv)]
+    (q4, q_sf), (kv4, kv_sf) = casts
+    weights = torch.rand(9, 8, generator=random)
+    start = torch.zeros(9, dtype=torch.int32, device=fp4_device)
+    inputs = (q4.view(9, 8, 64), q_sf.view(9, 8), kv4, kv_sf.view(50), weights.to(fp4_device), start, start + 50)
+    result = deep_gemm_ops.fp8_fp4_mqa_logits(*inputs).cpu().double()
+    exact = torch.einsum("ihd,jd->ihj", q.view(9, 8, 128).double(), kv.double()).relu()
+    exact = torch.einsum("ihj,ih->ij", exact, weights.double())
+    assert (result - exact).norm() < 0.2 * exact.norm()
+
+
+def test_fp4_extreme_scales(fp4_device: str) -> None:
+    """UE8M0's NaN reaches what it scales and nothing else; products may be as large as FP32 holds, and beyond."""
+    arguments = dense_arguments(6, 100, 16, 128, fp4_device, fp4=True)
+    arguments["cu_seq_len_k_start"].zero_()
+    arguments["cu_seq_len_k_end"].fill_(100)
+    plain = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments).cpu()
+    words = {name: arguments[name].view(torch.uint8).view(*arguments[name].shape, 4) for name in ("q_sf", "kv_sf")}
+    words["q_sf"][3, 5, 1] = 0xFF
+    words["kv_sf"][70, 2] = 0xFF
+    words["kv_sf"][7] = 127 - 90
+    words["kv_sf"][8] = 254  # 2^127: products beyond FP32's range, negative ones of which are still nothing
+    arguments["kv"][8, 1:] = 0
+    words["kv_sf"][9] = 127 + 100
+    result = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments).cpu()
+    scores = torch.einsum(
+        "ihd,jd->ihj", *(fp4_values(arguments[x].cpu(), arguments[f"{x}_sf"].cpu()) for x in ("q", "kv"))
+    )
+    scores = scores.float().relu()  # FP32 accumulators: too large is Inf
+    expected = (scores * arguments["weights"].cpu()[:, :, None]).sum(1)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert bool(result[3].isnan().all()) and bool(result[:, 70].isnan().all())
+    kept = torch.ones_like(result, dtype=torch.bool)
+    kept[3], kept[:, [7, 8, 9, 70]] = False, False
+    assert torch.equal(result[kept], plain[kept]) and not bool(result[kept].isnan().any())
+
+
+def test_fp8_by_the_name_of_both(device: str) -> None:
+    """Without scales of queries they and the keys are FP8."""
+    dense, paged = dense_arguments(device=device), paged_arguments([70, 130], 2, device=device)
+    expected = deep_gemm_ops.fp8_mqa_logits(**dense)
+    assert same_bits(deep_gemm_ops.fp8_fp4_mqa_logits(q_sf=None, **dense), expected)
+    expected = deep_gemm_ops.fp8_paged_mqa_logits(**paged, clean_logits=True)
+    assert same_bits(deep_gemm_ops.fp8_fp4_paged_mqa_logits(q_sf=None, **paged, clean_logits=True), expected)
+
+
+@pytest.mark.parametrize(("tokens", "keys", "width"), [(0, 10, 0), (4, 0, 0), (4, 0, 9)])
+def test_fp4_empty(device: str, tokens: int, keys: int, width: int) -> None:
+    if keys == 0 and width > 0 and fp4_condition(device):
+        pytest.skip(fp4_condition(device))
+    arguments = dense_arguments(tokens, keys, 32, 128, device, fp4=True)
+    result = deep_gemm_ops.fp8_fp4_mqa_logits(**arguments, max_seqlen_k=width)
+    assert result.shape == (tokens, width or keys) and bool((result == -math.inf).all())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -438,6 +582,85 @@ out: fp8_paged_mqa_logits: out has shape [6, 255], expected [B * next_n, max_con
     )
 
 
+def plain_fp4(device: str) -> dict[str, Any]:
+    return {
+        "q": torch.zeros(4, 16, 32, dtype=torch.uint8, device=device),
+        "q_sf": torch.zeros(4, 16, dtype=torch.int32, device=device),
+        "kv": torch.zeros(10, 32, dtype=torch.int8, device=device),
+        "kv_sf": torch.zeros(10, dtype=torch.int32, device=device),
+        "weights": torch.zeros(4, 16, device=device),
+        "cu_seq_len_k_start": torch.zeros(4, dtype=torch.int32, device=device),
+        "cu_seq_len_k_end": torch.zeros(4, dtype=torch.int32, device=device),
+    }
+
+
+def test_bad_fp4_input(device_or_fake: str) -> None:
+    assert_expected_inline(
+        messages(
+            deep_gemm_ops.fp8_fp4_mqa_logits,
+            lambda: plain_fp4(device_or_fake),
+            {
+                "no scales": changed(q_sf=lambda a: None),
+                "FP8": changed(q=lambda a: a["q"].view(FP8)),
+                "FP8 keys": changed(kv=lambda a: a["kv"].view(FP8)),
+                "head_dim": changed(q=lambda a: a["q"][:, :, :24]),
+                "head stride": changed(q=lambda a: a["q"].new_empty(4, 16, 40)[:, :, :32]),
+                "head_dim of kv": changed(kv=lambda a: a["kv"][:, :16]),
+                "dtype of q_sf": changed(q_sf=lambda a: a["weights"]),
+                "rank of q_sf": changed(q_sf=lambda a: a["q_sf"][0]),
+                "shape of q_sf": changed(q_sf=lambda a: a["q_sf"][:, :8]),
+                "stride of q_sf": changed(q_sf=lambda a: a["q_sf"].new_empty(16, 4).t()),
+                "dtype of kv_sf": changed(kv_sf=lambda a: a["kv_sf"].float()),
+                "out": changed(out=lambda a: a["weights"].new_empty(4, 11)),
+            },
+        ),
+        """\
+no scales: fp8_fp4_mqa_logits: q has dtype uint8, expected float8_e4m3fn
+FP8: fp8_fp4_mqa_logits: q has dtype float8_e4m3fn, expected uint8, int8 or float4_e2m1fn_x2
+FP8 keys: fp8_fp4_mqa_logits: kv has dtype float8_e4m3fn, expected uint8, int8 or float4_e2m1fn_x2
+head_dim: fp8_fp4_mqa_logits: q has head_dim 48, expected 32, 64 or 128
+head stride: fp8_fp4_mqa_logits: q has head stride 40 bytes, expected a multiple of 16 bytes (use q.contiguous())
+head_dim of kv: fp8_fp4_mqa_logits: kv has head_dim 32, expected 64 (the head_dim of q)
+dtype of q_sf: fp8_fp4_mqa_logits: q_sf has dtype float32, expected int32
+rank of q_sf: fp8_fp4_mqa_logits: q_sf has rank 1, expected 2
+shape of q_sf: fp8_fp4_mqa_logits: q_sf has shape [4, 8], expected [S, H] = [4, 16]
+stride of q_sf: fp8_fp4_mqa_logits: q_sf has inner stride 4, expected 1
+dtype of kv_sf: fp8_fp4_mqa_logits: kv_sf has dtype float32, expected int32
+out: fp8_fp4_mqa_logits: out has shape [4, 11], expected [S, S_kv] = [4, 10]""",
+    )
+
+
+def test_bad_paged_fp4_input(device_or_fake: str) -> None:
+    def plain() -> dict[str, Any]:
+        arguments = plain_paged(device_or_fake)
+        arguments["q"] = arguments["q"].new_zeros((2, 3, 16, 32), dtype=torch.uint8)
+        arguments["q_sf"] = arguments["q"].new_zeros((2, 3, 16), dtype=torch.int32)
+        arguments["kv_cache"] = arguments["q"].new_zeros((5, 64, 1, 36), dtype=torch.uint8)
+        return arguments
+
+    assert_expected_inline(
+        messages(
+            deep_gemm_ops.fp8_fp4_paged_mqa_logits,
+            plain,
+            {
+                "no scales": changed(q_sf=lambda a: None),
+                "rank of q_sf": changed(q_sf=lambda a: a["q_sf"][0]),
+                "shape of q_sf": changed(q_sf=lambda a: a["q_sf"][:, :2]),
+                "strides of q_sf": changed(q_sf=lambda a: a["q_sf"].new_empty(2, 4, 16)[:, :3]),
+                "columns of the cache": changed(kv_cache=lambda a: a["kv_cache"].new_empty(5, 64, 1, 68)),
+                "block_kv": changed(kv_cache=lambda a: a["kv_cache"][:, :48]),
+            },
+        ),
+        """\
+no scales: fp8_fp4_paged_mqa_logits: q has dtype uint8, expected float8_e4m3fn
+rank of q_sf: fp8_fp4_paged_mqa_logits: q_sf has rank 2, expected 3
+shape of q_sf: fp8_fp4_paged_mqa_logits: q_sf has shape [2, 2, 16], expected [B, next_n, H] = [2, 3, 16]
+strides of q_sf: fp8_fp4_paged_mqa_logits: q_sf has stride of dimension 0 64, expected 48 (use q_sf.contiguous())
+columns of the cache: fp8_fp4_paged_mqa_logits: kv_cache has shape [5, 64, 1, 68], expected [blocks, block_kv, 1, D / 2 + 4] = [5, 64, 1, 36]
+block_kv: fp8_fp4_paged_mqa_logits: kv_cache has block_kv 48, expected 64 or 32""",
+    )
+
+
 def test_bad_schedule_input(device_or_fake: str) -> None:
     def plain() -> dict[str, Any]:
         return {
@@ -530,6 +753,25 @@ def test_compile_paged(device: str) -> None:
             assert_logits(step(*(arguments[name] for name in names)), expected_paged(arguments, True))
 
 
+def test_compile_fp4(fp4_device: str) -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def step(*inputs: torch.Tensor) -> torch.Tensor:
+        return deep_gemm_ops.fp8_fp4_mqa_logits(*inputs) + 1
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def paged_step(*inputs: Any) -> torch.Tensor:
+        return deep_gemm_ops.fp8_fp4_paged_mqa_logits(*inputs, clean_logits=True) + 1
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens, lens in [(5, [200, 7, 64]), (70, [64, 65, 0, 300, 9]), (9, [70] * 6)]:
+            arguments = dense_arguments(tokens, 3 * tokens, 32, 64, fp4_device, fp4=True)
+            assert_logits(step(*arguments.values()) - 1, expected_dense(arguments))
+            paged = paged_arguments(lens, 2, fp4=True, device=fp4_device)
+            inputs = [x for name, x in paged.items() if name != "indices"]
+            assert_logits(paged_step(*inputs) - 1, expected_paged(paged, True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What only a GPU shows
 
@@ -593,8 +835,7 @@ def test_long_contexts(cuda: str) -> None:
     torch.manual_seed(0)
     lens = [65535, 1, 0, 32769, 64001]
     random = generator(0)
-    cache, _, _ = make_cache(4000, 64, 128, random)
-    cache = cache.to(cuda)
+    cache = make_cache(4000, 64, 128, random).to(cuda)
     table = torch.randint(0, 4000, (len(lens), 1024), dtype=torch.int32, device=cuda)
     context_lens = torch.tensor(lens, dtype=torch.int32, device=cuda)
     for next_n, heads in [(1, 64), (2, 64), (4, 64), (6, 32)]:
@@ -606,6 +847,37 @@ def test_long_contexts(cuda: str) -> None:
         expected, mask = mqa_logits.reference_paged_mqa_logits(*inputs, 65536, clean_logits=True)
         assert torch.equal(result == -math.inf, ~mask)
         assert_close(result.where(mask, 0), expected.where(mask, 0), tol=1.5e-3)
+
+
+def test_replay_of_fp4(cuda: str) -> None:
+    """A graph follows lengths that change between its replays."""
+    if reason := fp4_condition(cuda):
+        pytest.skip(reason)
+    lens = [700, 0, 129, 64]
+    paged = paged_arguments(lens, 2, 64, fp4=True, device=cuda, max_blocks=12, max_context_len=768, num_sms=132)
+    del paged["schedule_metadata"]
+
+    def step() -> torch.Tensor:
+        schedule = deep_gemm_ops.get_paged_mqa_logits_metadata(paged["context_lens"], 64, 132)
+        return deep_gemm_ops.fp8_fp4_paged_mqa_logits(**paged, schedule_metadata=schedule, clean_logits=True)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new_lens in ([1, 768, 0, 3], [0, 0, 0, 0], [768] * 4):
+        paged["context_lens"].copy_(torch.tensor(new_lens))
+        captured.fill_(math.nan)
+        graph.replay()
+        assert_logits(captured, expected_paged(paged, True), str(new_lens))
+
+
+def test_fp4_without_a_kernel(cuda: str) -> None:
+    if not fp4_condition(cuda):
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match=r"fp8_fp4_mqa_logits: q has architecture sm_\d+, expected .* \(FP4\)"):
+        deep_gemm_ops.fp8_fp4_mqa_logits(**dense_arguments(device=cuda, fp4=True))
 
 
 def test_nothing_waits_for_the_device(cuda: str) -> None:

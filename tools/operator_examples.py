@@ -200,6 +200,32 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "    torch.zeros(64, dtype=torch.int32), torch.arange(64, dtype=torch.int32),\n"
         ")",
     ),
+    "fp8_fp4_mqa_logits": (
+        "deep_gemm_ops.fp8_fp4_mqa_logits(\n"
+        "    torch.zeros(64, 8, 16, dtype=torch.uint8), torch.full((64, 8), 127, dtype=torch.int32),\n"
+        "    torch.zeros(100, 16, dtype=torch.uint8), torch.full((100,), 127, dtype=torch.int32),\n"
+        "    torch.randn(64, 8), torch.zeros(64, dtype=torch.int32), torch.arange(64, dtype=torch.int32),\n"
+        ")",
+        "deep_gemm_ops.fp8_fp4_mqa_logits(\n"
+        "    torch.zeros(64, 8, 16, dtype=torch.uint8), torch.ones(64, 8),\n"
+        "    torch.zeros(100, 16, dtype=torch.uint8), torch.full((100,), 127, dtype=torch.int32),\n"
+        "    torch.randn(64, 8), torch.zeros(64, dtype=torch.int32), torch.arange(64, dtype=torch.int32),\n"
+        ")",
+    ),
+    "fp8_fp4_paged_mqa_logits": (
+        "deep_gemm_ops.fp8_fp4_paged_mqa_logits(\n"
+        "    torch.zeros(2, 1, 8, 16, dtype=torch.uint8), torch.full((2, 1, 8), 127, dtype=torch.int32),\n"
+        "    torch.zeros(3, 64, 1, 20, dtype=torch.uint8), torch.randn(2, 8), sizes[:, None],\n"
+        "    torch.tensor([[0], [2]], dtype=torch.int32),\n"
+        "    deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=64, num_sms=4), max_context_len=64,\n"
+        ")",
+        "deep_gemm_ops.fp8_fp4_paged_mqa_logits(\n"
+        "    torch.zeros(2, 1, 8, 16, dtype=torch.uint8), torch.full((2, 1, 8), 127, dtype=torch.int32),\n"
+        "    torch.zeros(3, 64, 1, 36, dtype=torch.uint8), torch.randn(2, 8), sizes[:, None],\n"
+        "    torch.tensor([[0], [2]], dtype=torch.int32),\n"
+        "    deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=64, num_sms=4), max_context_len=64,\n"
+        ")",
+    ),
     "get_paged_mqa_logits_metadata": (
         "deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=64, num_sms=4)",
         "deep_gemm_ops.get_paged_mqa_logits_metadata(sizes, block_kv=48, num_sms=4)",

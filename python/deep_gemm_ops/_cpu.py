@@ -81,15 +81,15 @@ def _mn_major_out(sf: Tensor, *, out: Tensor) -> None:
 
 
 @_cpu("get_mn_major_tma_aligned_packed_ue8m0_tensor")
-def _mn_major_packed(sf: Tensor) -> Tensor:
+def _mn_major_packed(sf: Tensor, *, round_up: bool = False) -> Tensor:
     _checks.check_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, packed=True)
-    return reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+    return reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, round_up=round_up)
 
 
 @_cpu("get_mn_major_tma_aligned_packed_ue8m0_tensor.out")
-def _mn_major_packed_out(sf: Tensor, *, out: Tensor) -> None:
+def _mn_major_packed_out(sf: Tensor, *, round_up: bool = False, out: Tensor) -> None:
     _checks.check_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, packed=True, out=out)
-    out.copy_(reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf))
+    out.copy_(reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, round_up=round_up))
 
 
 @_cpu("get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor")
@@ -120,8 +120,16 @@ def _transform_sf(
     num_groups: int | None = None,
     is_sfa: bool | None = None,
     disable_ue8m0_cast: bool = False,
+    round_up: bool = False,
 ) -> Tensor:
     _checks.check_transform_sf(sf, mn, k, recipe, num_groups, is_sfa)
     return reference.transform_sf_into_required_layout(
-        sf, mn, k, recipe, num_groups=num_groups, is_sfa=is_sfa, disable_ue8m0_cast=disable_ue8m0_cast
+        sf,
+        mn,
+        k,
+        recipe,
+        num_groups=num_groups,
+        is_sfa=is_sfa,
+        disable_ue8m0_cast=disable_ue8m0_cast,
+        round_up=round_up,
     )

@@ -89,13 +89,13 @@ def _mn_major_out(sf: Tensor, *, out: Tensor) -> None:
 
 
 @_fake("get_mn_major_tma_aligned_packed_ue8m0_tensor")
-def _mn_major_packed(sf: Tensor) -> Tensor:
+def _mn_major_packed(sf: Tensor, *, round_up: bool = False) -> Tensor:
     _checks.check_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, packed=True)
     return _empty_mn_major(sf, [*sf.shape[:-1], ceil_div(sf.shape[-1], 4)], torch.int32)
 
 
 @_fake("get_mn_major_tma_aligned_packed_ue8m0_tensor.out")
-def _mn_major_packed_out(sf: Tensor, *, out: Tensor) -> None:
+def _mn_major_packed_out(sf: Tensor, *, round_up: bool = False, out: Tensor) -> None:
     _checks.check_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, packed=True, out=out)
 
 
@@ -128,6 +128,7 @@ def _transform_sf(
     num_groups: int | None = None,
     is_sfa: bool | None = None,
     disable_ue8m0_cast: bool = False,
+    round_up: bool = False,
 ) -> Tensor:
     gran_mn, gran_k = _checks.check_transform_sf(sf, mn, k, recipe, num_groups, is_sfa)
     columns = ceil_div(k, gran_k)

@@ -184,7 +184,8 @@ def k_grouped_fp8_gemm_tn_contiguous(
 
     Args:
         a: float8_e4m3fn ``[K, M]``, K the sum over the groups; inner stride 1, any row stride. On SM90 the operator
-            transposes both operands first. M, N, K and G may be 0, and so may the size of any group.
+            transposes both operands first; SM100's kernels read them where they lie if the rows of both start at
+            multiples of 16 bytes. M, N, K and G may be 0, and so may the size of any group.
         sfa: scales of ``a``, float32 or float8_e8m0fnu ``[rows, M]``, any strides: one for each 128 rows of a group,
             ``ceil(k_g / 128)`` for group g, group after group. Rows behind the last group's are not used.
         b: float8_e4m3fn ``[K, N]``, as ``a``.

@@ -1,8 +1,9 @@
 """``python -m deep_gemm_ops.inspect``: the compiled kernels, which one a problem selects, and what one is made of.
 
-    python -m deep_gemm_ops.inspect                        the table of compiled rows
+    python -m deep_gemm_ops.inspect                        the tables of compiled rows: GEMM, the indexer's logits
     python -m deep_gemm_ops.inspect select M N K           the row a GEMM selects, and what it beat
-    python -m deep_gemm_ops.inspect row INDEX [--sass]     a row's registers, shared memory and instructions
+    python -m deep_gemm_ops.inspect row ROW [--sass]       a row's registers, shared memory and instructions; ROW is the
+                                                           index of a GEMM's or any row's name
 
 Needs the compiled library but no GPU. ``row`` reads it with cuobjdump and nvdisasm, from PATH, CUDA_HOME or the
 wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
@@ -32,7 +33,9 @@ NOTABLE = {
     "QGMMA": "FP8 tensor core",
     "HGMMA": "BF16/TF32 tensor core",
     "UTCQMMA": "FP8/FP4 tensor core",
+    "UTCOMMA": "FP4 tensor core",
     "UTCHMMA": "BF16/TF32 tensor core",
+    "UTCCP": "scales to tensor memory",
     "UTMALDG": "TMA load",
     "UTMASTG": "TMA store",
     "UTMAREDG": "TMA reduce",
@@ -124,10 +127,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cluster = str(row.get("cluster", "none"))
         size = row.get("cluster_size", 1)
-        tile = f"{row['block_m']}x{row['block_n']}x{row.get('block_k', 128)}{' swap' if row.get('swap_ab') else ''}"
+        if "block_m" in row:
+            tile = f"{row['block_m']}x{row['block_n']}x{row.get('block_k', 128)}{' swap' if row.get('swap_ab') else ''}"
+        else:
+            tile = f"{row['tile_keys']} keys x {row['cols'] * row['parts']}"  # of tokens' heads
         cells.append(
             (
-                str(row["index"]),
+                str(row["index"]) if "block_m" in row else "-",
                 row["name"],
                 row["arch"],
                 tile,
@@ -230,7 +236,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     select.add_argument("--num-sms", type=_size, default=_capi.DEFAULT_NUM_SMS, help="SMs to use (default %(default)s)")
     select.add_argument("--arch", choices=("sm_90a", "sm_100a"), default="sm_90a", help="default %(default)s")
     row = commands.add_parser("row", help="a row's registers, shared memory and instructions")
-    row.add_argument("index", type=_size)
+    row.add_argument("row", metavar="ROW", help="an index of the GEMM table, or a name")
     row.add_argument("--sass", action="store_true", help="print the instructions too")
     return parser.parse_args(arguments)
 
@@ -269,15 +275,18 @@ def _run(options: argparse.Namespace) -> str:
         output = "float32" if options.float32 else "bfloat16"
         problem = f"M = {options.m}, N = {options.n}, K = {options.k}, {operands}, {output} output"
         return _selection(f"{problem}, {options.num_sms} SMs", selection)
+    logits = _capi.mqa_instances()
     if options.command == "row":
-        row = next((row for row in rows if row["index"] == options.index), None)
+        wanted = options.row
+        row = next((row for row in rows if wanted in (str(row["index"]), row["name"])), None)
+        row = row or next((row for row in logits if row["name"] == wanted), None)
         if row is None:
-            raise InspectError(f"row {options.index} does not exist, the table has rows 0 to {len(rows) - 1}")
+            raise InspectError(f"row {wanted} does not exist, the table has rows 0 to {len(rows) - 1} and names")
         facts = _row_facts(row)
         if options.json:
             return json.dumps(facts if options.sass else {k: v for k, v in facts.items() if k != "sass"}, indent=1)
         return "\n".join([_row_text(facts), *(["", *facts["sass"]] if options.sass else [])])
-    return json.dumps(rows, indent=1) if options.json else _table(rows)
+    return json.dumps(rows + logits, indent=1) if options.json else _table(rows + logits)
 
 
 if __name__ == "__main__":

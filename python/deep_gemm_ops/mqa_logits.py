@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ._checks import (
+    FP4_DTYPES,
     MAX_SIZE,
     OUT_DTYPES,
     check_device,
@@ -29,10 +30,17 @@ from ._checks import (
 )
 from ._cpu import _cpu
 from ._fakes import _fake
+from .fp8_fp4_gemm import expand_fp4
 from .layout import TMA_ALIGNMENT_BYTES, ceil_div
 from .ops import _refuse_grad
 
-__all__ = ["fp8_mqa_logits", "fp8_paged_mqa_logits", "get_paged_mqa_logits_metadata"]
+__all__ = [
+    "fp8_fp4_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
+    "fp8_mqa_logits",
+    "fp8_paged_mqa_logits",
+    "get_paged_mqa_logits_metadata",
+]
 
 Tensor = torch.Tensor
 
@@ -41,7 +49,8 @@ HEAD_DIMS = (32, 64, 128)
 BLOCK_SIZES = (64, 32)  # keys of a block of the cache
 TILE_KEYS = 64  # keys that the schedule counts as one piece of work
 ATOM_TOKENS = 4  # neighbouring tokens of a sequence that the schedule counts as one, where `indices` are given
-SCALE_BYTES = 4
+SCALE_BYTES = 4  # of a key: one float32, or four UE8M0
+FP4_GRAN_K = 32  # elements of FP4 that share a scale
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Public functions
@@ -114,6 +123,60 @@ def fp8_mqa_logits(
     }
     keywords = {"clean_logits": clean_logits, "max_seqlen_k": max_seqlen_k}
     return _call("fp8_mqa_logits", arguments, keywords, logits_dtype, out)
+
+
+def fp8_fp4_mqa_logits(
+    q: Tensor,
+    q_sf: Tensor | None,
+    kv: Tensor,
+    kv_sf: Tensor,
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    *,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_mqa_logits` of FP4 queries and keys, each 32 of whose elements have a scale:
+    ``out[i, j] = sum_h relu(sum_d q[i, h, d] q_sf[i, h, d / 32] kv[j, d] kv_sf[j, d / 32]) * weights[i, h]``
+    for ``start[i] <= j < end[i]``.
+
+    Args:
+        q: E2M1 values, two a byte along D, the even element in the low nibble: float4_e2m1fn_x2, int8 or uint8
+            ``[S, H, D / 2]``. H is 8, 16, 32 or 64, D is 32, 64 or 128. Heads lie one after the other, also from token
+            to token (as in a contiguous tensor), at a base address and a stride that are multiples of 16 bytes.
+        q_sf: int32 ``[S, H]``, inner stride 1, the UE8M0 scales of a head in one word: the one of elements 32 i on in
+            byte i, the lowest first; bytes beyond D / 32 are not used. :func:`per_token_cast_to_fp4` with
+            ``use_packed_ue8m0`` makes both. None where queries and keys are FP8: then this is :func:`fp8_mqa_logits`,
+            with its dtypes.
+        kv: FP4 as ``q``, ``[S_kv, D / 2]``, inner stride 1, row stride and base address multiples of 16 bytes.
+        kv_sf: int32 ``[S_kv]``, as ``q_sf``, stride 1, base address a multiple of 16 bytes.
+        weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out: as of
+            :func:`fp8_mqa_logits`.
+
+    Returns:
+        ``[S, S_kv]`` or ``[S, max_seqlen_k]``, a fresh contiguous tensor unless ``out`` is given.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad; FP4 and an
+            architecture without a kernel for it.
+
+    A scale that is UE8M0's NaN makes the logits NaN that it scales. Products of FP4 are exact; sums are FP32, rounded
+    once. Specification: ``deep_gemm_ops.mqa_logits.reference_mqa_logits``.
+    """
+    arguments = {
+        "q": q,
+        "q_sf": q_sf,
+        "kv": kv,
+        "kv_sf": kv_sf,
+        "weights": weights,
+        "cu_seq_len_k_start": cu_seq_len_k_start,
+        "cu_seq_len_k_end": cu_seq_len_k_end,
+    }
+    keywords = {"clean_logits": clean_logits, "max_seqlen_k": max_seqlen_k}
+    return _call("fp8_fp4_mqa_logits", arguments, keywords, logits_dtype, out)
 
 
 def get_paged_mqa_logits_metadata(
@@ -202,19 +265,77 @@ def fp8_paged_mqa_logits(
         "schedule_metadata": schedule_metadata,
         "max_context_len": max_context_len,
     }
-    return _call(
-        "fp8_paged_mqa_logits", arguments, {"clean_logits": clean_logits, "indices": indices}, logits_dtype, out
-    )
+    keywords = {"clean_logits": clean_logits, "indices": indices}
+    return _call("fp8_paged_mqa_logits", arguments, keywords, logits_dtype, out)
+
+
+def fp8_fp4_paged_mqa_logits(
+    q: Tensor,
+    q_sf: Tensor | None,
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_metadata: Tensor,
+    max_context_len: int,
+    *,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    indices: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fp8_paged_mqa_logits` of FP4 queries and keys, each 32 of whose elements have a scale: the sum of
+    :func:`fp8_fp4_mqa_logits`.
+
+    Args:
+        q: FP4 as of :func:`fp8_fp4_mqa_logits`, ``[B, next_n, H, D / 2]``. Heads lie one after the other (as in a
+            contiguous tensor), at a base address and a stride that are multiples of 16 bytes.
+        q_sf: int32 ``[B, next_n, H]``, the UE8M0 scales of a head in one word; inner stride 1, tokens equally far from
+            each other. None where queries and keys are FP8: then this is :func:`fp8_paged_mqa_logits`, with its dtypes.
+        kv_cache: uint8 ``[blocks, block_kv, 1, D / 2 + 4]``, block_kv 64 or 32. A block is dense and holds the FP4
+            values of all its keys, ``[block_kv, D / 2]``, and then for each of them a word of scales. Blocks may lie
+            further apart; their stride and the base address are multiples of 16 bytes.
+        weights, context_lens, block_table, schedule_metadata, max_context_len, clean_logits, logits_dtype, indices,
+            out: as of :func:`fp8_paged_mqa_logits`.
+
+    Returns:
+        ``[B * next_n, max_context_len]``, a fresh contiguous tensor unless ``out`` is given.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, rank, shape, strides or device, or requires grad; FP4 and an
+            architecture without a kernel for it.
+
+    Specification: ``deep_gemm_ops.mqa_logits.reference_paged_mqa_logits``.
+    """
+    arguments = {
+        "q": q,
+        "q_sf": q_sf,
+        "kv_cache": kv_cache,
+        "weights": weights,
+        "context_lens": context_lens,
+        "block_table": block_table,
+        "schedule_metadata": schedule_metadata,
+        "max_context_len": max_context_len,
+    }
+    keywords = {"clean_logits": clean_logits, "indices": indices}
+    return _call("fp8_fp4_paged_mqa_logits", arguments, keywords, logits_dtype, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 
 
-def _check_heads(op: str, q: Tensor, real: bool) -> tuple[int, int, int]:
-    """q ``[.., H, D]`` is a matrix with a row for each head of each token; returns (tokens, H, D)."""
+def _value_dtypes(q_sf: Tensor | None) -> tuple[torch.dtype, ...]:
+    """Of queries and keys."""
+    return FP4_DTYPES if q_sf is not None else (torch.float8_e4m3fn,)
+
+
+def _check_heads(op: str, q: Tensor, q_sf: Tensor | None, real: bool) -> tuple[int, int, int]:
+    """q ``[.., H, D]``, or FP4 ``[.., H, D / 2]``, is a matrix with a row for each head of each token; returns
+    (tokens, H, D)."""
     shape, strides = shape_of(q), strides_of(q)
-    heads, dim = shape[-2:]
+    heads, row_bytes = shape[-2:]
+    dim = row_bytes if q_sf is None else row_bytes + row_bytes
     if not any(heads == allowed for allowed in HEADS):
         fail(op, "q", "heads", heads, one_of(HEADS))
     if not any(dim == allowed for allowed in HEAD_DIMS):
@@ -232,8 +353,8 @@ def _check_heads(op: str, q: Tensor, real: bool) -> tuple[int, int, int]:
     row_stride = strides[-2]
     if not row_stride % TMA_ALIGNMENT_BYTES == 0:
         fail(op, "q", "head stride", f"{row_stride} bytes", f"a multiple of {TMA_ALIGNMENT_BYTES} bytes", helper)
-    if not row_stride >= dim:
-        fail(op, "q", "head stride", row_stride, f"at least {dim}", helper)
+    if not row_stride >= row_bytes:
+        fail(op, "q", "head stride", row_stride, f"at least {row_bytes}", helper)
     expected = row_stride * heads
     for i in range(q.dim() - 3, -1, -1):
         if shape[i] > 1 and not strides[i] == expected:
@@ -243,6 +364,19 @@ def _check_heads(op: str, q: Tensor, real: bool) -> tuple[int, int, int]:
         past = q.data_ptr() % TMA_ALIGNMENT_BYTES
         fail(op, "q", "base address", f"{past} modulo {TMA_ALIGNMENT_BYTES} bytes", 0, "use q.clone()")
     return tokens, heads, dim
+
+
+def _check_query_scales(op: str, q: Tensor, q_sf: Tensor) -> None:
+    """``[.., H]``, a row of words for each token."""
+    names = "[S, H]" if q.dim() == 3 else "[B, next_n, H]"
+    check_shape(op, "q_sf", q_sf, names, shape_of(q)[:-1])
+    shape, strides = shape_of(q_sf), strides_of(q_sf)
+    if 0 in shape:
+        return
+    if not strides[-1] == 1:
+        fail(op, "q_sf", "inner stride", strides[-1], 1)
+    if q.dim() == 4 and shape[0] > 1 and shape[1] > 1 and not strides[0] == strides[1] * shape[1]:
+        fail(op, "q_sf", "stride of dimension 0", strides[0], strides[1] * shape[1], "use q_sf.contiguous()")
 
 
 def _check_columns(op: str, name: str, columns: int) -> int:
@@ -270,7 +404,9 @@ def _check_pairs(op: str, arg: str, schedule: Tensor) -> None:
 
 
 def check_mqa_logits(
+    op: str,
     q: Tensor,
+    q_sf: Tensor | None,
     kv: Tensor,
     kv_sf: Tensor,
     weights: Tensor,
@@ -282,25 +418,31 @@ def check_mqa_logits(
     out: Tensor | None,
     real: bool,
 ) -> None:
-    """Check the arguments of ``fp8_mqa_logits``; ``real`` is False where tensors have no memory (fakes)."""
-    op = "fp8_mqa_logits"
+    """Check the arguments of ``fp8_mqa_logits``, without ``q_sf``, or ``fp8_fp4_mqa_logits``; ``real`` is False where
+    tensors have no memory (fakes)."""
+    values, integers = _value_dtypes(q_sf), (torch.int32,)
     inputs = {
-        "q": (q, torch.float8_e4m3fn, 3),
-        "kv": (kv, torch.float8_e4m3fn, 2),
-        "kv_sf": (kv_sf, torch.float32, 1),
-        "weights": (weights, torch.float32, 2),
-        "cu_seq_len_k_start": (start, torch.int32, 1),
-        "cu_seq_len_k_end": (end, torch.int32, 1),
+        "q": (q, values, 3),
+        "q_sf": (q_sf, integers, 2),
+        "kv": (kv, values, 2),
+        "kv_sf": (kv_sf, (torch.float32,) if q_sf is None else integers, 1),
+        "weights": (weights, (torch.float32,), 2),
+        "cu_seq_len_k_start": (start, integers, 1),
+        "cu_seq_len_k_end": (end, integers, 1),
     }
-    for arg, (tensor, dtype, rank) in inputs.items():
-        check_dtype(op, arg, tensor, (dtype,))
-        check_rank(op, arg, tensor, (rank,))
-    for arg, (tensor, _, _) in inputs.items():
-        check_device(op, arg, tensor, q.device, "q")
-    if out is not None:
-        check_device(op, "out", out, q.device, "q")
-    tokens, heads, dim = _check_heads(op, q, real)
+    for arg, (tensor, dtypes, rank) in inputs.items():
+        if tensor is not None:
+            check_dtype(op, arg, tensor, dtypes)
+            check_rank(op, arg, tensor, (rank,))
+    for arg, tensor in [*((arg, given[0]) for arg, given in inputs.items()), ("out", out)]:
+        if tensor is not None:
+            check_device(op, arg, tensor, q.device, "q")
+    tokens, heads, dim = _check_heads(op, q, q_sf, real)
+    if q_sf is not None:
+        _check_query_scales(op, q, q_sf)
     keys, dim_of_kv = shape_of(kv)
+    if q_sf is not None:
+        dim_of_kv = dim_of_kv + dim_of_kv
     if not keys <= MAX_SIZE:
         fail(op, "kv", "S_kv", keys, f"at most {MAX_SIZE}")
     if not dim_of_kv == dim:
@@ -350,7 +492,9 @@ def check_metadata(
 
 
 def check_paged_mqa_logits(
+    op: str,
     q: Tensor,
+    q_sf: Tensor | None,
     kv_cache: Tensor,
     weights: Tensor,
     context_lens: Tensor,
@@ -363,31 +507,36 @@ def check_paged_mqa_logits(
     out: Tensor | None,
     real: bool,
 ) -> None:
-    """Check the arguments of ``fp8_paged_mqa_logits``; ``real`` is False where tensors have no memory (fakes)."""
-    op = "fp8_paged_mqa_logits"
+    """Check the arguments of ``fp8_paged_mqa_logits``, without ``q_sf``, or ``fp8_fp4_paged_mqa_logits``; ``real`` is
+    False where tensors have no memory (fakes)."""
+    integers = (torch.int32,)
     inputs = {
-        "q": (q, torch.float8_e4m3fn, (4,)),
-        "kv_cache": (kv_cache, torch.uint8, (4,)),
-        "weights": (weights, torch.float32, (2,)),
-        "context_lens": (context_lens, torch.int32, (1, 2)),
-        "block_table": (block_table, torch.int32, (2,)),
-        "schedule_metadata": (schedule_metadata, torch.int32, (2,)),
-        "indices": (indices, torch.int32, (1,)),
+        "q": (q, _value_dtypes(q_sf), (4,)),
+        "q_sf": (q_sf, integers, (3,)),
+        "kv_cache": (kv_cache, (torch.uint8,), (4,)),
+        "weights": (weights, (torch.float32,), (2,)),
+        "context_lens": (context_lens, integers, (1, 2)),
+        "block_table": (block_table, integers, (2,)),
+        "schedule_metadata": (schedule_metadata, integers, (2,)),
+        "indices": (indices, integers, (1,)),
     }
-    for arg, (tensor, dtype, ranks) in inputs.items():
+    for arg, (tensor, dtypes, ranks) in inputs.items():
         if tensor is not None:
-            check_dtype(op, arg, tensor, (dtype,))
+            check_dtype(op, arg, tensor, dtypes)
             check_rank(op, arg, tensor, ranks)
     for arg, tensor in [*((arg, given[0]) for arg, given in inputs.items()), ("out", out)]:
         if tensor is not None:
             check_device(op, arg, tensor, q.device, "q")
-    tokens, heads, dim = _check_heads(op, q, real)
+    tokens, heads, dim = _check_heads(op, q, q_sf, real)
+    if q_sf is not None:
+        _check_query_scales(op, q, q_sf)
     batch, next_n = shape_of(q)[:2]
     blocks, block_kv, heads_of_kv, columns_of_kv = shape_of(kv_cache)
     if not any(block_kv == allowed for allowed in BLOCK_SIZES):
         fail(op, "kv_cache", "block_kv", block_kv, one_of(BLOCK_SIZES))
-    expected = [blocks, block_kv, 1, dim + SCALE_BYTES]
-    check_shape(op, "kv_cache", kv_cache, "[blocks, block_kv, 1, D + 4]", expected)
+    columns, names = (dim, "D + 4") if q_sf is None else (dim // 2, "D / 2 + 4")
+    expected = [blocks, block_kv, 1, columns + SCALE_BYTES]
+    check_shape(op, "kv_cache", kv_cache, f"[blocks, block_kv, 1, {names}]", expected)
     if not blocks <= MAX_SIZE:
         fail(op, "kv_cache", "blocks", blocks, f"at most {MAX_SIZE}")
     if not blocks == 0:
@@ -430,10 +579,22 @@ def check_paged_mqa_logits(
 # Reference
 
 
-def _scores(q: Tensor, keys: Tensor, sf: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[tokens, keys]`` of q ``[tokens, H, D]`` and keys ``[keys, D]``."""
-    products = torch.einsum("ihd,jd->ihj", q.to(torch.float32).to(dtype), keys.to(torch.float32).to(dtype))
-    return torch.einsum("ihj,ih->ij", (products * sf.to(dtype)).relu(), weights.to(dtype))
+def dequantize_fp4(x: Tensor, sf: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[.., D / 2]`` packed FP4 with words of UE8M0 scales ``[..]``, as ``[.., D]``."""
+    values = expand_fp4(x).to(torch.float32).to(dtype)
+    codes = sf.contiguous().view(torch.uint8).view(*sf.shape, 4)[..., : values.shape[-1] // FP4_GRAN_K]
+    scales = codes.view(torch.float8_e8m0fnu).to(torch.float32).to(dtype)
+    return values * scales.repeat_interleave(FP4_GRAN_K, -1)
+
+
+def _scores(q: Tensor, q_sf: Tensor | None, keys: Tensor, sf: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[tokens, keys]`` of q ``[tokens, H, D]`` and keys ``[keys, D]``, or both FP4."""
+    if q_sf is None:
+        products = torch.einsum("ihd,jd->ihj", q.to(torch.float32).to(dtype), keys.to(torch.float32).to(dtype))
+        products = products * sf.to(dtype)
+    else:
+        products = torch.einsum("ihd,jd->ihj", dequantize_fp4(q, q_sf, dtype), dequantize_fp4(keys, sf, dtype))
+    return torch.einsum("ihj,ih->ij", products.relu(), weights.to(dtype))
 
 
 def reference_mqa_logits(
@@ -444,10 +605,11 @@ def reference_mqa_logits(
     start: Tensor,
     end: Tensor,
     *,
+    q_sf: Tensor | None = None,
     max_seqlen_k: int = 0,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What ``fp8_mqa_logits`` computes, and where.
+    """What ``fp8_mqa_logits`` computes, or with ``q_sf`` ``fp8_fp4_mqa_logits``, and where.
 
     Args:
         exact: in float64 instead of float32.
@@ -468,7 +630,7 @@ def reference_mqa_logits(
     chunk = max(1, 2**24 // max(1, keys * q.shape[1]))  # tokens at once: the products take memory
     for i in range(0, tokens if keys else 0, chunk):
         rows = slice(i, i + chunk)
-        scores = _scores(q[rows], kv, kv_sf, weights[rows], dtype)
+        scores = _scores(q[rows], None if q_sf is None else q_sf[rows], kv, kv_sf, weights[rows], dtype)
         logits[rows] = scores.gather(1, key[rows].clamp(max=keys - 1)).where(inside[rows], -math.inf)
     return logits, inside
 
@@ -507,13 +669,14 @@ def reference_paged_mqa_logits(
     block_table: Tensor,
     max_context_len: int,
     *,
+    q_sf: Tensor | None = None,
     clean_logits: bool = False,
     indices: Tensor | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What ``fp8_paged_mqa_logits`` computes, and where: logits ``[B * next_n, max_context_len]`` and the mask of those
-    that are written; the others are -inf."""
-    batch, next_n, heads, dim = q.shape
+    """What ``fp8_paged_mqa_logits`` computes, or with ``q_sf`` ``fp8_fp4_paged_mqa_logits``, and where: logits ``[B *
+    next_n, max_context_len]`` and the mask of those that are written; the others are -inf."""
+    batch, next_n, _, row_bytes = q.shape
     blocks, block_kv = kv_cache.shape[:2]
     tokens = batch * next_n
     max_blocks = block_table.shape[1] if blocks else 0
@@ -532,19 +695,20 @@ def reference_paged_mqa_logits(
     dtype = torch.float64 if exact else torch.float32
     logits = torch.full((tokens, max_context_len), -math.inf, dtype=dtype, device=q.device)
     # One block of zeros more, for the entries that are not in the cache.
-    flat = torch.zeros(blocks + 1, block_kv * (dim + SCALE_BYTES), dtype=torch.uint8, device=q.device)
+    flat = torch.zeros(blocks + 1, block_kv * (row_bytes + SCALE_BYTES), dtype=torch.uint8, device=q.device)
     flat[:blocks].view(kv_cache.shape).copy_(kv_cache)
-    values = flat[:, : block_kv * dim].view(torch.float8_e4m3fn).view(-1, block_kv, dim)
-    scales = flat[:, block_kv * dim :].clone().view(torch.float32)
+    values = flat[:, : block_kv * row_bytes].view(-1, block_kv, row_bytes)
+    scales = flat[:, block_kv * row_bytes :].clone().view(torch.float32 if q_sf is None else torch.int32)
     for token, (sequence, length) in enumerate(zip(sequences.tolist(), lens.tolist())):
         if length == 0:
             continue
         entries = block_table[sequence, : ceil_div(length, block_kv)].long()
         entries = entries.where((entries >= 0) & (entries < blocks), blocks)
-        keys = values.view(torch.uint8)[entries].view(torch.float8_e4m3fn).view(-1, dim)[:length]
-        query = q[token // next_n, token % next_n][None]
+        keys = values[entries].view(q.dtype).view(-1, row_bytes)[:length]
+        at = token // next_n, token % next_n
+        query_sf = None if q_sf is None else q_sf[at][None]
         sf = scales[entries].view(-1)[:length]
-        logits[token, :length] = _scores(query, keys, sf, weights[token : token + 1], dtype)[0]
+        logits[token, :length] = _scores(q[at][None], query_sf, keys, sf, weights[token : token + 1], dtype)[0]
     return logits, inside
 
 
@@ -591,13 +755,36 @@ def _register_logits(
         out.copy_(logits if clean_logits else logits.where(inside, out.to(logits.dtype)))
 
 
+def _check_dense(*inputs: Any, **options: Any) -> None:
+    q, *others = inputs
+    check_mqa_logits("fp8_mqa_logits", q, None, *others, **options)
+
+
+def _check_dense_fp4(*inputs: Any, **options: Any) -> None:
+    check_mqa_logits("fp8_fp4_mqa_logits", *inputs, **options)
+
+
 def _dense(*inputs: Tensor, clean_logits: bool, **options: Any) -> tuple[Tensor, Tensor]:
     return reference_mqa_logits(*inputs, **options)
 
 
-def _dense_columns(q: Tensor, kv: Tensor, *_: Tensor, max_seqlen_k: int = 0) -> int:
+def _dense_fp4(q: Tensor, q_sf: Tensor | None, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return _dense(q, *others, q_sf=q_sf, **options)
+
+
+def _dense_columns(*inputs: Tensor, max_seqlen_k: int = 0) -> int:
     # Asking a symbolic value whether it is 0 would be a guard.
+    kv = inputs[-5]
     return kv.shape[0] if isinstance(max_seqlen_k, int) and max_seqlen_k == 0 else max_seqlen_k
+
+
+def _check_paged(*inputs: Any, **options: Any) -> None:
+    q, *others = inputs
+    check_paged_mqa_logits("fp8_paged_mqa_logits", q, None, *others, **options)
+
+
+def _check_paged_fp4(*inputs: Any, **options: Any) -> None:
+    check_paged_mqa_logits("fp8_fp4_paged_mqa_logits", *inputs, **options)
 
 
 def _paged(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -605,12 +792,18 @@ def _paged(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return reference_paged_mqa_logits(*others, max_context_len, **options)
 
 
+def _paged_fp4(q: Tensor, q_sf: Tensor | None, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _paged(q, *others, q_sf=q_sf, **options)
+
+
 def _paged_columns(*inputs: Any, indices: Tensor | None = None) -> int:
     return inputs[-1]
 
 
-_register_logits("fp8_mqa_logits", check_mqa_logits, _dense_columns, _dense, True)
-_register_logits("fp8_paged_mqa_logits", check_paged_mqa_logits, _paged_columns, _paged, False)
+_register_logits("fp8_mqa_logits", _check_dense, _dense_columns, _dense, True)
+_register_logits("fp8_fp4_mqa_logits", _check_dense_fp4, _dense_columns, _dense_fp4, True)
+_register_logits("fp8_paged_mqa_logits", _check_paged, _paged_columns, _paged, False)
+_register_logits("fp8_fp4_paged_mqa_logits", _check_paged_fp4, _paged_columns, _paged_fp4, False)
 
 
 @_fake("get_paged_mqa_logits_metadata")

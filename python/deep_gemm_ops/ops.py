@@ -338,13 +338,22 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor, *, out: torch.Tensor | Non
     return out
 
 
-def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def get_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: torch.Tensor, *, round_up: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """float32 scales that are powers of two, ``[MN, X]`` or ``[G, MN, X]``, packed as UE8M0 four to a word along X.
+
+    Args:
+        sf: float32, any strides.
+        round_up: what is not a power of two becomes the next one, instead of NaN. Values that were divided by the old
+            scale then stand for up to twice as much: this is for those that are quantised once more, or for callers who
+            know that they lose accuracy. Negative scales, NaN and what is beyond 2^127 stay NaN.
+        out: int32 of the result's shape and strides: written and returned.
 
     Returns:
         int32 ``[.., MN, ceil(X / 4)]``, byte j of word w the biased exponent of scale 4 w + j, bytes left over 0;
         MN-major, TMA-aligned as :func:`get_mn_major_tma_aligned_tensor`. A scale that is no power of two becomes 255,
-        UE8M0's NaN: rounding up is the casts' job (``use_ue8m0``).
+        UE8M0's NaN, unless ``round_up`` asks for rounding: that is the casts' job (``use_ue8m0``).
 
     Raises:
         RuntimeError: wrong dtype or rank, or another layout of ``out``.
@@ -352,8 +361,8 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor, *, out: torch
     if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf=sf)
     if out is None:
-        return _ops.get_mn_major_tma_aligned_packed_ue8m0_tensor.default(sf)
-    _ops.get_mn_major_tma_aligned_packed_ue8m0_tensor.out(sf, out=out)
+        return _ops.get_mn_major_tma_aligned_packed_ue8m0_tensor.default(sf, round_up=round_up)
+    _ops.get_mn_major_tma_aligned_packed_ue8m0_tensor.out(sf, round_up=round_up, out=out)
     return out
 
 
@@ -388,6 +397,7 @@ def transform_sf_into_required_layout(
     num_groups: int | None = None,
     is_sfa: bool | None = None,
     disable_ue8m0_cast: bool = False,
+    round_up: bool = False,
 ) -> torch.Tensor:
     """Scales in the form that the GEMM kernels of this device read without further work, prepared once.
 
@@ -400,6 +410,7 @@ def transform_sf_into_required_layout(
         num_groups: size of the leading dimension, None for a matrix.
         is_sfa: whether ``gran_m`` (True) or ``gran_n`` (False) of the recipe counts.
         disable_ue8m0_cast: leave float32 scales float32 on SM100 too.
+        round_up: as of :func:`get_mn_major_tma_aligned_packed_ue8m0_tensor`, where float32 is packed.
 
     Returns:
         A fresh MN-major, TMA-aligned tensor. On SM90 and CPU: float32, UE8M0 expanded. On SM100: packed int32 ``[..,
@@ -411,7 +422,14 @@ def transform_sf_into_required_layout(
     if sf.requires_grad and torch.is_grad_enabled():
         _refuse_grad("transform_sf_into_required_layout", sf=sf)
     return _ops.transform_sf_into_required_layout.default(
-        sf, mn, k, recipe, num_groups=num_groups, is_sfa=is_sfa, disable_ue8m0_cast=disable_ue8m0_cast
+        sf,
+        mn,
+        k,
+        recipe,
+        num_groups=num_groups,
+        is_sfa=is_sfa,
+        disable_ue8m0_cast=disable_ue8m0_cast,
+        round_up=round_up,
     )
 
 

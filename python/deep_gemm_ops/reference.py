@@ -57,10 +57,14 @@ def ceil_to_ue8m0(sf: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(sf), rounded, sf)
 
 
-def ue8m0_bytes(sf: torch.Tensor) -> torch.Tensor:
+def ue8m0_bytes(sf: torch.Tensor, *, round_up: bool = False) -> torch.Tensor:
     """float32 to UE8M0 bytes (as int32). What is not a power of two from 2^-127 to 2^127 becomes 255, NaN: a scale is
-    never rounded silently."""
+    never rounded silently. With ``round_up`` it is the least power of two that is not below; NaN for NaN, and for what
+    is negative or beyond 2^127."""
     bits = sf.contiguous().view(torch.int32)
+    if round_up:
+        rounded = torch.where(bits <= 0x00400000, 0, (bits.long() + 0x7FFFFF) >> 23).clamp(max=255)
+        return torch.where(bits < 0, 255, rounded).to(torch.int32)
     exponent = bits >> 23  # arithmetic shift: negative for negative numbers
     power_of_two = ((bits & 0x7FFFFF) == 0) & (exponent >= 1) & (exponent <= 254)
     byte = torch.where(power_of_two, exponent, torch.full_like(exponent, 255))
@@ -271,10 +275,10 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor) -> torch.Tensor:
     return _mn_major(sf)
 
 
-def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor) -> torch.Tensor:
+def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor, *, round_up: bool = False) -> torch.Tensor:
     """float32 powers of two ``[.., MN, X]`` to packed UE8M0 int32 ``[.., MN, ceil(X / 4)]``, MN-major and
-    TMA-aligned."""
-    return _mn_major(pack_ue8m0(ue8m0_bytes(sf)))
+    TMA-aligned; ``round_up`` as of ``ue8m0_bytes``."""
+    return _mn_major(pack_ue8m0(ue8m0_bytes(sf, round_up=round_up)))
 
 
 def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
@@ -316,6 +320,7 @@ def transform_sf_into_required_layout(
     num_groups: int | None = None,
     is_sfa: bool | None = None,
     disable_ue8m0_cast: bool = False,
+    round_up: bool = False,
     arch_major: int = 9,
 ) -> torch.Tensor:
     """Scales as the kernels of an architecture read them without further work; ``arch_major`` is 9 for SM90, 10 for
@@ -327,6 +332,7 @@ def transform_sf_into_required_layout(
             gran_k]``.
         num_groups: size of the leading dimension, None for a matrix.
         disable_ue8m0_cast: keep float32 scales float32 on SM100 as well.
+        round_up: as of ``ue8m0_bytes``, where float32 is packed.
 
     Returns:
         SM90: float32 of the shape of ``sf``, MN-major. SM100: packed int32 ``[.., mn, ceil(k / gran_k / 4)]``,
@@ -339,5 +345,6 @@ def transform_sf_into_required_layout(
         sf = sf.repeat_interleave(gran_mn, dim=-2)[..., :mn, :]
     if sf.dtype == torch.int32:
         return _mn_major(sf)
-    bytes_ = ue8m0_bytes(sf) if sf.dtype == torch.float32 else sf.view(torch.uint8).to(torch.int32)
+    is_float = sf.dtype == torch.float32
+    bytes_ = ue8m0_bytes(sf, round_up=round_up) if is_float else sf.view(torch.uint8).to(torch.int32)
     return _mn_major(pack_ue8m0(bytes_))

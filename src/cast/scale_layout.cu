@@ -28,7 +28,14 @@ struct ScaleLayoutParams {
     const int32_t* row_counts;
     uint32_t row_tiles, unit_tiles;
     bool k_is_dense;
+    bool round_up;
 };
+
+// The least power of two that is not below; NaN for NaN, and for what is negative or beyond 2^127.
+__device__ __forceinline__ uint32_t ceil_to_ue8m0(uint32_t bits) {
+    if (bits >= 0x80000000) return 0xff;
+    return bits <= 0x00400000 ? 0 : min(bits + 0x7fffff >> 23, 0xffu);
+}
 
 // kRepeatK: k_repeat is not 1, and each unit is one scale, of packed words a byte.
 template <ScaleType kFrom, ScaleType kDst, bool kRepeatK>
@@ -108,8 +115,12 @@ __global__ void __launch_bounds__(kThreads) scale_layout_kernel(const __grid_con
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t value = tile[word * 4 + i][row];
-                if (k + i < params.k_sf)
-                    packed |= (kSrc == ScaleType::kE8M0 ? value : float_bits_to_ue8m0(value)) << (8 * i);
+                if (k + i < params.k_sf) {
+                    const uint32_t byte = kSrc == ScaleType::kE8M0 ? value
+                                          : params.round_up        ? ceil_to_ue8m0(value)
+                                                                   : float_bits_to_ue8m0(value);
+                    packed |= byte << (8 * i);
+                }
             }
             dst[k / 4 * params.dst_k_stride] = packed;
         }
@@ -239,6 +250,7 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& given, cudaStream_t st
     params.row_tiles = static_cast<uint32_t>(row_tiles);
     params.unit_tiles = static_cast<uint32_t>(unit_tiles);
     params.k_is_dense = problem.src_k_stride <= problem.src_mn_stride;
+    params.round_up = problem.round_up;
 
     if (problem.dst_type == ScaleType::kE8M0) return cudaErrorInvalidValue;
     const bool to_float = problem.dst_type == ScaleType::kFloat32;

@@ -64,6 +64,7 @@ struct HeadMap {
 struct KGroupSchedule {
     const int32_t* layout;
     bool is_sizes;     // it holds K of each group; otherwise where each ends
+    bool padded;       // SM100's FP8: in the operands each group starts on a multiple of 128
     int alignment;     // in the latter case: the next group starts there, rounded up
     int first_group;   // of this launch; those before only have their share of K
     int num_groups;    // of this launch

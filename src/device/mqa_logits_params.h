@@ -21,10 +21,14 @@ struct IntSource {
     int64_t inner_stride;  // along the second
 };
 
+// Queries and keys are FP8, a key with an FP32 scale, or both are FP4, a head and a key with a word of UE8M0 scales each.
 struct MqaLogitsParams {
-    CUtensorMap q_map;      // FP8 [tokens * heads, head_dim]
-    CUtensorMap kv_map;     // FP8 [keys, head_dim]; paged [blocks, block_kv, head_dim]
-    CUtensorMap kv_sf_map;  // FP32 [1, keys]; paged [blocks, block_kv]
+    CUtensorMap q_map;      // [tokens * heads, head_dim]
+    CUtensorMap kv_map;     // [keys, head_dim]; paged [blocks, block_kv, head_dim]
+    CUtensorMap kv_sf_map;  // [1, keys]; paged [blocks, block_kv]
+    const uint32_t* q_sf;   // FP4: [tokens, heads]
+    int64_t q_sf_stride;
+    uint32_t used_scales;   // FP4: bytes of a word, the others may hold anything
     const float* weights;   // [tokens, heads]
     int64_t weights_stride;
     void* logits;           // [tokens, width], FP32 or BF16
@@ -51,9 +55,9 @@ struct MqaLogitsParams {
     IntSource indices;       // data is null without it
     const int32_t* schedule;  // [CTAs + 1, 2]
 
-    // SM100, whose kernels take any.
-    int head_dim;
-    int q_rows;  // of a box of q_map
+    // SM100, whose kernels take any head_dim.
+    int row_bytes;  // of a head, or a key, in shared memory
+    int q_rows;     // of a box of q_map
 };
 
 struct MqaMetadataParams {

@@ -8,7 +8,8 @@
 
 namespace deep_gemm {
 
-// Weights are stored halved, see the kernels' sums of heads.
+// Weights are stored halved, see the kernels' sums of heads. Storage that has room for scales of queries takes them, too,
+// for all columns that kLoads words a lane cover: see its store_query_scales().
 template <int kHeads, int kTokens, class Storage, class Walk>
 __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
     constexpr int kLoads = kTokens * kHeads / 32;
@@ -20,12 +21,18 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
     do {
         more = walk.next(group, range);
         float weights[kLoads];
+        uint32_t scales[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             const int col = i * 32 + lane, token = col / kHeads;
             weights[i] = 0;
+            scales[i] = 0;
             if (more && token < group.num_tokens) {
-                weights[i] = params.weights[(group.first_token + token) * params.weights_stride + col % kHeads];
+                const int64_t row = group.first_token + token;
+                weights[i] = params.weights[row * params.weights_stride + col % kHeads];
+                if constexpr (Storage::kQueryScales) {
+                    scales[i] = params.q_sf[row * params.q_sf_stride + col % kHeads] & params.used_scales;
+                }
             }
         }
         if (!more) group.num_tiles = 0;
@@ -38,6 +45,7 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
+        if constexpr (Storage::kQueryScales) shared.store_query_scales(s, scales, lane);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(shared.q_full[s]);
         state.advance();

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "gemm_params.h"
 #include "pipeline.cuh"
@@ -17,7 +18,7 @@ namespace deep_gemm {
 struct alignas(16) WorkTile {
     int row;          // first row of the CTA's tile
     int col;          // first column
-    int k_block;      // first K block; of K-grouped BF16 the first element, for groups start anywhere
+    int k_block;      // first K block; the first element where K-grouped operands have groups start anywhere
     int num_k_blocks;
 
     // With groups: third coordinates in tensor maps. Schedulers of dense products leave what follows alone.
@@ -27,6 +28,11 @@ struct alignas(16) WorkTile {
     // the two are zeros. K-grouped: the group ends before `group_end` along K.
     int group_end;
     int store_end;
+
+    // K-grouped with scales of whole blocks, which are counted through all groups: the group's first one. It stores no rows
+    // of zeros.
+    __device__ __forceinline__ int& first_scale_block() { return store_end; }
+    __device__ __forceinline__ int first_scale_block() const { return store_end; }
 };
 
 __device__ __forceinline__ int divide(int x, const FastDivisor& by) {
@@ -123,17 +129,23 @@ private:
 // parts into a table in shared memory when the kernel starts.
 //   kStageK    elements of K in a block
 //   kPadded    in the operands each group starts on a multiple of kStageK, whatever the layout says of its start
+//   kScaled    operands are padded or not, as a run-time value says, and tiles know their first block of scales
 //
 // Whatever the layout holds, all parts lie inside K.
-template <int kBlockRows, int kBlockCols, int kRowCtas, int kColCtas, int kStageK, bool kPadded>
+template <int kBlockRows, int kBlockCols, int kRowCtas, int kColCtas, int kStageK, bool kPadded, bool kScaled = false>
 class KGroupedScheduler : DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1> {
     using Dense = DenseScheduler<kBlockRows, kBlockCols, kRowCtas, kColCtas, 1>;
+    static_assert(!(kPadded && kScaled));
 
     // Elements of K, or, padded, blocks.
-    struct Part {
+    struct PlainPart {
         int start;
         int size;
     };
+    struct ScaledPart : PlainPart {
+        int first_scale_block;
+    };
+    using Part = std::conditional_t<kScaled, ScaledPart, PlainPart>;
 
 public:
     struct Storage {
@@ -148,7 +160,9 @@ public:
     __device__ __forceinline__ static void build(const KGroupSchedule& groups, Storage& table) {
         const int lane = threadIdx.x % 32;
         const int end = groups.first_group + groups.num_groups;
+        const bool padded = kPadded || (kScaled && groups.padded);
         int64_t before = 0;  // K of all groups before these 32
+        int blocks_before = 0;
 #pragma unroll 1
         for (int base = 0; base < end; base += 32) {
             const int group = base + lane;
@@ -158,20 +172,33 @@ public:
                 start = (start + groups.alignment - 1) / groups.alignment * groups.alignment;
                 size = max(size - start, int64_t{0});
             }
-            const int64_t span = kPadded ? (size + kStageK - 1) / kStageK * kStageK : size;
+            const int64_t span = padded ? (size + kStageK - 1) / kStageK * kStageK : size;
             int64_t up_to = span;
 #pragma unroll
             for (int distance = 1; distance < 32; distance *= 2) {
                 const int64_t other = __shfl_up_sync(0xffffffff, up_to, distance);
                 if (lane >= distance) up_to += other;
             }
-            if (kPadded || groups.is_sizes) start = before + up_to - span;
+            if (padded || groups.is_sizes) start = before + up_to - span;
             start = min(start, static_cast<int64_t>(groups.k));
-            size = min(kPadded ? span : size, groups.k - start);
-            if (group >= groups.first_group && group < end) {
-                constexpr int kUnit = kPadded ? kStageK : 1;
-                table.parts[group - groups.first_group] = {static_cast<int>(start / kUnit), static_cast<int>(size / kUnit)};
+            size = min(padded ? span : size, groups.k - start);
+            constexpr int kUnit = kPadded ? kStageK : 1;
+            Part part;
+            part.start = static_cast<int>(start / kUnit);
+            part.size = static_cast<int>(size / kUnit);
+            if constexpr (kScaled) {
+                // Of groups that do not make sense there may be more than an int holds: then scales are any.
+                const int blocks = (part.size + kStageK - 1) / kStageK;
+                int blocks_up_to = blocks;
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+                    const int other = __shfl_up_sync(0xffffffff, blocks_up_to, distance);
+                    if (lane >= distance) blocks_up_to += other;
+                }
+                part.first_scale_block = blocks_before + blocks_up_to - blocks & 0x7fffffff;
+                blocks_before += __shfl_sync(0xffffffff, blocks_up_to, 31);
             }
+            if (group >= groups.first_group && group < end) table.parts[group - groups.first_group] = part;
             before += __shfl_sync(0xffffffff, up_to, 31);
         }
     }
@@ -186,6 +213,7 @@ public:
         work.group_end = part.start + part.size;
         work.k_block = part.start;
         work.num_k_blocks = kPadded ? part.size : (part.size + kStageK - 1) / kStageK;
+        if constexpr (kScaled) work.first_scale_block() = part.first_scale_block;
         if constexpr (kWholeWarp) work.num_k_blocks = uniform(work.num_k_blocks);
         this->tile_ += this->step_;
         return true;

@@ -163,6 +163,7 @@ struct ScaleLayoutProblem {
     int mn_repeat = 1;
     int k_repeat = 1;
     const int32_t* row_counts = nullptr;  // [batch] on the device: dst rows from there on may stay as they are
+    bool round_up = false;  // float32 to UE8M0: to the next power of two, instead of NaN
 };
 cudaError_t launch_scale_layout(const ScaleLayoutProblem& problem, cudaStream_t stream, bool pdl);
 

@@ -49,6 +49,7 @@ KGroupSchedule make_k_group_schedule(const GemmProblem& problem, int tiles_per_g
     KGroupSchedule schedule = {};
     schedule.layout = problem.group_layout;
     schedule.is_sizes = problem.layout == GroupLayout::kSizes;
+    schedule.padded = !problem.a_mn_major;
     schedule.alignment = problem.layout == GroupLayout::kPsum ? problem.group_alignment : 1;
     schedule.first_group = static_cast<int>(problem.first_group);
     schedule.num_groups = static_cast<int>(problem.num_groups);

@@ -38,9 +38,10 @@ struct ScaleTensor {
 };
 
 struct GemmProblem {
-    // K-grouped: k is that of all groups together. There BF16 operands are MN-major, groups as they lie; in FP8 ones each
-    // group starts on a multiple of 128 of K, with zeros behind its end, and k, a multiple of 128, counts them: 128 for
-    // each row of scales. Masked, batched, summed: m and k are those of one group.
+    // K-grouped: k is that of all groups together. There BF16 operands are MN-major, groups as they lie; in K-major FP8 ones
+    // each group starts on a multiple of 128 of K, with zeros behind its end, and k, a multiple of 128, counts them: 128 for
+    // each row of scales. SM100 takes FP8 MN-major as BF16, too, with k / 128 + groups rows of scales, rounded up, that there
+    // is room for. Masked, batched, summed: m and k are those of one group.
     int64_t m = 0, n = 0, k = 0;
     const void* a = nullptr;  // [m, k], or [k, m] where a_mn_major
     const void* b = nullptr;  // [n, k], or [k, n] where b_mn_major

@@ -152,7 +152,11 @@ void run_sm100_gemm(const GemmProblem& problem, const SelectionLimits& limits, i
     params.blocks_per_word = 1;
     if (layout.scaled()) {
         params.blocks_per_word = problem.gran_k == 128 ? 4 : 1;
-        const int64_t words = (problem.k + 4 * problem.gran_k - 1) / (4 * problem.gran_k);
+        int64_t words = (problem.k + 4 * problem.gran_k - 1) / (4 * problem.gran_k);
+        // Each group has its own last block.
+        if (row.grouping == Grouping::kKGrouped && problem.a_mn_major) {
+            words = (problem.k / problem.gran_k + problem.first_group + problem.num_groups + 3) / 4;
+        }
         gemm.row_scales_map = make_scale_map(encode, row.swap_ab ? problem.sfb : problem.sfa, rows.mn, words, rows.groups,
                                              layout.row_scale_box());
         gemm.col_scales_map = make_scale_map(encode, row.swap_ab ? problem.sfa : problem.sfb, cols.mn, words, cols.groups,

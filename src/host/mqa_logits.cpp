@@ -71,7 +71,7 @@ void print_config(const MqaLogitsProblem& problem, const MqaRow& row, const MqaR
 
 bool fits(const MqaRow& row, const MqaLogitsProblem& problem) {
     return row.heads == problem.heads && (row.head_dim == 0 || row.head_dim == problem.head_dim) &&
-           row.paged == problem.paged;
+           row.paged == problem.paged && row.fp4 == problem.fp4;
 }
 
 }  // namespace
@@ -86,19 +86,31 @@ std::span<const MqaRow> mqa_logits_rows(int arch) {
     return {};
 }
 
+bool has_mqa_rows(int arch, bool fp4) {
+    const auto rows = mqa_logits_rows(arch);
+    return std::any_of(rows.begin(), rows.end(), [&](const MqaRow& row) { return row.fp4 == fp4; });
+}
+
 std::string kernel_symbol(const MqaRow& row, int index) {
     if (row.arch == 90) return "sm90_fp8_mqa_logitsILi" + std::to_string(index) + "E";
-    return "sm100_fp8_mqa_logitsILi" + std::to_string(row.heads) + "ELb" + (row.paged ? "1" : "0") + "E";
+    return "sm100_mqa_logitsILi" + std::to_string(row.heads) + "ELb" + (row.paged ? "1" : "0") + "ELb" +
+           (row.fp4 ? "1" : "0") + "E";
 }
 
 MqaRowResources row_resources(const MqaRow& row) {
-    if (row.arch == 100) return {sm100::kMqaStages, sm100::mqa_shared_bytes(), sm100::kMqaThreads};
+    if (row.arch == 100) {
+        const sm100::MqaType type{row.fp4};
+        return {sm100::kMqaKeys, type.stages(), type.shared_bytes(), type.threads()};
+    }
     const sm90::MqaLayout layout{row};
-    return {layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
+    return {kMqaTileKeys, layout.num_stages(), layout.shared_bytes(), layout.num_threads()};
 }
 
 std::string row_name(const MqaRow& row) {
-    if (row.arch == 100) return (row.paged ? "sm100_fp8_paged_mqa_h" : "sm100_fp8_mqa_h") + std::to_string(row.heads);
+    if (row.arch == 100) {
+        return std::string(row.fp4 ? "sm100_fp4" : "sm100_fp8") + (row.paged ? "_paged_mqa_h" : "_mqa_h") +
+               std::to_string(row.heads);
+    }
     std::string name = row.paged ? "sm90_fp8_paged_mqa" : "sm90_fp8_mqa";
     name += "_h" + std::to_string(row.heads) + "d" + std::to_string(row.head_dim) + "_n" + std::to_string(row.cols);
     if (row.parts > 1) name += "x" + std::to_string(row.parts);
@@ -139,39 +151,44 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
     const EncodeTiledFunction encode = backend.encode_tiled();
 
     MqaLogitsParams params = {};
-    const MatrixView q{problem.q, problem.num_tokens * problem.heads, problem.head_dim, problem.q_stride,
+    const int row_bytes = problem.fp4 ? problem.head_dim / 2 : problem.head_dim;
+    const MatrixView q{problem.q, problem.num_tokens * problem.heads, row_bytes, problem.q_stride,
                        CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
-    const int head_dim = problem.head_dim;
-    const int tile_keys = arch == 100 ? sm100::kMqaKeys : kMqaTileKeys;
-    params.head_dim = head_dim;
+    // The tensor core's steps and the swizzle are 32 bytes; what a row has not is zeros.
+    const int box_bytes = std::max(row_bytes, 32);
+    const MqaRowResources resources = row_resources(row);
+    params.row_bytes = box_bytes;
     params.q_rows = row.tile_cols();
     // SM100: as many columns as tokens have that are scored together, 32 at a time.
     const int64_t tokens = problem.paged ? atom_tokens(problem) : problem.num_tokens;
     if (arch == 100) params.q_rows = static_cast<int>(std::min<int64_t>((tokens * row.heads + 31) / 32 * 32, row.cols));
-    params.q_map = make_tensor_map(encode, q, params.q_rows, head_dim);
+    params.q_map = make_tensor_map(encode, q, params.q_rows, box_bytes);
     // Without keys, or blocks, the maps are of something that is there, and nobody loads through them.
     const bool no_keys = problem.paged ? problem.num_blocks == 0 : problem.num_keys == 0;
     if (no_keys) {
         params.kv_map = params.kv_sf_map = params.q_map;
     } else if (problem.paged) {
-        const int64_t scales = static_cast<int64_t>(problem.block_kv) * problem.head_dim;
+        const int64_t scales = static_cast<int64_t>(problem.block_kv) * row_bytes;
         // The stride of a single block is never used, but the tensor map wants a multiple of 16 bytes.
         const int64_t stride = problem.num_blocks > 1 ? problem.cache_stride : scales + problem.block_kv * 4;
-        const MatrixView kv{problem.cache, problem.block_kv, problem.head_dim, problem.head_dim,
+        const MatrixView kv{problem.cache, problem.block_kv, row_bytes, row_bytes,
                             CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, problem.num_blocks, stride};
         const MatrixView kv_sf{static_cast<const uint8_t*>(problem.cache) + scales, problem.num_blocks, problem.block_kv,
-                               stride / 4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-        params.kv_map = make_tensor_map(encode, kv, problem.block_kv, head_dim);
+                               stride / 4, CU_TENSOR_MAP_DATA_TYPE_UINT32, 4};
+        params.kv_map = make_tensor_map(encode, kv, problem.block_kv, box_bytes);
         params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, problem.block_kv, false);
     } else {
-        const MatrixView kv{problem.kv, problem.num_keys, problem.head_dim, problem.kv_stride,
+        const MatrixView kv{problem.kv, problem.num_keys, row_bytes, problem.kv_stride,
                             CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
         // A matrix of one row, whose stride is never used.
         const MatrixView kv_sf{problem.kv_sf, 1, problem.num_keys, (problem.num_keys + 3) / 4 * 4,
-                               CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-        params.kv_map = make_tensor_map(encode, kv, tile_keys, head_dim);
-        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, tile_keys, false);
+                               CU_TENSOR_MAP_DATA_TYPE_UINT32, 4};
+        params.kv_map = make_tensor_map(encode, kv, resources.tile_keys, box_bytes);
+        params.kv_sf_map = make_tensor_map(encode, kv_sf, 1, resources.tile_keys, false);
     }
+    params.q_sf = reinterpret_cast<const uint32_t*>(problem.q_sf);
+    params.q_sf_stride = problem.q_sf_stride;
+    params.used_scales = problem.head_dim == 128 ? 0xffffffffu : (1u << problem.head_dim / 4) - 1;  // a byte for each 32
     params.weights = problem.weights;
     params.weights_stride = problem.weights_stride;
     params.logits = problem.logits;
@@ -194,7 +211,6 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
     params.indices = problem.indices;
     params.schedule = problem.schedule;
 
-    const MqaRowResources resources = row_resources(row);
     KernelLaunch launch;
     launch.kernel = arch == 100 ? sm100_kernel(row_idx) : sm90_kernel(row_idx);
     launch.name = arch == 100 ? &sm100_name : &sm90_name;

@@ -12,13 +12,17 @@
 
 namespace deep_gemm {
 
-// logits[i, j] = sum_h relu(q[i, h] . kv[j] * kv_sf[j]) * weights[i, h], see MqaLogitsParams. Strides in elements.
+// logits[i, j] = sum_h relu(q[i, h] . kv[j] * kv_sf[j]) * weights[i, h], see MqaLogitsParams. Strides in elements, of FP4
+// in pairs of them. With FP4 each word of scales holds head_dim / 32 UE8M0, the lowest byte first.
 struct MqaLogitsProblem {
-    const void* q = nullptr;  // FP8 [num_tokens * heads, head_dim]
+    const void* q = nullptr;  // FP8 [num_tokens * heads, head_dim], or FP4
     int64_t q_stride = 0;     // between heads
     int64_t num_tokens = 0;
     int heads = 0;
     int head_dim = 0;
+    bool fp4 = false;         // queries and keys
+    const int32_t* q_sf = nullptr;  // FP4: [num_tokens, heads]
+    int64_t q_sf_stride = 0;
     const float* weights = nullptr;  // [num_tokens, heads]
     int64_t weights_stride = 0;
     void* logits = nullptr;   // [num_tokens, width]
@@ -28,14 +32,14 @@ struct MqaLogitsProblem {
     bool clean = true;
 
     // Without a cache.
-    const void* kv = nullptr;  // FP8 [num_keys, head_dim]
+    const void* kv = nullptr;  // FP8 [num_keys, head_dim], or FP4
     int64_t kv_stride = 0;
-    const float* kv_sf = nullptr;  // [num_keys]
+    const void* kv_sf = nullptr;  // [num_keys], FP32, or words of UE8M0
     int64_t num_keys = 0;
     IntSource start = {}, end = {};
     bool compressed = false;
 
-    // With a cache of blocks: block_kv rows of head_dim values, then block_kv FP32 scales.
+    // With a cache of blocks: block_kv rows of head_dim values, then block_kv scales or words of them.
     bool paged = false;
     const void* cache = nullptr;
     int64_t num_blocks = 0;
@@ -64,7 +68,11 @@ struct MqaMetadataProblem {
 // The table of kernels for an architecture, 90 or 100; empty where the library was built without it.
 std::span<const MqaRow> mqa_logits_rows(int arch);
 
+// Whether any row of an architecture's table takes FP4, or FP8.
+bool has_mqa_rows(int arch, bool fp4);
+
 struct MqaRowResources {
+    int tile_keys;
     int num_stages;
     int shared_bytes;
     int num_threads;

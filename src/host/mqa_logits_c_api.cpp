@@ -20,10 +20,12 @@ DG_EXPORT const char* dg_mqa_instances() {
                 const MqaRow& row = rows[i];
                 const MqaRowResources resources = row_resources(row);
                 text << (index > 0 ? ",\n " : "") << "{\"index\": " << index << ", \"name\": \"" << row_name(row)
-                     << "\", \"arch\": \"sm_" << arch << "a\", \"family\": \"fp8_mqa_logits\", \"kernel\": \""
+                     << "\", \"arch\": \"sm_" << arch << "a\", \"family\": \"" << (row.fp4 ? "fp8_fp4_mqa_logits" : "fp8_mqa_logits")
+                     << "\", \"tile_keys\": " << resources.tile_keys << ", \"kernel\": \""
                      << kernel_symbol(row, static_cast<int>(i)) << "\", \"heads\": " << row.heads << ", \"head_dim\": "
                      << row.head_dim << ", \"cols\": " << row.cols << ", \"parts\": " << row.parts
-                     << ", \"warpgroups\": " << row.warpgroups << ", \"paged\": " << (row.paged ? "true" : "false")
+                     << ", \"fp4\": " << (row.fp4 ? "true" : "false") << ", \"warpgroups\": " << row.warpgroups
+                     << ", \"paged\": " << (row.paged ? "true" : "false")
                      << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": "
                      << resources.shared_bytes << ", \"num_threads\": " << resources.num_threads << "}";
             }

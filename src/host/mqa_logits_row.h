@@ -12,6 +12,7 @@ struct MqaRow {
     int warpgroups;  // that consume
     bool paged;      // keys come from the blocks of a cache
     int arch = 90;   // 100: sm100/mqa_logits_traits.h, whose kernels take up to `cols` columns and any head_dim
+    bool fp4 = false;  // queries and keys, with a scale for each 32 elements
 
     constexpr int tile_cols() const { return cols * parts; }
     constexpr int part_tokens() const { return cols / heads; }

@@ -48,7 +48,10 @@ const char* sm100_reason_against(const GemmRow& row, const GemmProblem& problem,
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (!fits_alignment(row, problem)) return "its tiles do not divide the alignment of the groups";
     const sm100::GemmLayout layout{row};
-    if (layout.has_ragged_k() && !(problem.a_mn_major && problem.b_mn_major)) return "for MN-major operands";
+    if (layout.has_ragged_k() && !layout.scaled() && !(problem.a_mn_major && problem.b_mn_major)) {
+        return "for MN-major operands";
+    }
+    if (layout.has_ragged_k() && problem.a_mn_major != problem.b_mn_major) return "for operands in one order";
     const bool cols_mn_major = row.swap_ab ? problem.a_mn_major : problem.b_mn_major;
     // The rows' 128 are as many spans as they need to be.
     if (cols_mn_major && sm100::mn_major_span(layout.own_cols(), layout.element_bytes()) == 0) {

@@ -288,6 +288,11 @@ Operand pad_groups(const char* op, const TensorInfo& x, int64_t mn, const cast::
     return {problem.out, columns, 0};
 }
 
+// A matrix whose rows TMA can read where they lie.
+bool readable_by_tma(const TensorInfo& x) {
+    return (x.size(0) <= 1 || x.stride(0) % 16 == 0) && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+}
+
 // Checks everything, then runs. Returns the result, allocated here, unless `out` is there to write to.
 OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo& ks, const TensorInfo* c,
                 const TensorInfo* out) {
@@ -382,23 +387,29 @@ OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo
     } else {
         const TensorInfo &sfa = operands.sfa->info, &sfb = operands.sfb->info;
         int64_t rows = std::min(sfa.size(0), sfb.size(0)), copied_rows = 0;
+        const cast::KGroups groups = {.ends = problem.group_layout,
+                                      .num_groups = num_groups,
+                                      .rows = k,
+                                      .layout = layout,
+                                      .alignment = problem.group_alignment};
+        const bool as_they_lie = sm100 && !padded && !flat && readable_by_tma(a) && readable_by_tma(b);
         if (padded) {
             set_operands(problem, prepare_operand(op, a, axes, stream, scratch_a),
                          prepare_operand(op, b, axes, stream, scratch_b));
+            problem.k = rows * 128;
+        } else if (as_they_lie) {
+            set_operands(problem, prepare_operand(op, a, axes, stream, scratch_a, sm100),
+                         prepare_operand(op, b, axes, stream, scratch_b, sm100));
+            rows = copied_rows = groups.scale_rows();
         } else {
-            const cast::KGroups groups = {.ends = problem.group_layout,
-                                          .num_groups = num_groups,
-                                          .rows = k,
-                                          .layout = layout,
-                                          .alignment = problem.group_alignment};
             set_operands(problem, pad_groups(op, a, m, groups, stream, scratch_a),
                          pad_groups(op, b, n, groups, stream, scratch_b));
             // The kernel takes ends of groups up to its K, and K is 128 for each row of scales: where gaps between
             // groups make them too few, they are copied to where there are enough.
             rows = std::min(rows, groups.scale_rows());
             if (rows * 128 < k) rows = copied_rows = groups.scale_rows();
+            problem.k = rows * 128;
         }
-        problem.k = rows * 128;
         // Words of four scales may hold those of two groups: blocks of K are counted through all groups.
         if (sm100) copied_rows = (copied_rows + 3) / 4;
         problem.sfa = prepare_scales(op, sfa, kMNMajor, m, 1, true, 128, 128 * std::min(rows, sfa.size(0)), stream,

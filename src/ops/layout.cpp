@@ -31,7 +31,7 @@ std::vector<int64_t> mn_major_strides(const std::vector<int64_t>& shape) {
 
 // Copies `sf` with k_sf scales along K to an MN-major tensor of mn rows, allocated here when absent.
 Tensor run_layout(const char* op, const Tensor& sf, int64_t mn, int64_t k_sf, int mn_repeat, bool to_packed,
-                  const Tensor* given_out) {
+                  const Tensor* given_out, bool round_up = false) {
     const bool batched = sf.dim() == 3;
     std::vector<int64_t> shape = {mn, to_packed ? ceil_div(k_sf, 4) : k_sf};
     if (batched) shape.insert(shape.begin(), sf.size(0));
@@ -61,14 +61,15 @@ Tensor run_layout(const char* op, const Tensor& sf, int64_t mn, int64_t k_sf, in
     problem.mn = mn;
     problem.k_sf = k_sf;
     problem.mn_repeat = mn_repeat;
+    problem.round_up = round_up;
     check_launch(cast::launch_scale_layout(problem, current_stream(sf), knobs().pdl), op, "sf");
     return out;
 }
 
-Tensor run_mn_major(const char* op, const Tensor& sf, bool to_packed, const Tensor* given_out) {
+Tensor run_mn_major(const char* op, const Tensor& sf, bool to_packed, const Tensor* given_out, bool round_up = false) {
     check_dtype(op, "sf", sf, {ScalarType::Float});
     check_scales_rank(op, sf);
-    return run_layout(op, sf, sf.size(sf.dim() - 2), sf.size(sf.dim() - 1), 1, to_packed, given_out);
+    return run_layout(op, sf, sf.size(sf.dim() - 2), sf.size(sf.dim() - 1), 1, to_packed, given_out, round_up);
 }
 
 Tensor run_expand(const Tensor& sf, int64_t k_sf, const Tensor* given_out) {
@@ -96,12 +97,12 @@ void get_mn_major_tma_aligned_tensor_out(Tensor sf, Tensor out) {
     run_mn_major("get_mn_major_tma_aligned_tensor", sf, false, &out);
 }
 
-Tensor get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) {
-    return run_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, true, nullptr);
+Tensor get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, bool round_up) {
+    return run_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, true, nullptr, round_up);
 }
 
-void get_mn_major_tma_aligned_packed_ue8m0_tensor_out(Tensor sf, Tensor out) {
-    run_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, true, &out);
+void get_mn_major_tma_aligned_packed_ue8m0_tensor_out(Tensor sf, bool round_up, Tensor out) {
+    run_mn_major("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, true, &out, round_up);
 }
 
 Tensor expand_ue8m0(Tensor sf, int64_t k_sf) { return run_expand(sf, k_sf, nullptr); }
@@ -144,7 +145,7 @@ Tensor get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf, Tensor 
 
 Tensor transform_sf_into_required_layout(Tensor sf, int64_t mn, int64_t k, std::vector<int64_t> recipe,
                                          std::optional<int64_t> num_groups, std::optional<bool> is_sfa,
-                                         bool disable_ue8m0_cast) {
+                                         bool disable_ue8m0_cast, bool round_up) {
     const char* op = "transform_sf_into_required_layout";
     check_dtype(op, "sf", sf, {ScalarType::Float, ScalarType::Float8_e8m0fnu, ScalarType::Int});
     const auto is_gran_mn = [](int64_t gran) { return gran == 1 || gran == 128; };
@@ -182,7 +183,7 @@ Tensor transform_sf_into_required_layout(Tensor sf, int64_t mn, int64_t k, std::
     const bool to_float =
         compute_capability() < 100 || (sf.scalar_type() == ScalarType::Float && disable_ue8m0_cast);
     if (to_float) return run_layout(op, sf, ceil_div(mn, gran_mn), k_sf, 1, false, nullptr);
-    return run_layout(op, sf, mn, k_sf, static_cast<int>(gran_mn), true, nullptr);
+    return run_layout(op, sf, mn, k_sf, static_cast<int>(gran_mn), true, nullptr, round_up);
 }
 
 }  // namespace deep_gemm::ops

@@ -28,13 +28,29 @@ bool is_empty(const TensorInfo& x) {
     return std::any_of(x.sizes().begin(), x.sizes().end(), [](int64_t size) { return size == 0; });
 }
 
+// A tensor that may be absent.
+std::optional<TensorInfo> info_of(const std::optional<Tensor>& x) {
+    return x ? std::optional<TensorInfo>(*x) : std::nullopt;
+}
+
+// Of queries and keys, which are FP4 where queries have scales.
+void check_values_dtype(const char* op, const char* arg, const TensorInfo& x, bool fp4) {
+    if (fp4) {
+        check_dtype(op, arg, x, {ScalarType::Byte, ScalarType::Char, ScalarType::Float4_e2m1fn_x2});
+    } else {
+        check_dtype(op, arg, x, {ScalarType::Float8_e4m3fn});
+    }
+}
+
 struct Queries {
     int64_t tokens, heads, head_dim;
+    int64_t row_bytes;  // of a head, or a key
 };
 
-// q [.., H, D] is a matrix with a row for each head of each token.
-Queries check_heads(const char* op, const TensorInfo& q) {
-    const int64_t rank = q.dim(), heads = q.size(rank - 2), dim = q.size(rank - 1);
+// q [.., H, D], or FP4 [.., H, D / 2], is a matrix with a row for each head of each token.
+Queries check_heads(const char* op, const TensorInfo& q, bool fp4) {
+    const int64_t rank = q.dim(), heads = q.size(rank - 2), row_bytes = q.size(rank - 1);
+    const int64_t dim = fp4 ? row_bytes * 2 : row_bytes;
     if (heads != 8 && heads != 16 && heads != 32 && heads != 64) fail(op, "q", "heads", heads, "8, 16, 32 or 64");
     if (dim != 32 && dim != 64 && dim != 128) fail(op, "q", "head_dim", dim, "32, 64 or 128");
     int64_t tokens = 1;
@@ -42,14 +58,17 @@ Queries check_heads(const char* op, const TensorInfo& q) {
     if (tokens > kMaxSize / heads) {
         fail(op, "q", "number of heads", tokens * heads, "at most " + std::to_string(kMaxSize));
     }
-    if (is_empty(q)) return {tokens, heads, dim};
+    const Queries queries = {tokens, heads, dim, row_bytes};
+    if (is_empty(q)) return queries;
     const char* helper = "use q.contiguous()";
     if (q.stride(rank - 1) != 1) fail(op, "q", "inner stride", q.stride(rank - 1), int64_t{1}, helper);
     const int64_t row_stride = q.stride(rank - 2);
     if (row_stride % kAlignment != 0) {
         fail(op, "q", "head stride", bytes_text(row_stride), "a multiple of 16 bytes", helper);
     }
-    if (row_stride < dim) fail(op, "q", "head stride", row_stride, "at least " + std::to_string(dim), helper);
+    if (row_stride < row_bytes) {
+        fail(op, "q", "head stride", row_stride, "at least " + std::to_string(row_bytes), helper);
+    }
     int64_t expected = row_stride * heads;
     for (int64_t i = rank - 3; i >= 0; --i) {
         if (q.size(i) > 1 && q.stride(i) != expected) {
@@ -59,8 +78,26 @@ Queries check_heads(const char* op, const TensorInfo& q) {
         expected *= q.size(i);
     }
     check_base(op, "q", q, "use q.clone()");
-    return {tokens, heads, dim};
+    return queries;
 }
+
+// q_sf [.., H], a row of words for each token.
+void check_query_scales(const char* op, const TensorInfo& q, const TensorInfo& q_sf) {
+    const int64_t rank = q_sf.dim();
+    if (rank == 2) {
+        check_shape(op, "q_sf", q_sf, "[S, H]", {q.size(0), q.size(1)});
+    } else {
+        check_shape(op, "q_sf", q_sf, "[B, next_n, H]", {q.size(0), q.size(1), q.size(2)});
+    }
+    if (is_empty(q_sf)) return;
+    if (q_sf.stride(rank - 1) != 1) fail(op, "q_sf", "inner stride", q_sf.stride(rank - 1), int64_t{1});
+    if (rank == 3 && q_sf.size(0) > 1 && q_sf.size(1) > 1 && q_sf.stride(0) != q_sf.stride(1) * q_sf.size(1)) {
+        fail(op, "q_sf", "stride of dimension 0", q_sf.stride(0), q_sf.stride(1) * q_sf.size(1), "use q_sf.contiguous()");
+    }
+}
+
+// Between tokens.
+int64_t token_stride(const TensorInfo& q_sf) { return q_sf.stride(q_sf.dim() == 3 && q_sf.size(1) > 1 ? 1 : 0); }
 
 // check_inner_stride for a vector.
 void check_dense(const char* op, const char* arg, const TensorInfo& x) {
@@ -96,10 +133,12 @@ IntSource ints(const TensorInfo& x) {
 }
 
 // The architecture of the device, one that there are kernels for.
-int check_architecture(const char* op, const char* arg, int device) {
+int check_architecture(const char* op, const char* arg, int device, bool fp4 = false) {
     const int arch = compute_capability(device);
-    if (arch != 90 && arch != 100) fail(op, arg, "architecture", "sm_" + std::to_string(arch), "sm_90 or sm_100");
-    return arch;
+    const bool sm90 = !fp4 || has_mqa_rows(90, true), sm100 = !fp4 || has_mqa_rows(100, true);
+    if ((arch == 90 && sm90) || (arch == 100 && sm100)) return arch;
+    const char* expected = sm90 && sm100 ? "sm_90 or sm_100" : sm90 ? "sm_90" : sm100 ? "sm_100" : "one with a kernel";
+    fail(op, arg, "architecture", "sm_" + std::to_string(arch), expected, fp4 ? "FP4" : "");
 }
 
 // The result: allocated, or what was given.
@@ -124,8 +163,13 @@ struct Result {
     ScalarType type;
 };
 
-void fill_common(MqaLogitsProblem& problem, const TensorInfo& q, const Queries& queries, const TensorInfo& weights,
-                 const Result& result, int64_t columns, bool clean) {
+void fill_common(MqaLogitsProblem& problem, const TensorInfo& q, const std::optional<TensorInfo>& q_sf,
+                 const Queries& queries, const TensorInfo& weights, const Result& result, int64_t columns, bool clean) {
+    problem.fp4 = q_sf.has_value();
+    if (q_sf) {
+        problem.q_sf = static_cast<const int32_t*>(q_sf->data_ptr());
+        problem.q_sf_stride = token_stride(*q_sf);
+    }
     problem.q = q.data_ptr();
     problem.q_stride = q.stride(q.dim() - 2);
     problem.num_tokens = queries.tokens;
@@ -140,38 +184,49 @@ void fill_common(MqaLogitsProblem& problem, const TensorInfo& q, const Queries& 
     problem.clean = clean;
 }
 
-std::optional<Tensor> run_dense(const Tensor& q_, const Tensor& kv_, const Tensor& kv_sf_, const Tensor& weights_,
-                                const Tensor& start_, const Tensor& end_, bool clean, int64_t max_seqlen_k,
-                                ScalarType dtype, const Tensor* out_) {
-    const char* op = "fp8_mqa_logits";
+// With scales of queries these and the keys are FP4, without them FP8.
+std::optional<Tensor> run_dense(const char* op, const Tensor& q_, const std::optional<Tensor>& q_sf_, const Tensor& kv_,
+                                const Tensor& kv_sf_, const Tensor& weights_, const Tensor& start_, const Tensor& end_,
+                                bool clean, int64_t max_seqlen_k, ScalarType dtype, const Tensor* out_) {
     const TensorInfo q(q_), kv(kv_), kv_sf(kv_sf_), weights(weights_), start(start_), end(end_);
+    const std::optional<TensorInfo> q_sf = info_of(q_sf_);
     std::optional<TensorInfo> out;
     if (out_) out.emplace(*out_);
+    const bool fp4 = q_sf.has_value();
     struct Input {
         const char* arg;
-        const TensorInfo& x;
-        ScalarType dtype;
+        const TensorInfo* x;
+        std::optional<ScalarType> dtype;  // none: that of values
         int64_t rank;
     };
     const Input inputs[] = {
-        {"q", q, ScalarType::Float8_e4m3fn, 3},
-        {"kv", kv, ScalarType::Float8_e4m3fn, 2},
-        {"kv_sf", kv_sf, ScalarType::Float, 1},
-        {"weights", weights, ScalarType::Float, 2},
-        {"cu_seq_len_k_start", start, ScalarType::Int, 1},
-        {"cu_seq_len_k_end", end, ScalarType::Int, 1},
+        {"q", &q, std::nullopt, 3},
+        {"q_sf", q_sf ? &*q_sf : nullptr, ScalarType::Int, 2},
+        {"kv", &kv, std::nullopt, 2},
+        {"kv_sf", &kv_sf, fp4 ? ScalarType::Int : ScalarType::Float, 1},
+        {"weights", &weights, ScalarType::Float, 2},
+        {"cu_seq_len_k_start", &start, ScalarType::Int, 1},
+        {"cu_seq_len_k_end", &end, ScalarType::Int, 1},
     };
     for (const Input& input : inputs) {
-        check_dtype(op, input.arg, input.x, {input.dtype});
-        check_rank(op, input.arg, input.x, input.rank);
+        if (input.x == nullptr) continue;
+        if (input.dtype) {
+            check_dtype(op, input.arg, *input.x, {*input.dtype});
+        } else {
+            check_values_dtype(op, input.arg, *input.x, fp4);
+        }
+        check_rank(op, input.arg, *input.x, input.rank);
     }
-    for (const Input& input : inputs) check_device(op, input.arg, input.x, q, "q");
+    for (const Input& input : inputs) {
+        if (input.x != nullptr) check_device(op, input.arg, *input.x, q, "q");
+    }
     if (out) check_device(op, "out", *out, q, "q");
-    const Queries queries = check_heads(op, q);
+    const Queries queries = check_heads(op, q, fp4);
+    if (q_sf) check_query_scales(op, q, *q_sf);
     const int64_t tokens = queries.tokens, keys = kv.size(0);
     check_size(op, "kv", "S_kv", keys);
-    if (kv.size(1) != queries.head_dim) {
-        fail(op, "kv", "head_dim", kv.size(1), queries.head_dim, "the head_dim of q");
+    if (kv.size(1) != queries.row_bytes) {
+        fail(op, "kv", "head_dim", kv.size(1) * (fp4 ? 2 : 1), queries.head_dim, "the head_dim of q");
     }
     check_tma_readable(op, "kv", kv);
     check_shape(op, "kv_sf", kv_sf, "[S_kv]", {keys});
@@ -190,13 +245,13 @@ std::optional<Tensor> run_dense(const Tensor& q_, const Tensor& kv_, const Tenso
     const DeviceGuard guard(device);
     Result result(out ? &*out : nullptr, tokens, columns, dtype, q);
     if (tokens == 0 || columns == 0) return result.tensor;
-    const int arch = check_architecture(op, "q", device);
+    const int arch = check_architecture(op, "q", device, fp4);
     MqaLogitsProblem problem;
-    fill_common(problem, q, queries, weights, result, columns, clean);
+    fill_common(problem, q, q_sf, queries, weights, result, columns, clean);
     problem.kv = kv.data_ptr();
     // The stride of a single row is never used, but the tensor map wants a multiple of 16.
-    problem.kv_stride = keys > 1 ? kv.stride(0) : queries.head_dim;
-    problem.kv_sf = static_cast<const float*>(kv_sf.data_ptr());
+    problem.kv_stride = keys > 1 ? kv.stride(0) : queries.row_bytes;
+    problem.kv_sf = kv_sf.data_ptr();
     problem.num_keys = keys;
     problem.start = ints(start);
     problem.end = ints(end);
@@ -256,24 +311,26 @@ std::optional<Tensor> run_metadata(const Tensor& context_lens_, int64_t block_kv
     return allocated;
 }
 
-std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const Tensor& weights_,
-                                const Tensor& context_lens_, const Tensor& block_table_, const Tensor& schedule_,
-                                int64_t max_context_len, bool clean, ScalarType dtype,
-                                const std::optional<Tensor>& indices_, const Tensor* out_) {
-    const char* op = "fp8_paged_mqa_logits";
+std::optional<Tensor> run_paged(const char* op, const Tensor& q_, const std::optional<Tensor>& q_sf_,
+                                const Tensor& kv_cache_, const Tensor& weights_, const Tensor& context_lens_,
+                                const Tensor& block_table_, const Tensor& schedule_, int64_t max_context_len, bool clean,
+                                ScalarType dtype, const std::optional<Tensor>& indices_, const Tensor* out_) {
     const TensorInfo q(q_), kv_cache(kv_cache_), weights(weights_), context_lens(context_lens_);
     const TensorInfo block_table(block_table_), schedule(schedule_);
-    std::optional<TensorInfo> indices, out;
-    if (indices_) indices.emplace(*indices_);
+    const std::optional<TensorInfo> q_sf = info_of(q_sf_), indices = info_of(indices_);
+    std::optional<TensorInfo> out;
     if (out_) out.emplace(*out_);
+    const bool fp4 = q_sf.has_value();
     struct Input {
         const char* arg;
         const TensorInfo* x;
         ScalarType dtype;
         int64_t rank;
     };
+    check_values_dtype(op, "q", q, fp4);
+    check_rank(op, "q", q, 4);
     const Input inputs[] = {
-        {"q", &q, ScalarType::Float8_e4m3fn, 4},
+        {"q_sf", q_sf ? &*q_sf : nullptr, ScalarType::Int, 3},
         {"kv_cache", &kv_cache, ScalarType::Byte, 4},
         {"weights", &weights, ScalarType::Float, 2},
         {"context_lens", &context_lens, ScalarType::Int, 0},
@@ -294,11 +351,13 @@ std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const
         if (input.x != nullptr) check_device(op, input.arg, *input.x, q, "q");
     }
     if (out) check_device(op, "out", *out, q, "q");
-    const Queries queries = check_heads(op, q);
-    const int64_t batch = q.size(0), next_n = q.size(1), tokens = queries.tokens, dim = queries.head_dim;
+    const Queries queries = check_heads(op, q, fp4);
+    if (q_sf) check_query_scales(op, q, *q_sf);
+    const int64_t batch = q.size(0), next_n = q.size(1), tokens = queries.tokens;
     const int64_t blocks = kv_cache.size(0), block_kv = kv_cache.size(1), block_cols = kv_cache.size(3);
     if (block_kv != 64 && block_kv != 32) fail(op, "kv_cache", "block_kv", block_kv, "64 or 32");
-    check_shape(op, "kv_cache", kv_cache, "[blocks, block_kv, 1, D + 4]", {blocks, block_kv, 1, dim + kScaleBytes});
+    check_shape(op, "kv_cache", kv_cache, fp4 ? "[blocks, block_kv, 1, D / 2 + 4]" : "[blocks, block_kv, 1, D + 4]",
+                {blocks, block_kv, 1, queries.row_bytes + kScaleBytes});
     check_size(op, "kv_cache", "blocks", blocks);
     if (blocks > 0) {
         if (kv_cache.stride(3) != 1 || kv_cache.stride(1) != block_cols) {
@@ -343,9 +402,9 @@ std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const
     const DeviceGuard guard(device);
     Result result(out ? &*out : nullptr, tokens, max_context_len, dtype, q);
     if (tokens == 0 || max_context_len == 0) return result.tensor;
-    const int arch = check_architecture(op, "q", device);
+    const int arch = check_architecture(op, "q", device, fp4);
     MqaLogitsProblem problem;
-    fill_common(problem, q, queries, weights, result, max_context_len, clean);
+    fill_common(problem, q, q_sf, queries, weights, result, max_context_len, clean);
     problem.paged = true;
     problem.cache = kv_cache.data_ptr();
     problem.num_blocks = blocks;
@@ -369,12 +428,25 @@ std::optional<Tensor> run_paged(const Tensor& q_, const Tensor& kv_cache_, const
 
 Tensor fp8_mqa_logits(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor start, Tensor end, bool clean_logits,
                       int64_t max_seqlen_k, ScalarType logits_dtype) {
-    return *run_dense(q, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k, logits_dtype, nullptr);
+    return *run_dense("fp8_mqa_logits", q, {}, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k, logits_dtype,
+                      nullptr);
 }
 
 void fp8_mqa_logits_out(Tensor q, Tensor kv, Tensor kv_sf, Tensor weights, Tensor start, Tensor end, bool clean_logits,
                         int64_t max_seqlen_k, Tensor out) {
-    run_dense(q, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k, ScalarType::Float, &out);
+    run_dense("fp8_mqa_logits", q, {}, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k, ScalarType::Float, &out);
+}
+
+Tensor fp8_fp4_mqa_logits(Tensor q, std::optional<Tensor> q_sf, Tensor kv, Tensor kv_sf, Tensor weights, Tensor start,
+                          Tensor end, bool clean_logits, int64_t max_seqlen_k, ScalarType logits_dtype) {
+    return *run_dense("fp8_fp4_mqa_logits", q, q_sf, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k,
+                      logits_dtype, nullptr);
+}
+
+void fp8_fp4_mqa_logits_out(Tensor q, std::optional<Tensor> q_sf, Tensor kv, Tensor kv_sf, Tensor weights, Tensor start,
+                            Tensor end, bool clean_logits, int64_t max_seqlen_k, Tensor out) {
+    run_dense("fp8_fp4_mqa_logits", q, q_sf, kv, kv_sf, weights, start, end, clean_logits, max_seqlen_k,
+              ScalarType::Float, &out);
 }
 
 Tensor get_paged_mqa_logits_metadata(Tensor context_lens, int64_t block_kv, int64_t num_sms,
@@ -390,15 +462,31 @@ void get_paged_mqa_logits_metadata_out(Tensor context_lens, int64_t block_kv, in
 Tensor fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table,
                             Tensor schedule_metadata, int64_t max_context_len, bool clean_logits,
                             ScalarType logits_dtype, std::optional<Tensor> indices) {
-    return *run_paged(q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len, clean_logits,
-                      logits_dtype, indices, nullptr);
+    return *run_paged("fp8_paged_mqa_logits", q, {}, kv_cache, weights, context_lens, block_table, schedule_metadata,
+                      max_context_len, clean_logits, logits_dtype, indices, nullptr);
 }
 
 void fp8_paged_mqa_logits_out(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table,
                               Tensor schedule_metadata, int64_t max_context_len, bool clean_logits,
                               std::optional<Tensor> indices, Tensor out) {
-    run_paged(q, kv_cache, weights, context_lens, block_table, schedule_metadata, max_context_len, clean_logits,
-              ScalarType::Float, indices, &out);
+    run_paged("fp8_paged_mqa_logits", q, {}, kv_cache, weights, context_lens, block_table, schedule_metadata,
+              max_context_len, clean_logits, ScalarType::Float, indices, &out);
+}
+
+Tensor fp8_fp4_paged_mqa_logits(Tensor q, std::optional<Tensor> q_sf, Tensor kv_cache, Tensor weights,
+                                Tensor context_lens, Tensor block_table, Tensor schedule_metadata,
+                                int64_t max_context_len, bool clean_logits, ScalarType logits_dtype,
+                                std::optional<Tensor> indices) {
+    return *run_paged("fp8_fp4_paged_mqa_logits", q, q_sf, kv_cache, weights, context_lens, block_table,
+                      schedule_metadata, max_context_len, clean_logits, logits_dtype, indices, nullptr);
+}
+
+void fp8_fp4_paged_mqa_logits_out(Tensor q, std::optional<Tensor> q_sf, Tensor kv_cache, Tensor weights,
+                                  Tensor context_lens, Tensor block_table, Tensor schedule_metadata,
+                                  int64_t max_context_len, bool clean_logits, std::optional<Tensor> indices,
+                                  Tensor out) {
+    run_paged("fp8_fp4_paged_mqa_logits", q, q_sf, kv_cache, weights, context_lens, block_table, schedule_metadata,
+              max_context_len, clean_logits, ScalarType::Float, indices, &out);
 }
 
 }  // namespace deep_gemm::ops

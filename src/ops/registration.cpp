@@ -57,10 +57,14 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("tf32_hc_prenorm_gemm.out", TORCH_BOX(&tf32_hc_prenorm_gemm_out));
     m.impl("fp8_mqa_logits", TORCH_BOX(&fp8_mqa_logits));
     m.impl("fp8_mqa_logits.out", TORCH_BOX(&fp8_mqa_logits_out));
+    m.impl("fp8_fp4_mqa_logits", TORCH_BOX(&fp8_fp4_mqa_logits));
+    m.impl("fp8_fp4_mqa_logits.out", TORCH_BOX(&fp8_fp4_mqa_logits_out));
     m.impl("get_paged_mqa_logits_metadata", TORCH_BOX(&get_paged_mqa_logits_metadata));
     m.impl("get_paged_mqa_logits_metadata.out", TORCH_BOX(&get_paged_mqa_logits_metadata_out));
     m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));
     m.impl("fp8_paged_mqa_logits.out", TORCH_BOX(&fp8_paged_mqa_logits_out));
+    m.impl("fp8_fp4_paged_mqa_logits", TORCH_BOX(&fp8_fp4_paged_mqa_logits));
+    m.impl("fp8_fp4_paged_mqa_logits.out", TORCH_BOX(&fp8_fp4_paged_mqa_logits_out));
 #include "mega_moe_impls.inc"
 }
 

@@ -11,15 +11,16 @@
 // 7 store; each has a quarter of tensor memory. All walk the same tiles.
 //
 // Groups are those of the SM90 kernel. M-grouped: warp 3 finds the tiles and hands them to the others in a queue, in each
-// CTA of a pair the same ones. K-grouped FP8: operands have each group padded with zeros to whole blocks. K-grouped BF16:
-// the last stage of a group holds values of the next one, perhaps NaN, which warp 2 overwrites with zeros.
+// CTA of a pair the same ones. K-grouped: the last stage of a group holds values of the next one, perhaps NaN, which warp 3
+// overwrites with zeros. K-major FP8 operands have each group padded with zeros to whole blocks, so that there are no such
+// stages; a block of 128 of K of a group has its own scales, in words that may hold those of two groups.
 //
 // barrier               where    arrivals                              guards
 // full[s]               first    1 (TMA warp), and the pair's bytes    stage s is filled
-//                                of each CTA with K-grouped BF16, or its warp 2 where it has cleared the end of the stage
+//                                of each CTA of K-grouped products, or its warp 3 where it has cleared the end of the stage
 // empty[s]              each     1 (commit)                            stage s has been multiplied
-// scales_full[s]        each     1 (TMA warp), and its bytes           words of scales are there; K-grouped BF16: the
-//                                                                      last stage of a group is there
+// scales_full[s]        each     1 (TMA warp), and its bytes           words of scales are there
+// ends_full[s]          each     1 (TMA warp), and its bytes           K-grouped: the last stage of a group is there
 // scales_ready[s]       first    warp 2 of each CTA                    they have been turned round
 // scales_empty[s]       each     1 (commit)                            they are in tensor memory
 // accumulator_full[a]   each     1 (commit)                            accumulator a is complete
@@ -47,7 +48,7 @@ struct GemmTraits {
     static constexpr GemmRow kRow = kLayout.row;
     using MGroups = MGroupedScheduler<kRow.tile_m(), kRow.tile_n(), kRow.swap_ab, kRow.row_ctas>;
     using KGroups =
-        KGroupedScheduler<kBlockRows, kRow.block_cols, kRow.row_ctas, 1, kRow.block_k(), !kLayout.has_ragged_k()>;
+        KGroupedScheduler<kBlockRows, kRow.block_cols, kRow.row_ctas, 1, kRow.block_k(), false, kLayout.scaled()>;
 };
 
 template <class Traits>
@@ -98,8 +99,9 @@ public:
             for (int s = 0; s < kNumStages; ++s) {
                 ptx::mbarrier_init(shared.full[s], kRaggedK ? kCtas : 1);
                 ptx::mbarrier_init(shared.empty[s], 1);
-                if constexpr (kScaled || kRaggedK) ptx::mbarrier_init(shared.scales_full[s], 1);
+                if constexpr (kRaggedK) ptx::mbarrier_init(shared.ends_full[s], 1);
                 if constexpr (kScaled) {
+                    ptx::mbarrier_init(shared.scales_full[s], 1);
                     ptx::mbarrier_init(shared.scales_ready[s], kCtas);
                     ptx::mbarrier_init(shared.scales_empty[s], 1);
                 }
@@ -139,11 +141,11 @@ public:
             if (rank == 0 && ptx::elect_one()) multiply(params, shared, scheduler, tensor_memory);
         } else if (warp == kScaleWarp) {
             if constexpr (kScaled) turn_scales(params, shared, scheduler, rank);
-            if constexpr (kRaggedK) clear_ends(params, shared, scheduler);
         } else if (warp >= kFirstEpilogueWarp) {
             store(params.gemm, shared, scheduler, warp - kFirstEpilogueWarp, cluster_rank, tensor_memory);
         } else {
             if constexpr (kMGrouped) Traits::MGroups::run(params.gemm.groups, shared.groups);
+            if constexpr (kRaggedK) clear_ends(params, shared, scheduler);
         }
 
         // Tensor memory, and the shared memory that other CTAs' arrivals and stores target, must outlive all use.
@@ -193,9 +195,14 @@ private:
         }
     }
 
-    // Whether block i of a tile's (part of) K is the first one whose scales are in a word, and in which byte of it they are.
+    // The block of K whose scales those of block i of a tile are.
+    __device__ __forceinline__ static int scale_block(const WorkTile& work, int i) {
+        return (kRaggedK ? work.first_scale_block() : work.k_block) + i;
+    }
+
+    // Whether they are the first ones of a word.
     __device__ __forceinline__ static bool begins_word(const Sm100GemmParams& params, const WorkTile& work, int i) {
-        return i == 0 || (work.k_block + i) % params.blocks_per_word == 0;
+        return i == 0 || scale_block(work, i) % params.blocks_per_word == 0;
     }
 
     // ---- warp 0 ----
@@ -250,7 +257,7 @@ private:
                 if constexpr (kScaled) {
                     if (begins_word(params, work, i)) {
                         const int s = scale_state.stage_idx;
-                        const int word = (work.k_block + i) / params.blocks_per_word;
+                        const int word = scale_block(work, i) / params.blocks_per_word;
                         ptx::mbarrier_wait(shared.scales_empty[s], scale_state.phase ^ 1);
                         ptx::mbarrier_arrive_expect_tx(shared.scales_full[s], kLayout.scale_box_bytes());
                         load_scales(params.gemm.row_scales_map, shared.scales_full[s], shared.scales[s], work.row, word,
@@ -270,8 +277,8 @@ private:
                 ptx::mbarrier_wait(shared.empty[s], state.phase ^ 1);
                 if constexpr (kRaggedK) {
                     if (work.group_end - k < kBlockK) {
-                        // Warp 2 says when the stage is full: it clears its end first.
-                        ptx::Barrier& full = shared.scales_full[end_state.stage_idx];
+                        // Warp 3 says when the stage is full: it clears its end first.
+                        ptx::Barrier& full = shared.ends_full[end_state.stage_idx];
                         ptx::mbarrier_arrive_expect_tx(full, params.stage_bytes);
                         load_tile<false>(params.gemm.rows_map, params.rows, full, shared.rows[s], work.row, k, 0);
                         load_tile<false>(params.gemm.cols_map, params.cols, full, shared.cols[s], own_col, k, 0);
@@ -336,7 +343,7 @@ private:
                     if (work.k_block + i == last_block) steps = params.last_steps;
                 }
                 const bool per_step = params.blocks_per_word == 1;  // else a scale for the whole block
-                const uint32_t scale_byte = (work.k_block + i) % params.blocks_per_word;
+                const uint32_t scale_byte = scale_block(work, i) % params.blocks_per_word;
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     if (step >= steps) break;
@@ -398,6 +405,8 @@ private:
         }
     }
 
+    // ---- warp 3 ----
+
     // Overwrites what follows a group in its last stage, as far as instructions read it, with zeros.
     __device__ __forceinline__ static void clear_ends(const Sm100GemmParams& params, Storage& shared, Scheduler scheduler) {
         State state, end_state;
@@ -407,7 +416,7 @@ private:
             const int left = (work.group_end - work.k_block) % kBlockK;
             if (left == 0) continue;
             const int s = state.stage_idx == 0 ? kNumStages - 1 : state.stage_idx - 1;
-            ptx::mbarrier_wait(shared.scales_full[end_state.stage_idx], end_state.phase);
+            ptx::mbarrier_wait(shared.ends_full[end_state.stage_idx], end_state.phase);
             clear_end(params.rows, shared.rows[s], left);
             clear_end(params.cols, shared.cols[s], left);
             ptx::fence_async_shared();

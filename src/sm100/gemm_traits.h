@@ -44,8 +44,8 @@ struct GemmLayout {
     constexpr bool is_m_grouped() const { return row.grouping == Grouping::kMGrouped; }
     constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
     constexpr bool has_groups() const { return is_m_grouped() || row.grouping == Grouping::kBatched; }
-    // K-grouped BF16: groups start anywhere along K, and the next one's values follow in the last stage.
-    constexpr bool has_ragged_k() const { return is_k_grouped() && !scaled(); }
+    // K-grouped: groups of MN-major operands start anywhere along K, and the next one's values follow in the last stage.
+    constexpr bool has_ragged_k() const { return is_k_grouped(); }
 
     // Scales of a K word: one word for each row, and for each column of the whole instruction, 128 at a time. A group of
     // tokens may start at any row, but TMA only reads from multiples of 16 bytes on: its box has 4 words more.
@@ -82,10 +82,10 @@ struct GemmLayout {
     constexpr int reduce_bytes() const { return row.split_k == 1 ? 0 : kBlockRows * row.block_cols * 4; }
 
     constexpr int stage_bytes() const {
-        return row_tile_bytes() + col_tile_bytes() + 4 * scale_words() + 5 * 8;
+        return row_tile_bytes() + col_tile_bytes() + 4 * scale_words() + 6 * 8;
     }
     // What schedulers keep of groups, at most: gemm_kernel.cuh checks the sum.
-    constexpr int group_bytes() const { return is_m_grouped() ? 1280 : is_k_grouped() ? 2048 : 0; }
+    constexpr int group_bytes() const { return is_m_grouped() ? 1280 : is_k_grouped() ? (scaled() ? 3072 : 2048) : 0; }
     constexpr int fixed_bytes() const {
         return staging_bytes() + reduce_bytes() + group_bytes() + 4 * 8 + 2 * kEpilogueWarps * 8 + 16 + 3 * 1024;
     }

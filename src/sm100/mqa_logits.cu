@@ -1,4 +1,4 @@
-// The kernels for FP8 MQA logits.
+// The kernels for MQA logits.
 #include "mqa_logits_dispatch.h"
 #include "mqa_logits_kernel.cuh"
 
@@ -9,7 +9,8 @@ namespace {
 template <int... kRow>
 const void* find(int row, std::integer_sequence<int, kRow...>) {
     static const void* const kKernels[] = {
-        reinterpret_cast<const void*>(&sm100_fp8_mqa_logits<kMqaRows[kRow].heads, kMqaRows[kRow].paged>)...};
+        reinterpret_cast<const void*>(
+            &sm100_mqa_logits<kMqaRows[kRow].heads, kMqaRows[kRow].paged, kMqaRows[kRow].fp4>)...};
     return kKernels[row];
 }
 

@@ -33,6 +33,7 @@ struct alignas(1024) SharedStorage {
     ptx::Barrier scales_full[kStages];
     ptx::Barrier scales_ready[kStages];
     ptx::Barrier scales_empty[kStages];
+    ptx::Barrier ends_full[kStages];
     ptx::Barrier accumulator_full[kAccumulators];
     ptx::Barrier accumulator_empty[kAccumulators];
     ptx::Barrier reduce_full[kEpilogueWarps];

@@ -171,6 +171,17 @@ __device__ __forceinline__ void multiply_scaled(uint32_t accumulator, uint64_t r
     }
 }
 
+// The same of 64 FP4 products, two a byte, by a single CTA; scales as above, two bytes of a word for each instruction.
+__device__ __forceinline__ void multiply_fp4(uint32_t accumulator, uint64_t rows, uint64_t cols, uint32_t instruction,
+                                             uint32_t row_scales, uint32_t col_scales, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %6, 0;\n"
+        "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X [%0], %1, %2, %3, [%4], [%5], accumulate;\n}" ::"r"(
+            accumulator),
+        "l"(rows), "l"(cols), "r"(instruction), "r"(row_scales), "r"(col_scales), "r"(static_cast<uint32_t>(accumulate))
+        : "memory");
+}
+
 // Arrives on the barrier (of both CTAs of a pair) once all operations that this thread has issued are done.
 template <int kCtas>
 __device__ __forceinline__ void commit(ptx::Barrier& barrier) {

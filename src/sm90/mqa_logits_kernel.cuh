@@ -48,6 +48,7 @@ template <class Traits>
 struct alignas(1024) MqaStorage {
     static constexpr MqaLayout kLayout = Traits::kLayout;
     static constexpr int kStages = kLayout.num_stages();
+    static constexpr bool kQueryScales = false;
 
     uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
     uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise

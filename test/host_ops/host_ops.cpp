@@ -103,7 +103,9 @@ cudaError_t launch_scale_layout(const ScaleLayoutProblem& p, cudaStream_t, bool)
                     continue;
                 }
                 int exponent = 0;
-                const bool is_power = scale > 0 && std::frexp(scale, &exponent) == 0.5f;
+                const bool is_half = scale > 0 && std::frexp(scale, &exponent) == 0.5f;
+                const bool is_power = is_half || (p.round_up && scale > 0);
+                if (!is_half) ++exponent;
                 uint32_t& word = static_cast<uint32_t*>(p.dst)[to];
                 word = (k % 4 == 0 ? 0 : word) | (is_power ? exponent + 126u : 255u) << (8 * (k % 4));
             }
@@ -165,6 +167,7 @@ std::span<const GemmRow> sm100_gemm_rows() { return {}; }
 int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
 EncodeTiledFunction driver_encode_tiled() { return nullptr; }
 void DeviceBackend::launch(const KernelLaunch&) {}
+int DeviceBackend::resident_clusters(const KernelLaunch&, int limit) { return limit; }
 
 namespace {
 
@@ -248,10 +251,11 @@ public:
         }
     }
 
-    // Adds the product of rows `rows` of A with all of B over [k.begin, k.end) to sums[row][column].
-    void add(int64_t group_a, int64_t group_b, Range rows, Range k, std::vector<double>& sums) const {
+    // Adds the product of rows `rows` of A with all of B over [k.begin, k.end) to sums[row][column]. Scales are those of K
+    // from k.begin + `sf_shift` on.
+    void add(int64_t group_a, int64_t group_b, Range rows, Range k, std::vector<double>& sums, int64_t sf_shift = 0) const {
         const int64_t num_rows = rows.end - rows.begin;
-        const std::vector<double> a = values_of_a(group_a, rows, k), b = values_of_b(group_b, k);
+        const std::vector<double> a = values_of_a(group_a, rows, k, sf_shift), b = values_of_b(group_b, k, sf_shift);
         for (int64_t m = 0; m < num_rows; ++m) {
             for (int64_t i = 0; i < k.end - k.begin; ++i) {
                 const double value = a[i * num_rows + m];
@@ -280,23 +284,23 @@ public:
 
 private:
     // [k][row], as are those of B.
-    std::vector<double> values_of_a(int64_t group, Range rows, Range k) const {
+    std::vector<double> values_of_a(int64_t group, Range rows, Range k, int64_t sf_shift) const {
         std::vector<double> values;
         for (int64_t i = k.begin; i < k.end; ++i) {
             for (int64_t m = rows.begin; m < rows.end; ++m) {
                 values.push_back(value(p_.a, group * p_.a_group_stride, m, i, p_.a_stride, p_.a_mn_major, p_.a_is_fp4,
-                                       p_.sfa, group, sm100_, p_.gran_k));
+                                       p_.sfa, group, sm100_, p_.gran_k, i + sf_shift));
             }
         }
         return values;
     }
 
-    std::vector<double> values_of_b(int64_t group, Range k) const {
+    std::vector<double> values_of_b(int64_t group, Range k, int64_t sf_shift) const {
         std::vector<double> values;
         for (int64_t i = k.begin; i < k.end; ++i) {
             for (int64_t n = 0; n < p_.n; ++n) {
                 values.push_back(value(p_.b, group * p_.b_group_stride, n, i, p_.b_stride, p_.b_mn_major, p_.b_is_fp4,
-                                       p_.sfb, group, sm100_ || p_.sfb_is_packed, gran_k_b()));
+                                       p_.sfb, group, sm100_ || p_.sfb_is_packed, gran_k_b(), i + sf_shift));
             }
         }
         return values;
@@ -313,17 +317,17 @@ private:
     }
 
     double value(const void* data, int64_t offset, int64_t mn, int64_t k, int64_t stride, bool mn_major,
-                 bool is_fp4, const ScaleTensor& sf, int64_t group, bool packed, int64_t gran_k) const {
+                 bool is_fp4, const ScaleTensor& sf, int64_t group, bool packed, int64_t gran_k, int64_t sf_k) const {
         offset += mn_major ? k * stride + mn : mn * stride + k;
         if (p_.operands == OperandType::kBF16) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
         const uint8_t* bytes = static_cast<const uint8_t*>(data);
         const double x = is_fp4 ? e2m1(bytes[offset / 2] >> (offset % 2 * 4) & 15) : e4m3(bytes[offset]);
         if (packed) {
-            const int64_t block = k / gran_k;
+            const int64_t block = sf_k / gran_k;
             const int64_t word = group * sf.stride_group + mn * sf.stride_mn + block / 4 * sf.stride_k;
             return x * cast::scale_at(sf.data, cast::ScaleType::kPackedUE8M0, word, block);
         }
-        return x * sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + k / gran_k * sf.stride_k];
+        return x * sf.data[group * sf.stride_group + mn / sf.gran_mn * sf.stride_mn + sf_k / gran_k * sf.stride_k];
     }
 
     double read(const void* data, int64_t offset) const {
@@ -347,9 +351,9 @@ void run_on_host(const GemmProblem& p, bool sm100) {
             for (int64_t n = 0; n < p.n; ++n) product.store(group, m, n, sums[(m - rows.begin) * p.n + n]);
         }
     };
-    const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
+    const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k, int64_t sf_shift = 0) {
         std::vector<double> sums(std::max<int64_t>(rows.end - rows.begin, 0) * p.n);
-        if (!sums.empty()) product.add(group_a, group_b, rows, k, sums);
+        if (!sums.empty()) product.add(group_a, group_b, rows, k, sums, sf_shift);
         store(group_d, rows, sums);
     };
     const Range all_rows = {0, p.m}, all_k = {0, p.k};
@@ -361,17 +365,15 @@ void run_on_host(const GemmProblem& p, bool sm100) {
         for (int64_t group = 0; group < p.num_groups; ++group) product.add(group, group, all_rows, all_k, sums);
         store(0, all_rows, sums);
     } else if (p.grouping == Grouping::kKGrouped) {
-        const bool padded = p.operands == OperandType::kFP8;
-        int64_t column = 0;
+        const bool scaled = p.operands == OperandType::kFP8, padded = scaled && !p.a_mn_major;
+        int64_t column = 0;  // of scales, in elements of K
         const auto ranges = group_ranges(p.group_layout, p.num_groups, p.k, p.layout, p.group_alignment);
         for (int64_t group = 0; group < p.num_groups; ++group) {
             Range k = ranges[group];
-            if (padded) {
-                const int64_t begin = std::min(column, p.k), size = k.end - k.begin;
-                column += (size + 127) / 128 * 128;
-                k = {begin, std::min(begin + size, p.k)};
-            }
-            matrix(0, 0, group, all_rows, k);
+            const int64_t size = k.end - k.begin, begin = column;
+            if (scaled) column += (size + 127) / 128 * 128;
+            if (padded) k = {std::min(begin, p.k), std::min(begin + size, p.k)};
+            matrix(0, 0, group, all_rows, k, scaled ? begin - k.begin : 0);
         }
     } else if (p.layout == GroupLayout::kMasked) {
         for (int64_t group = 0; group < p.num_groups; ++group) {

@@ -33,11 +33,12 @@ class Dense(NamedTuple):
     heads: int = 64
     split: bool = False
     compressed: bool = False
+    fp4: bool = False
 
     @property
     def label(self) -> str:
         kind = ("split" if self.split else "causal") + (", compressed" if self.compressed else "")
-        return f"S {self.tokens}, S_kv {self.keys}, H {self.heads}, {kind}"
+        return f"S {self.tokens}, S_kv {self.keys}, H {self.heads}, {kind}" + (", FP4" if self.fp4 else "")
 
 
 class Paged(NamedTuple):
@@ -47,10 +48,12 @@ class Paged(NamedTuple):
     next_n: int
     keys: int
     heads: int = 64
+    fp4: bool = False
 
     @property
     def label(self) -> str:
-        return f"paged, B {self.batch}, next_n {self.next_n}, L {self.keys}, H {self.heads}"
+        label = f"paged, B {self.batch}, next_n {self.next_n}, L {self.keys}, H {self.heads}"
+        return label + (", FP4" if self.fp4 else "")
 
 
 DENSE = [
@@ -58,32 +61,54 @@ DENSE = [
     *(Dense(s, k, compressed=True) for s in (2048, 4096) for k in (4096, 8192)),
     *(Dense(4096, k) for k in (32768, 65536)),
     *(Dense(s, 8192, heads=32) for s in (2048, 4096)),
+    *(Dense(4096, k, fp4=True) for k in (8192, 65536)),
 ]
 PAGED = [
     *(Paged(b, n, k) for b, n in ((64, 1), (64, 2), (128, 1)) for k in (4096, 8192, 32768)),
     *(Paged(64, n, 8192, heads=32) for n in (1, 2)),
     Paged(64, 4, 8192),
+    *(Paged(64, n, k, fp4=True) for n in (1, 2) for k in (8192, 32768)),
 ]
 
 
 def mqa_records(
     limits: timing.DeviceLimits, *, repeats: int = 20, references: bool = True, quick: bool = False
 ) -> Iterator[Record]:
-    """Check and time each problem: ours, every compiled kernel that fits it, and the public package."""
+    """Check and time each problem: ours, every compiled kernel that fits it, and the public package. FP4 where there is
+    a kernel for it."""
+    arch = _arch(limits)
+    fp4 = suites.DEVICE == "cpu" or any(row["fp4"] and row["arch"] == arch for row in _capi.mqa_instances())
     for case in DENSE[1::4] if quick else DENSE:
-        yield _measure(case.label, _Dense(case), limits, repeats, references)
+        if fp4 or not case.fp4:
+            yield _measure(case.label, _Dense(case), limits, repeats, references)
     for case in PAGED[1::4] if quick else PAGED:
-        yield _measure(case.label, _Paged(case, limits.num_sms), limits, repeats, references)
+        if fp4 or not case.fp4:
+            yield _measure(case.label, _Paged(case, limits.num_sms), limits, repeats, references)
+
+
+def _arch(limits: timing.DeviceLimits) -> str:
+    return "sm_100a" if limits.major == 10 else "sm_90a"
+
+
+def _queries(q: torch.Tensor, fp4: bool) -> tuple[torch.Tensor, ...]:
+    """FP8, or FP4 and its scales."""
+    if not fp4:
+        return (q.to(torch.float8_e4m3fn),)
+    values, sf = torch.ops.deep_gemm.per_token_cast_to_fp4(q.flatten(0, -2).bfloat16(), use_packed_ue8m0=True)
+    return values.view(*q.shape[:-1], -1), sf.reshape(q.shape[:-1])
 
 
 class _Dense:
     def __init__(self, case: Dense) -> None:
         generator = torch.Generator(suites.DEVICE).manual_seed(0)
         normal = {"device": suites.DEVICE, "generator": generator}
-        q = torch.randn(case.tokens, case.heads, HEAD_DIM, **normal).to(torch.float8_e4m3fn)
+        self.queries = _queries(torch.randn(case.tokens, case.heads, HEAD_DIM, **normal), case.fp4)
         kv = torch.randn(case.keys, HEAD_DIM, **normal)
-        kv_sf = kv.abs().amax(1).clamp(min=1e-4) / 448
-        kv = (kv / kv_sf[:, None]).to(torch.float8_e4m3fn)
+        if case.fp4:
+            kv, kv_sf = _queries(kv, True)
+        else:
+            kv_sf = kv.abs().amax(1).clamp(min=1e-4) / 448
+            kv = (kv / kv_sf[:, None]).to(torch.float8_e4m3fn)
         weights = torch.randn(case.tokens, case.heads, **normal)
         token = torch.arange(case.tokens, device=suites.DEVICE)
         end = token + case.keys - case.tokens
@@ -92,34 +117,41 @@ class _Dense:
             rank = ranks // 3
             end = torch.where(token < chunk, rank * chunk + token, (2 * ranks - 1 - rank) * chunk + token - chunk)
         end = end.to(torch.int32)
-        self.inputs = (q, kv, kv_sf, weights, torch.zeros_like(end), end)
+        self.inputs = (*self.queries, kv, kv_sf, weights, torch.zeros_like(end), end)
         self.max_seqlen_k = int(end.max()) if case.compressed else 0
         self.cells = int(end.sum())
         written = self.cells if case.compressed else case.tokens * case.keys
         self.bytes = timing.count_bytes(self.inputs) + 4 * written
         self.flops = 2 * self.cells * case.heads * HEAD_DIM
-        self.row = (case.heads, HEAD_DIM, False)
+        self.row = (case.heads, HEAD_DIM, False, case.fp4)
         self.clean = not case.compressed
 
     def sets(self, count: int) -> None:
         self.operands = [self.inputs] + [tuple(x.clone() for x in self.inputs) for _ in range(count - 1)]
 
     def call(self, i: int) -> torch.Tensor:
-        op = torch.ops.deep_gemm.fp8_mqa_logits
+        ops = torch.ops.deep_gemm
+        op = ops.fp8_mqa_logits if len(self.queries) == 1 else ops.fp8_fp4_mqa_logits
         return op(*self.operands[i], clean_logits=self.clean, max_seqlen_k=self.max_seqlen_k)
 
     def public(self, package: Any) -> Callable[[int], torch.Tensor]:
-        op = package.fp8_mqa_logits
+        op = package.fp8_mqa_logits if len(self.queries) == 1 else package.fp8_fp4_mqa_logits
 
         def call(i: int) -> torch.Tensor:
-            q, kv, kv_sf, weights, start, end = self.operands[i]
+            *queries, kv, kv_sf, weights, start, end = self.operands[i]
             options = {"clean_logits": self.clean, "max_seqlen_k": self.max_seqlen_k}
-            return op(q, (kv, kv_sf), weights, start, end, **options)
+            if len(queries) == 1:
+                return op(queries[0], (kv, kv_sf), weights, start, end, **options)
+            # It knows FP4 as int8.
+            pairs = ((queries[0].view(torch.int8), queries[1]), (kv.view(torch.int8), kv_sf))
+            return op(*pairs, weights, start, end, **options)
 
         return call
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return ours.reference_mqa_logits(*self.inputs, max_seqlen_k=self.max_seqlen_k)
+        q, *q_sf = self.queries
+        others = self.inputs[len(self.queries) :]
+        return ours.reference_mqa_logits(q, *others, q_sf=q_sf[0] if q_sf else None, max_seqlen_k=self.max_seqlen_k)
 
 
 class _Paged:
@@ -132,38 +164,58 @@ class _Paged:
         lens = torch.randint(low, high, (batch, 1), dtype=torch.int32, **on_gpu).expand(batch, next_n).contiguous()
         max_blocks = -(-high // BLOCK_KV)
         blocks = batch * max_blocks
-        q = torch.randn(batch, next_n, case.heads, HEAD_DIM, **on_gpu).to(torch.float8_e4m3fn)
+        self.queries = _queries(torch.randn(batch, next_n, case.heads, HEAD_DIM, **on_gpu), case.fp4)
         weights = torch.randn(batch * next_n, case.heads, **on_gpu)
-        cache = torch.empty(blocks, BLOCK_KV * (HEAD_DIM + 4), dtype=torch.uint8, device=suites.DEVICE)
-        values = cache[:, : BLOCK_KV * HEAD_DIM]
+        row_bytes = HEAD_DIM // 2 if case.fp4 else HEAD_DIM
+        cache = torch.empty(blocks, BLOCK_KV * (row_bytes + 4), dtype=torch.uint8, device=suites.DEVICE)
+        values = cache[:, : BLOCK_KV * row_bytes]
         for part in values.split(4096):  # at once they would take four times the cache
-            part.copy_(torch.randn(part.shape, **on_gpu).to(torch.float8_e4m3fn).view(torch.uint8))
-        scales = torch.rand(blocks, BLOCK_KV, **on_gpu)
-        cache[:, BLOCK_KV * HEAD_DIM :] = scales.view(torch.uint8)
-        cache = cache.view(blocks, BLOCK_KV, 1, HEAD_DIM + 4)
+            if case.fp4:
+                part.copy_(torch.randint(256, part.shape, dtype=torch.uint8, **on_gpu))
+            else:
+                part.copy_(torch.randn(part.shape, **on_gpu).to(torch.float8_e4m3fn).view(torch.uint8))
+        if case.fp4:
+            scales = torch.randint(120, 128, (blocks, BLOCK_KV * 4), dtype=torch.uint8, **on_gpu)
+        else:
+            scales = torch.rand(blocks, BLOCK_KV, **on_gpu)
+        cache[:, BLOCK_KV * row_bytes :] = scales.view(torch.uint8)
+        cache = cache.view(blocks, BLOCK_KV, 1, row_bytes + 4)
         table = torch.randperm(blocks, **on_gpu).to(torch.int32).view(batch, max_blocks)
-        self.inputs = (q, cache, weights, lens, table)
+        self.lens = lens
+        self.inputs = (*self.queries, cache, weights, lens, table)
         self.width = high
         keys = int(lens[:, 0].sum())
-        self.bytes = timing.count_bytes(q, weights, lens) + keys * (HEAD_DIM + 4 + 4 * next_n) + keys // BLOCK_KV * 4
+        self.bytes = timing.count_bytes(*self.queries, weights, lens) + keys // BLOCK_KV * 4
+        self.bytes += keys * (row_bytes + 4 + 4 * next_n)
         self.flops = 2 * keys * next_n * case.heads * HEAD_DIM
-        self.row = (case.heads, HEAD_DIM, True)
+        self.row = (case.heads, HEAD_DIM, True, case.fp4)
 
     def sets(self, count: int) -> None:
         self.operands = [self.inputs] + [tuple(x.clone() for x in self.inputs) for _ in range(count - 1)]
-        lens = self.inputs[3]
-        self.schedule = torch.ops.deep_gemm.get_paged_mqa_logits_metadata(lens, BLOCK_KV, self.num_sms)
+        self.schedule = torch.ops.deep_gemm.get_paged_mqa_logits_metadata(self.lens, BLOCK_KV, self.num_sms)
 
     def call(self, i: int) -> torch.Tensor:
-        return torch.ops.deep_gemm.fp8_paged_mqa_logits(*self.operands[i], self.schedule, self.width)
+        ops = torch.ops.deep_gemm
+        op = ops.fp8_paged_mqa_logits if len(self.queries) == 1 else ops.fp8_fp4_paged_mqa_logits
+        return op(*self.operands[i], self.schedule, self.width)
 
     def public(self, package: Any) -> Callable[[int], torch.Tensor]:
-        op, metadata = package.fp8_paged_mqa_logits, package.get_paged_mqa_logits_metadata
-        schedule = metadata(self.inputs[3], BLOCK_KV, package.get_num_sms())
-        return lambda i: op(*self.operands[i], schedule, self.width, clean_logits=False)
+        schedule = package.get_paged_mqa_logits_metadata(self.lens, BLOCK_KV, package.get_num_sms())
+        if len(self.queries) == 1:
+            op = package.fp8_paged_mqa_logits
+            return lambda i: op(*self.operands[i], schedule, self.width, clean_logits=False)
+
+        def call(i: int) -> torch.Tensor:
+            q, q_sf, *others = self.operands[i]
+            pair = (q.view(torch.int8), q_sf)  # it knows FP4 as int8
+            return package.fp8_fp4_paged_mqa_logits(pair, *others, schedule, self.width, clean_logits=False)
+
+        return call
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return ours.reference_paged_mqa_logits(*self.inputs, self.width)
+        q, *q_sf = self.queries
+        others = self.inputs[len(self.queries) :]
+        return ours.reference_paged_mqa_logits(q, *others, self.width, q_sf=q_sf[0] if q_sf else None)
 
 
 def _measure(
@@ -173,11 +225,12 @@ def _measure(
     floor_us = 3.0 + max(problem.flops / limits.fp8_tflops * 1e-6, problem.bytes / limits.copy_gbps * 1e-3)
     calls, count = timing.burst_plan(floor_us, problem.bytes, limits.l2_bytes)
     problem.sets(count)
-    heads, dim, paged = problem.row
+    heads, dim, paged, fp4 = problem.row
     contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.call}
-    arch = "sm_100a" if limits.major == 10 else "sm_90a"
+    arch = _arch(limits)
     for row in _capi.mqa_instances():
-        fits = (row["arch"], row["heads"], row["paged"]) == (arch, heads, paged) and row["head_dim"] in (0, dim)
+        fits = (row["arch"], row["heads"], row["paged"], row["fp4"]) == (arch, heads, paged, fp4)
+        fits = fits and row["head_dim"] in (0, dim)
         if suites.DEVICE == "cuda" and fits:
 
             def forced(i: int, index: int = row["index"]) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""``python -m deep_gemm_ops.bench.roofline``: what products should cost on a B200, where nobody has timed them.
+"""``python -m deep_gemm_ops.bench.roofline``: what products, and the indexer's logits, should cost on a B200, where
+nobody has timed them.
 
 For each problem the row that selection chooses, what it moves and computes, and the shortest time that each resource
 allows. All rates are the datasheet's but one: 64 bytes per clock from L2 into an SM are an H100's. Needs the compiled
@@ -16,11 +17,13 @@ from .. import _capi, mega_moe
 from ..testing.cases import BENCH_M, BENCH_SHAPES
 
 NUM_SMS = 148
-MULTIPLY_ADDS = {"fp8": 8192, "bf16": 4096}  # per clock and SM
+MULTIPLY_ADDS = {"fp4": 16384, "fp8": 8192, "bf16": 4096}  # per clock and SM; FP4 where both operands are
 CLOCK_GHZ = 1.855  # at which these are the datasheet's 4.5 and 2.25 PFLOPS
 MEMORY_GBPS = 8000
 FILL_BYTES = 64  # per clock and SM, from L2 to shared memory
 SHARED_BYTES = 128  # per clock and SM, from shared memory to the tensor core
+FP32_OPERATIONS = 128  # per clock and SM, an FMA being one
+TENSOR_MEMORY_BYTES = 512  # per clock and SM, from tensor memory to registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,5 +191,93 @@ def problems() -> Iterator[tuple]:
         yield 128, 512, 128, operands, 128, 128, "batched"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Logits
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsRoofline:
+    """A call of the indexer's operators; bytes of the whole chip, times in microseconds."""
+
+    row: str
+    operations: float
+    memory_bytes: float  # queries, keys, scales and weights once each, logits in FP32
+    fill_bytes: float  # keys of all tiles, from L2 into shared memory
+    tensor_memory_bytes: float  # accumulators, written by the tensor core and read once
+    times: dict[str, float]
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The resource that takes longest, and how long."""
+        return max(self.times.items(), key=lambda item: item[1])
+
+
+def logits_roofline(tokens: int, keys: int, heads: int, dim: int, operands: str, sequences: int = 0) -> LogitsRoofline:
+    """``operands``: fp8 or fp4. With ``sequences`` each has ``tokens`` new ones and a cache of ``keys``; without them
+    ``tokens`` are the last ones of ``keys``, each of which sees those before it."""
+    fp4 = operands == "fp4"
+    row = next(
+        row
+        for row in _capi.mqa_instances()
+        if (row["arch"], row["heads"], row["paged"], row["fp4"]) == ("sm_100a", heads, sequences > 0, fp4)
+    )
+    row_bytes = dim / 2 if fp4 else dim
+    per_group = row["cols"] // heads
+    groups = math.ceil(tokens / per_group)
+    # Columns of all groups, the last of which may have fewer tokens; the epilogue reads 32 at a time.
+    cols = sum(32 * math.ceil(min(per_group, tokens - i * per_group) * heads / 32) for i in range(groups))
+    # Keys that a token sees, on average: tiles count as far as they are full.
+    seen = keys if sequences else keys - (tokens - 1) / 2
+    batch = max(sequences, 1)
+    fill = batch * groups * seen * (row_bytes + 4)
+    all_keys = batch * keys * (row_bytes + 4)
+    pairs = batch * tokens * seen
+    queries = batch * tokens * heads * (row_bytes + 4 + (4 if fp4 else 0))
+    memory = all_keys + queries + 4.0 * pairs
+    clocks = CLOCK_GHZ * 1e3 * NUM_SMS  # per microsecond, of all SMs
+    elements = batch * seen * cols
+    return LogitsRoofline(
+        row=row["name"],
+        operations=2.0 * pairs * heads * dim,
+        memory_bytes=memory,
+        fill_bytes=fill,
+        tensor_memory_bytes=2 * 4 * elements,
+        times={
+            "operations": elements * dim / MULTIPLY_ADDS[operands] / clocks,
+            "FP32": elements * 2 / FP32_OPERATIONS / clocks,
+            "tensor memory": elements * 4 / TENSOR_MEMORY_BYTES / clocks,
+            "memory": memory / MEMORY_GBPS * 1e-3,
+            "L2 to SM": fill / FILL_BYTES / clocks,
+        },
+    )
+
+
+def logits_problems() -> Iterator[tuple]:
+    """Arguments of `logits_roofline`."""
+    for operands in ("fp8", "fp4"):
+        for tokens, keys, heads in ((4096, 8192, 64), (4096, 65536, 64), (4096, 8192, 32)):
+            yield tokens, keys, heads, 128, operands
+        for tokens, keys, sequences in ((1, 8192, 64), (2, 32768, 64), (4, 8192, 256)):
+            yield tokens, keys, 64, 128, operands, sequences
+
+
+def logits_table() -> str:
+    """Markdown, one line for each problem."""
+    lines = [
+        "| tokens | keys | heads | operands | row | GFLOP | memory, MB | L2 to SM, MB | tensor memory, MB | bound "
+        "| at least, µs |",
+        "|---:|---:|---:|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for tokens, keys, heads, dim, operands, *sequences in logits_problems():
+        r = logits_roofline(tokens, keys, heads, dim, operands, *sequences)
+        bound, us = r.bound
+        megabytes = [f"{x * 1e-6:.1f}" for x in (r.memory_bytes, r.fill_bytes, r.tensor_memory_bytes)]
+        kind = operands.upper() + (f"; {sequences[0]} sequences" if sequences else "")
+        row = r.row.removeprefix("sm100_")
+        cells = [tokens, keys, heads, kind, f"`{row}`", f"{r.operations * 1e-9:.1f}", *megabytes, bound, f"{us:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(problems()), mega_moe_table(), sep="\n\n")
+    print(table(problems()), mega_moe_table(), logits_table(), sep="\n\n")

@@ -417,7 +417,7 @@ def fp8_mqa_logits(
     return _ops.fp8_mqa_logits(q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, **options)
 
 
-@offer("fp8_fp4_mqa_logits", needs="fp8_mqa_logits")
+@offer("fp8_fp4_mqa_logits", needs="fp8_fp4_mqa_logits")
 def fp8_fp4_mqa_logits(
     q: Query,
     kv: Pair,
@@ -428,12 +428,9 @@ def fp8_fp4_mqa_logits(
     max_seqlen_k: int = 0,
     logits_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``fp8_mqa_logits``, queries with their scales, which FP8 has none of."""
+    """``fp8_mqa_logits`` of queries with their scales, FP4 like the keys, or with None, FP8."""
     options = {"clean_logits": clean_logits, "max_seqlen_k": max_seqlen_k, "logits_dtype": logits_dtype}
-    rest = (weights, cu_seq_len_k_start, cu_seq_len_k_end)
-    if q[1] is None:
-        return _ops.fp8_mqa_logits(q[0], *kv, *rest, **options)
-    return _ops.fp8_fp4_mqa_logits(*q, *kv, *rest, **options)
+    return _ops.fp8_fp4_mqa_logits(*q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, **options)
 
 
 @offer("get_paged_mqa_logits_metadata", needs="get_paged_mqa_logits_metadata")
@@ -463,7 +460,7 @@ def fp8_paged_mqa_logits(
     return _ops.fp8_paged_mqa_logits(q, *rest, **options)
 
 
-@offer("fp8_fp4_paged_mqa_logits", needs="fp8_paged_mqa_logits")
+@offer("fp8_fp4_paged_mqa_logits", needs="fp8_fp4_paged_mqa_logits")
 def fp8_fp4_paged_mqa_logits(
     q: Query,
     fused_kv_cache: Tensor,
@@ -476,9 +473,7 @@ def fp8_fp4_paged_mqa_logits(
     logits_dtype: torch.dtype = torch.float32,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """``fp8_paged_mqa_logits``, queries with their scales, which FP8 has none of."""
+    """``fp8_paged_mqa_logits`` of queries with their scales, FP4 like the cache, or with None, FP8."""
     options = {"clean_logits": clean_logits, "logits_dtype": logits_dtype, "indices": indices}
     rest = (fused_kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len)
-    if q[1] is None:
-        return _ops.fp8_paged_mqa_logits(q[0], *rest, **options)
     return _ops.fp8_fp4_paged_mqa_logits(*q, *rest, **options)
