@@ -135,8 +135,9 @@ class Options:
         group.addoption(
             "--processes",
             type=int,
-            default=len(os.sched_getaffinity(0)),
-            help="processes to run tests in; by default one for each core that may be used",
+            default=1 if Path("/dev/nvidiactl").exists() else len(os.sched_getaffinity(0)),
+            help="processes to run tests in; by default one for each core that may be used, or one where there is a "
+            "GPU, whose memory and time they would share",
         )
 
 
