@@ -29,6 +29,7 @@ LONGEST = [
     "test_gemm_emulated.py",
     "test_table.py",
     "test_mega_moe_emulated.py",
+    "test_mega_moe_sm100_emulated.py",
     "test_mqa_logits_emulated.py",
     "test_gemm_sm100_emulated.py",
     "test_kernel_gates.py",
