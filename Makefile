@@ -22,9 +22,9 @@ demo: export DG_CUDA_ARCHS ?= native
 demo: build
 	$(RUN) examples/demo.py $(ARGS)
 
-# Builds for both architectures, then runs every test that this machine can run, in a process for each core:
-# ARGS="--processes 1" for one, and pytest's own. Some tests call nvcc themselves, hence the compiler from PyPI at the end
-# of PATH.
+# Builds for both architectures, then runs every test that this machine can run, in a process for each core, or in one
+# where there is a GPU; ARGS="--processes 4" and pytest's own. Some tests call nvcc themselves, hence the compiler from
+# PyPI at the end of PATH.
 test: export DG_CUDA_ARCHS ?= 90a;100a
 test: env-test build
 	PATH="$$PATH:$$($(RUN) tools/toolchain.py)" $(RUN) tools/run_tests.py $(ARGS)

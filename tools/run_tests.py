@@ -29,6 +29,7 @@ LONGEST = [
     "test_gemm_emulated.py",
     "test_table.py",
     "test_mega_moe_emulated.py",
+    "test_mega_moe_sm100_emulated.py",
     "test_mqa_logits_emulated.py",
     "test_gemm_sm100_emulated.py",
     "test_kernel_gates.py",
@@ -135,8 +136,9 @@ class Options:
         group.addoption(
             "--processes",
             type=int,
-            default=len(os.sched_getaffinity(0)),
-            help="processes to run tests in; by default one for each core that may be used",
+            default=1 if Path("/dev/nvidiactl").exists() else len(os.sched_getaffinity(0)),
+            help="processes to run tests in; by default one for each core that may be used, or one where there is a "
+            "GPU, whose memory and time they would share",
         )
 
 
