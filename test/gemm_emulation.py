@@ -163,6 +163,7 @@ class _Problem(ctypes.Structure):
         ("a_is_fp4", ctypes.c_bool),
         ("b_is_fp4", ctypes.c_bool),
         ("sfb_is_packed", ctypes.c_bool),
+        ("blocks_to_redo", ctypes.c_void_p),
     ]
 
 
@@ -194,6 +195,7 @@ def run_row(
     *,
     gran: tuple[int, int, int] | None,
     c: torch.Tensor | None = None,
+    redo: torch.Tensor | None = None,
     num_sms: int = 132,
     module: ptx_emulator.Module | None = None,
     **options: int,
@@ -201,8 +203,9 @@ def run_row(
     """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, none with BF16 operands.
 
     A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major; FP4 ones have bytes of two.
-    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
-    it; ``options`` are those of ``Module.launch``.
+    Operands are read-only to the kernel, and memory between tensors does not exist. ``redo``: which blocks of B are to
+    be computed again, and nothing else. ``module`` holds another version of the kernel; ``options`` are those of
+    ``Module.launch``.
     """
     info = _capi.instances()[row]
     a_mn_major, b_mn_major = info["a_mn_major"], info["b_mn_major"]
@@ -235,6 +238,9 @@ def run_row(
         inputs |= {"sfa": sfa, "sfb": sfb}
     if c is not None and c.data_ptr() != d.data_ptr():
         inputs["c"] = c
+    if redo is not None:
+        problem.blocks_to_redo = redo.data_ptr()
+        inputs["redo"] = redo
     problem.grouping = GROUPINGS.index(info["grouping"])
     if problem.grouping == GROUPINGS.index("m_grouped"):
         # One group of all rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -369,6 +371,98 @@ def test_fp4_becomes_fp8(shape: tuple[int, int, int]) -> None:
     emulation.run("expand_fp4", problem, [x], [out])
     assert_padding_untouched(out)
     assert_same(out[:, :, :cols].contiguous(), expand_fp4(x))
+
+
+def fold(
+    x: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor | None = None, ends: bool = False, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, emulation.Run]:
+    """[batch, rows, cols] E4M3, the scales of its blocks and which of them are inexact."""
+    batch, rows, cols = x.shape[0], x.shape[1], 2 * x.shape[2]
+    blocks = (batch, ceil_div(rows, 128), cols // 128)
+    words = matrix((batch, cols // 128, rows), (cols // 128 * align(rows, 4), align(rows, 4), 1), torch.int32)
+    words.copy_(codes.to(torch.uint8).view(batch, rows, cols // 128, 4).view(torch.int32)[..., 0].transpose(1, 2))
+    out = matrix((batch, rows, cols), (rows * (cols + 32), cols + 32, 1), torch.float8_e4m3fn)
+    block_sf = matrix(blocks, (blocks[1] * blocks[2], blocks[2], 1), torch.float32)
+    count = batch * blocks[1] * blocks[2]
+    inexact = matrix((align(count, 16),), (1,), torch.uint8)
+    problem = emulation.FoldFp4Problem(
+        x=x.data_ptr(),
+        x_stride=x.stride(1),
+        x_batch_stride=x.stride(0),
+        sf=words.data_ptr(),
+        sf_stride=words.stride(1),
+        sf_batch_stride=words.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(1),
+        out_batch_stride=out.stride(0),
+        block_sf=block_sf.data_ptr(),
+        inexact=inexact.data_ptr(),
+        rows=rows,
+        cols=cols,
+        batch=batch,
+        group_layout=None if groups is None else groups.data_ptr(),
+        ends=ends,
+    )
+    inputs = [x, words] + ([] if groups is None else [groups])
+    result = emulation.run("fold_fp4", problem, inputs, [out, block_sf, inexact], **options)
+    assert (inexact[count:] == 0).all()
+    assert_padding_untouched(out)
+    return out, block_sf, inexact[:count].view(blocks).bool(), result
+
+
+def random_fp4(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    batch, rows, cols = shape
+    stride = cols // 2 + 16
+    x = matrix((batch, rows, cols // 2), (rows * stride + 16, stride, 1), torch.uint8)
+    return x.copy_(torch.randint(256, x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 130, 384), (1, 300, 256)])
+@pytest.mark.parametrize("first", [0, 3, 120, 239])
+def test_fp4_is_folded_exactly(shape: tuple[int, int, int], first: int) -> None:
+    """Scales up to 2^14 apart: the values are the same, to the bit, and nothing is inexact."""
+    random = torch.Generator().manual_seed(first)
+    x = random_fp4(shape, first)
+    codes = torch.randint(first, first + 15, (*shape[:2], shape[2] // 32), generator=random)
+    x[:, ::3, 16:32] = 0x80  # zeros, whatever their scale
+    codes[:, ::3, 1] = 254
+    out, block_sf, inexact, _ = fold(x, codes)
+    assert not inexact.any()
+    expected = expand_fp4(x).double() * torch.exp2(codes.double() - 127).repeat_interleave(32, 2)
+    of_value = block_sf.repeat_interleave(128, 1)[:, : shape[1]].repeat_interleave(128, 2)
+    assert (out.double() * of_value.double() == expected).all()
+
+
+def test_fp4_that_cannot_be_folded() -> None:
+    """Blocks with a scale 2^15 below the largest are told apart, unless its values are zero; NaN stays NaN."""
+    x, codes = random_fp4((1, 256, 384), 0), torch.full((1, 256, 12), 100)
+    codes[0, 7, 2] = 85  # block (0, 0)
+    codes[0, 200, 5], x[0, 200, 80:96] = 85, 0  # (1, 1)
+    codes[0, 3, 11] = 255  # (0, 2)
+    codes[0, 130, 8], codes[0, 131, 9] = 86, 101  # (1, 2)
+    out, _, inexact, _ = fold(x, codes)
+    assert inexact[0].tolist() == [[True, False, False], [False, False, True]]
+    assert (out[0, 7, 64:96].float() == 0).all()
+    nan = out.float().isnan()
+    assert nan[0, 3, 352:].all() and nan.sum() == 32
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_fp4_of_groups_without_rows_is_left_alone(ends: bool) -> None:
+    x, codes = random_fp4((5, 20, 128), 1), torch.full((5, 20, 4), 100)
+    codes[:, 0, 0] = 1
+    groups = torch.tensor([3, 3, 2, 9, -4] if ends else [3, 0, -1, 7, 0], dtype=torch.int32)
+    out, _, inexact, _ = fold(x, codes, groups, ends)
+    live = torch.tensor([True, False, False, True, False])
+    assert inexact.flatten().tolist() == live.tolist()
+    assert (out.view(torch.uint8)[~live] == emulation.POISON).all()
+
+
+def test_folding_moves_whole_sectors() -> None:
+    x = matrix((1, 256, 128), (256 * 128, 128, 1), torch.uint8).fill_(0x53)
+    out, _, _, result = fold(x, torch.full((1, 256, 8), 120), counters=True)
+    # Four rows of a warp have half a sector of scales. Each of the four blocks writes a scale and a flag.
+    assert_memory_bound(result, 256 * 128 + 2 * 256 * 8, out.numel() + 4 * 2 * 32 + 32)
 
 
 MANY_GROUPS = [0] * 40 + [700] + [33] * 40

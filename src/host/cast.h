@@ -95,6 +95,34 @@ struct ExpandFp4Problem {
 };
 cudaError_t launch_expand_fp4(const ExpandFp4Problem& problem, cudaStream_t stream, bool pdl);
 
+// FP4 with UE8M0 scales per 32 columns as FP8 with an FP32 scale per block of 128 x 128: out = value * 2^(s - largest + 6),
+// block_sf = 2^(largest - 6), `largest` being the largest scale in the block whose values are not all zero (16 at a time). That
+// is exact where no other scale is more than 2^14 smaller. Where one is, its values become zero and the block's `inexact` is 1,
+// otherwise 0. A scale that is NaN makes its values NaN. cols is a multiple of 128; x, out and their strides of 16 bytes.
+// Groups that have no rows of A are left out, their `inexact` is 0.
+struct FoldFp4Problem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // bytes between rows
+    int64_t x_batch_stride = 0;
+    const void* sf = nullptr;    // words of four scales: word (row, k / 128) at row + k / 128 * sf_stride
+    int64_t sf_stride = 0;       // words
+    int64_t sf_batch_stride = 0;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // bytes between rows
+    int64_t out_batch_stride = 0;
+    float* block_sf = nullptr;   // [batch, row_blocks(), col_blocks()]
+    uint8_t* inexact = nullptr;  // the same, then zeros up to inexact_bytes(); 16-byte aligned
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+    const int32_t* group_layout = nullptr;  // null: all groups have rows. Otherwise for each where it ends, or how many
+    bool ends = false;                      // rows it has
+
+    int64_t row_blocks() const { return (rows + 127) / 128; }
+    int64_t col_blocks() const { return cols / 128; }
+    int64_t inexact_bytes() const { return (batch * row_blocks() * col_blocks() + 15) / 16 * 16; }
+};
+cudaError_t launch_fold_fp4(const FoldFp4Problem& problem, cudaStream_t stream, bool pdl);
+
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
 // before them.
 struct KGroups {

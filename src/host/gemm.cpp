@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <limits>
 #include <stdexcept>
 
 #include "../sm90/gemm_dispatch.h"
@@ -143,6 +144,15 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
                                static_cast<int>((problem.n + 127) / 128)};
+    }
+
+    if (problem.blocks_to_redo != nullptr) {
+        const int64_t blocks = (problem.n + 127) / 128 * ((problem.k + 127) / 128) * problem.num_groups;
+        if (!layout.is_fp4() || !aligned(problem.blocks_to_redo, 16) || blocks > std::numeric_limits<int>::max() - 15) {
+            throw std::runtime_error("gemm: blocks to redo are for FP4 rows, and as many as an int can count");
+        }
+        params.redo = {problem.blocks_to_redo, static_cast<int>((blocks + 15) / 16 * 16),
+                       static_cast<int>((problem.n + 127) / 128), static_cast<int>((problem.k + 127) / 128)};
     }
 
     params.block_scales_group_stride = problem.sfb.stride_group;

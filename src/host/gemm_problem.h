@@ -80,6 +80,9 @@ struct GemmProblem {
     bool a_is_fp4 = false, b_is_fp4 = false;
     // SM90 with FP4: `sfb` are packed UE8M0 words as SM100 takes them; K is a multiple of 128.
     bool sfb_is_packed = false;
+    // SM90 with FP4: not all of D, but columns of those blocks of 128 rows of B alone where one is set, if any is:
+    // [groups, ceil(n / 128), k / 128], then zeros up to a multiple of 16 bytes. On the device, 16-byte aligned.
+    const uint8_t* blocks_to_redo = nullptr;
 };
 
 }  // namespace deep_gemm

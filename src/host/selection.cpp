@@ -36,10 +36,13 @@ struct CostModel {
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
-    // FP4 weights, not fitted to measurements: counted instructions of a warp for a K block of 64 rows, one a clock.
-    double expansion = 195;         // loads, look-ups, addresses
-    double expansion_promotion = 4.4;  // more of them per column, with scales of A per 32 of K
-    double expansion_folded = 1.8;     // ... per 128
+    // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
+    // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
+    double instruction = 1.75;
+    double expansion = 140;         // loads, look-ups, addresses
+    double expansion_promotion = 4.85;  // more of them per column, with scales of A per 32 of K
+    double expansion_folded = 2;     // ... per 128
+    double small_kernels = 4.5;     // us, not fitted: the start of the kernel that folds, and one that finds nothing to do
 };
 constexpr CostModel kModel;
 
@@ -71,7 +74,8 @@ double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& mode
     const double warpgroups = row.block_rows / 64 * row.k_warpgroups;
     const bool folded = row.gran_k == 128;
     const double issue =
-        model.expansion + (folded ? model.expansion_folded : model.expansion_promotion) * row.block_cols;
+        model.instruction *
+        (model.expansion + (folded ? model.expansion_folded : model.expansion_promotion) * row.block_cols);
     const double waits = folded || row.block_cols <= 32 ? 1 : 4;  // for the tensor core
     const double part = waits * model.result_latency + tensor / (row.block_rows / 64) +
                         issue * (1 + model.contention * (warpgroups - 1));
@@ -277,18 +281,19 @@ std::vector<Candidate> rate_rows(std::span<const GemmRow> rows, const GemmProble
     return candidates;
 }
 
-int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
-    int best = -1;
-    double best_cost = 0;
+Choice choose_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
+    Choice best = {-1, 0};
     for (size_t i = 0; i < rows.size(); ++i) {
         if (reason_against(rows[i], problem, limits) != nullptr) continue;
         const double cost = cost_us(rows[i], problem, limits, kModel);
-        if (best < 0 || cost < best_cost) {
-            best = static_cast<int>(i);
-            best_cost = cost;
-        }
+        if (best.row < 0 || cost < best.cost_us) best = {static_cast<int>(i), cost};
     }
     return best;
+}
+
+double fold_fp4_us(const GemmProblem& problem) {
+    const double weights = static_cast<double>(problem.n) * problem.k * problem.num_groups;
+    return kModel.small_kernels + weights * (0.5 + 1.0 / 32 + 1) / (kModel.memory_bytes * kClockGHz * 1000);
 }
 
 }  // namespace deep_gemm

@@ -137,7 +137,7 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     problem.head_mid = static_cast<int>(heads.mid);
     problem.head_right = static_cast<int>(heads.right);
     set_result(problem, result, kKMajor, c);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 

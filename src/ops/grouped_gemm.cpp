@@ -222,7 +222,7 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
         problem.b_mn_major = !call.b_k_major;
     }
     set_result(problem, result, masked ? kKMajorGroups : kKMajor, nullptr);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 
@@ -407,7 +407,7 @@ OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo
                                      scratch_sfb, copied_rows, sm100);
     }
     set_result(problem, result, kKMajorGroups, c);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 

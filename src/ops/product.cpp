@@ -400,15 +400,73 @@ void check_enqueued(cudaError_t error, const char* op, const char* what) {
     }
 }
 
-void run_product(const GemmProblem& problem, int device, cudaStream_t stream) {
+namespace {
+
+// SM90: B as FP8 for the rows of FP8, and then those columns again for which that was not exact, if there are any: the device
+// knows.
+void run_folded(const char* op, const GemmProblem& problem, int row, const SelectionLimits& limits, const TensorInfo& like,
+                cudaStream_t stream) {
+    cast::FoldFp4Problem fold;
+    fold.x = problem.b;
+    fold.x_stride = problem.b_stride / 2;
+    fold.x_batch_stride = problem.b_group_stride / 2;
+    fold.sf = problem.sfb.data;
+    fold.sf_stride = problem.sfb.stride_k;
+    fold.sf_batch_stride = problem.sfb.stride_group;
+    fold.rows = problem.n;
+    fold.cols = problem.k;
+    fold.batch = problem.num_groups;
+    if (problem.layout != GroupLayout::kNone && problem.layout != GroupLayout::kIndices) {
+        fold.group_layout = problem.group_layout;
+        fold.ends = problem.layout != GroupLayout::kMasked;
+    }
+    OwnedTensor values, scales, flags;
+    const auto allocate = [&](OwnedTensor& tensor, std::array<int64_t, 3> sizes, ScalarType type) {
+        const std::array<int64_t, 3> strides = {sizes[1] * sizes[2], sizes[2], 1};
+        tensor.reset(new_empty_strided(sizes, strides, type, like.get()));
+        return TensorInfo(tensor.get()).data_ptr();
+    };
+    fold.out = allocate(values, {fold.batch, fold.rows, fold.cols}, ScalarType::Float8_e4m3fn);
+    fold.out_stride = fold.cols;
+    fold.out_batch_stride = fold.rows * fold.cols;
+    fold.block_sf =
+        static_cast<float*>(allocate(scales, {fold.batch, fold.row_blocks(), fold.col_blocks()}, ScalarType::Float));
+    fold.inexact = static_cast<uint8_t*>(allocate(flags, {1, 1, fold.inexact_bytes()}, ScalarType::Byte));
+    check_enqueued(cast::launch_fold_fp4(fold, stream, knobs().pdl), op, "folding FP4");
+
+    GemmProblem fp8 = folded_fp4(problem);
+    fp8.b = fold.out;
+    fp8.b_stride = fold.out_stride;
+    fp8.b_group_stride = fold.out_batch_stride;
+    fp8.sfb = {fold.block_sf, fold.col_blocks(), 1, 128, fold.row_blocks() * fold.col_blocks()};
+    DeviceBackend backend(like.get_device_index(), stream);
+    run_gemm(fp8, limits, row, knobs().pdl, backend);
+    GemmProblem again = problem;
+    again.blocks_to_redo = fold.inexact;
+    run_gemm(again, limits, choose_row_cached(gemm_rows(), problem, limits).row, knobs().pdl, backend);
+}
+
+}  // namespace
+
+void run_product(const char* op, const GemmProblem& problem, const TensorInfo& like, cudaStream_t stream) {
+    const int device = like.get_device_index();
     SelectionLimits limits;
     limits.num_sms = usable_sms(device);
     limits.block_m_multiple_of = knobs().block_m_multiple_of;
     limits.block_n_multiple_of = knobs().block_n_multiple_of;
     const bool sm100 = compute_capability(device) == 100;
     int row = knobs().forced_row;
+    if (!sm100 && can_fold_fp4(problem)) {
+        // A forced row is one of either form.
+        const GemmProblem folded = folded_fp4(problem);
+        const Choice fp8 = row < 0 ? choose_row_cached(gemm_rows(), folded, limits) : Choice{row, 0};
+        const bool folds = row >= 0 ? row < static_cast<int>(gemm_rows().size()) && !operand_mismatch(gemm_rows()[row], folded)
+                                    : fp8.row >= 0 && fp8.cost_us + fold_fp4_us(problem) <
+                                                          choose_row_cached(gemm_rows(), problem, limits).cost_us;
+        if (folds) return run_folded(op, problem, fp8.row, limits, like, stream);
+    }
     if (row < 0) {
-        row = select_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits);
+        row = choose_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits).row;
     } else if (sm100) {
         row -= static_cast<int>(gemm_rows().size());  // as dg_instances() counts
         if (row < 0) throw std::runtime_error("gemm: the forced row is one of sm_90a");

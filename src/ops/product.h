@@ -190,6 +190,7 @@ bool check_architecture(const char* op, int device);
 // Throws, naming `what` failed, unless it succeeded.
 void check_enqueued(cudaError_t error, const char* op, const char* what);
 
-void run_product(const GemmProblem& problem, int device, cudaStream_t stream);
+// `like`: a tensor on the device, whose allocator memory comes from.
+void run_product(const char* op, const GemmProblem& problem, const TensorInfo& like, cudaStream_t stream);
 
 }  // namespace deep_gemm::ops

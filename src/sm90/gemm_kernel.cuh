@@ -88,6 +88,12 @@ class GemmKernel {
 
 public:
     __device__ __forceinline__ static void run(const GemmParams& params, Storage& shared) {
+        if constexpr (kLayout.is_fp4()) {
+            if (params.redo.flags != nullptr) {
+                ptx::grid_dependency_wait();
+                if (!anything_to_redo(params.redo)) return;
+            }
+        }
         const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
         const uint32_t rank = kClusterSize == 1 ? 0 : uniform(ptx::cluster_rank());
 
@@ -159,6 +165,38 @@ private:
         }
     }
 
+    // Whether any of the flags is set; the whole CTA.
+    __device__ __forceinline__ static bool anything_to_redo(const BlocksToRedo& redo) {
+        uint32_t found = 0;
+        const auto* flags = reinterpret_cast<const uint4*>(redo.flags);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < redo.bytes / 16; i += kLayout.num_threads()) {
+            found |= flags[i].x | flags[i].y | flags[i].z | flags[i].w;
+        }
+        return __syncthreads_or(found != 0);
+    }
+
+    // The next tile that is wanted; all roles pass over the same ones.
+    template <bool kWholeWarp = true>
+    __device__ __forceinline__ static bool next_tile(const GemmParams& params, Scheduler& scheduler, WorkTile& work) {
+        if constexpr (!kLayout.is_fp4()) {
+            return scheduler.template next<kWholeWarp>(work);
+        } else {
+            while (scheduler.template next<kWholeWarp>(work)) {
+                if (params.redo.flags == nullptr) return true;
+                const int group = kLayout.has_groups() ? work.group : 0;
+                const uint8_t* flags = params.redo.flags + (static_cast<int64_t>(group) * params.redo.row_blocks +
+                                                            work.row / 128) * params.redo.k_blocks;
+                int found = 0;
+#pragma unroll 1
+                for (int i = 0; i < params.redo.k_blocks; ++i) found |= flags[i];
+                if constexpr (kWholeWarp) found = uniform(found);
+                if (found != 0) return true;
+            }
+            return false;
+        }
+    }
+
     __device__ __forceinline__ static void sync_cluster() {
         if constexpr (kClusterSize > 1) {
             ptx::cluster_sync();
@@ -182,7 +220,7 @@ private:
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
         State state;
         WorkTile work;
-        while (scheduler.template next<false>(work)) {
+        while (next_tile<false>(params, scheduler, work)) {
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -314,7 +352,7 @@ private:
         uint32_t reduce_phase = 0;
         WorkTile work;
         PipelineState<kScaleChunks> scale_state;
-        for (bool is_first = true; scheduler.next(work); is_first = false) {
+        for (bool is_first = true; next_tile(params, scheduler, work); is_first = false) {
             if (kKWarpgroups > 1 && helper == 0 && !is_first) {
                 ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
             }

@@ -162,7 +162,12 @@ cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& p, co
 
 std::span<const GemmRow> gemm_rows() { return {}; }
 std::span<const GemmRow> sm100_gemm_rows() { return {}; }
-int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
+// What can be folded is.
+Choice choose_row_cached(std::span<const GemmRow>, const GemmProblem& p, const SelectionLimits&) {
+    return {0, p.b_is_fp4 ? 2.0 : 0.0};
+}
+double fold_fp4_us(const GemmProblem&) { return 1; }
+const char* operand_mismatch(const GemmRow&, const GemmProblem&) { return nullptr; }
 EncodeTiledFunction driver_encode_tiled() { return nullptr; }
 void DeviceBackend::launch(const KernelLaunch&) {}
 
@@ -205,6 +210,47 @@ cudaError_t launch_expand_fp4(const ExpandFp4Problem& p, cudaStream_t, bool) {
             for (int64_t col = 0; col < p.cols; ++col) {
                 const int code = x[col / 2] >> (col % 2 * 4) & 15;
                 out[col] = kCodes[code & 7] | (code & 8) << 4;
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+cudaError_t launch_fold_fp4(const FoldFp4Problem& p, cudaStream_t, bool) {
+    for (int64_t block = 0; block < p.batch * p.row_blocks() * p.col_blocks(); ++block) {
+        const int64_t col_block = block % p.col_blocks(), row_block = block / p.col_blocks() % p.row_blocks();
+        const int64_t group = block / p.col_blocks() / p.row_blocks(), end = std::min(p.rows, row_block * 128 + 128);
+        p.inexact[block] = 0;
+        p.block_sf[block] = std::numeric_limits<float>::quiet_NaN();
+        if (p.group_layout != nullptr) {
+            const int64_t before = p.ends && group > 0 ? p.group_layout[group - 1] : 0;
+            if (p.group_layout[group] <= before) continue;
+        }
+        const auto code = [&](int64_t row, int64_t k) {
+            const uint32_t word = static_cast<const uint32_t*>(
+                p.sf)[group * p.sf_batch_stride + col_block * p.sf_stride + row];
+            return static_cast<int>(word >> k / 32 * 8 & 255);
+        };
+        const auto e2m1_code = [&](int64_t row, int64_t k) {
+            const int64_t at = group * p.x_batch_stride + row * p.x_stride + (col_block * 128 + k) / 2;
+            return static_cast<const uint8_t*>(p.x)[at] >> (k % 2 * 4) & 15;
+        };
+        int largest = 0;
+        for (int64_t row = row_block * 128; row < end; ++row) {
+            for (int64_t k = 0; k < 128; ++k) {
+                if (code(row, k) != 255 && (e2m1_code(row, k) & 7) != 0) largest = std::max(largest, code(row, k));
+            }
+        }
+        p.block_sf[block] = std::ldexp(1.0f, largest - 133);
+        for (int64_t row = row_block * 128; row < end; ++row) {
+            for (int64_t k = 0; k < 128; ++k) {
+                const double value = std::ldexp(e2m1(e2m1_code(row, k)), code(row, k) - largest + 6);
+                int byte = 0;
+                while (byte < 127 && e4m3(byte) != std::fabs(value)) ++byte;
+                if (code(row, k) == 255) byte = 127;
+                if (byte == 127 && code(row, k) != 255) p.inexact[block] = 1;
+                const int64_t at = group * p.out_batch_stride + row * p.out_stride + col_block * 128 + k;
+                static_cast<uint8_t*>(p.out)[at] = static_cast<uint8_t>(byte | (value < 0) << 7);
             }
         }
     }
@@ -339,6 +385,12 @@ private:
 
 namespace {
 
+// Of the columns of a product some of which are computed again.
+bool wanted(const GemmProblem& p, int64_t group, int64_t n) {
+    const int64_t k_blocks = p.k / 128, first = (group * ((p.n + 127) / 128) + n / 128) * k_blocks;
+    return std::any_of(p.blocks_to_redo + first, p.blocks_to_redo + first + k_blocks, [](uint8_t flag) { return flag != 0; });
+}
+
 void run_on_host(const GemmProblem& p, bool sm100) {
     if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");
     const Product product(p, sm100);
@@ -350,7 +402,12 @@ void run_on_host(const GemmProblem& p, bool sm100) {
     const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k) {
         std::vector<double> sums(std::max<int64_t>(rows.end - rows.begin, 0) * p.n);
         if (!sums.empty()) product.add(group_a, group_b, rows, k, sums);
-        store(group_d, rows, sums);
+        if (p.blocks_to_redo == nullptr) return store(group_d, rows, sums);
+        for (int64_t m = rows.begin; m < rows.end; ++m) {
+            for (int64_t n = 0; n < p.n; ++n) {
+                if (wanted(p, group_b, n)) product.store(group_d, m, n, sums[(m - rows.begin) * p.n + n]);
+            }
+        }
     };
     const Range all_rows = {0, p.m}, all_k = {0, p.k};
     if (p.grouping == Grouping::kDense) return matrix(0, 0, 0, all_rows, all_k);
