@@ -24,6 +24,7 @@ from cast_emulation import (
     ceil_div,
     matrix,
 )
+from gemm_emulation import order_of_tokens
 
 pytestmark = pytest.mark.emulated
 
@@ -463,6 +464,81 @@ def test_folding_moves_whole_sectors() -> None:
     out, _, _, result = fold(x, torch.full((1, 256, 8), 120), counters=True)
     # Four rows of a warp have half a sector of scales. Each of the four blocks writes a scale and a flag.
     assert_memory_bound(result, 256 * 128 + 2 * 256 * 8, out.numel() + 4 * 2 * 32 + 32)
+
+
+def tokens(
+    x: torch.Tensor,
+    codes: torch.Tensor | None,
+    gran_mn: int = 1,
+    packed: bool = False,
+    counts: Any = None,
+    **options: Any,
+) -> tuple[torch.Tensor, emulation.Run]:
+    """[batch, rows, cols] BF16 of FP8 with the scales 2^(codes - 127) ``[batch, rows / gran_mn, cols / gran_k]``."""
+    batch, rows, cols = x.shape
+    out = matrix((batch, rows, cols), (rows * (cols + 16), cols + 16, 1), torch.bfloat16)
+    problem = emulation.Bf16TokensProblem(
+        x=x.data_ptr(), x_stride=x.stride(1), x_batch_stride=x.stride(0), gran_mn=gran_mn
+    )
+    inputs = [x]
+    if codes is not None:
+        sf = codes.to(torch.uint8)
+        if packed:
+            sf = torch.nn.functional.pad(sf, (0, -codes.shape[2] % 4)).view(torch.int32)
+        sf = matrix((batch, sf.shape[2], sf.shape[1]), (999, sf.shape[1] + 1, 1), sf.dtype).copy_(sf.transpose(1, 2))
+        problem.sf, problem.sf_is_packed, problem.gran_k = sf.data_ptr(), packed, cols // codes.shape[2]
+        problem.sf_batch_stride, problem.sf_k_stride, problem.sf_mn_stride = sf.stride()
+        inputs.append(sf)
+    problem.out, problem.out_stride, problem.out_batch_stride = out.data_ptr(), out.stride(1), out.stride(0)
+    problem.rows, problem.cols, problem.batch = rows, cols, batch
+    if counts is not None:
+        inputs.append(counts)
+        problem.rows_of_group = counts.data_ptr()
+    result = emulation.run("bf16_tokens", problem, inputs, [out], **options)
+    assert_padding_untouched(out)
+    return out, result
+
+
+def random_fp8(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    batch, rows, cols = shape
+    x = matrix(shape, (rows * (cols + 16), cols + 16, 1), torch.float8_e4m3fn)
+    bytes_ = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return x.copy_(bytes_.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(("gran_mn", "gran_k"), [(1, 32), (1, 128), (128, 128), (128, 32), (1, 0)])
+def test_tokens_become_bf16(gran_mn: int, gran_k: int) -> None:
+    """Exactly, for all scales from 2^-124 on; NaN among values and scales stays NaN."""
+    shape = (2, 131, 640)
+    x = random_fp8(shape, gran_k)
+    order = order_of_tokens(shape[2])
+    codes = None
+    expected = x.double()
+    if gran_k:
+        sizes = (2, ceil_div(shape[1], gran_mn), shape[2] // gran_k)
+        codes = torch.randint(3, 256, sizes, generator=torch.Generator().manual_seed(gran_mn))
+        scales = torch.where(codes == 255, torch.nan, torch.exp2(codes.double() - 127))
+        expected = expected * scales.repeat_interleave(gran_mn, 1)[:, : shape[1]].repeat_interleave(gran_k, 2)
+    expected = torch.where(expected.abs() > 3.4e38, torch.inf * expected.sign(), expected)
+    for packed in (False, True) if gran_k else (False,):
+        out, _ = tokens(x, codes, gran_mn, packed)
+        assert_same(out.float(), expected[..., order].float())
+
+
+def test_tokens_that_do_not_count_are_left_alone() -> None:
+    counts = torch.tensor([3, 0, -2, 9], dtype=torch.int32)
+    x = random_fp8((4, 5, 256), 0)
+    out, _ = tokens(x, None, counts=counts)
+    for group, count in enumerate((3, 0, 0, 5)):
+        assert_same(out[group, :count], x[group, :count].bfloat16()[:, order_of_tokens(256)])
+        assert (bits(out[group, count:]).view(torch.uint8) == emulation.POISON).all()
+
+
+def test_converting_tokens_moves_whole_sectors() -> None:
+    x = matrix((1, 64, 512), (64 * 512, 512, 1), torch.float8_e4m3fn).fill_(1.5)
+    out, result = tokens(x, torch.full((1, 64, 16), 120), packed=True, counters=True)
+    # A token's words of scales are as far apart as those of its neighbours: a sector for each.
+    assert_memory_bound(result, 64 * 512 + 64 * 4 * 32, 2 * out.numel())
 
 
 MANY_GROUPS = [0] * 40 + [700] + [33] * 40

@@ -123,6 +123,28 @@ struct FoldFp4Problem {
 };
 cudaError_t launch_fold_fp4(const FoldFp4Problem& problem, cudaStream_t stream, bool pdl);
 
+// FP8 as BF16, in the order of K that SM90's rows for BF16 by FP4 take (cast/bf16_tokens.cu). With `sf`, UE8M0 scales per row, or 128
+// rows, and 32 or 128 columns, values are multiplied by them. cols is a multiple of 128, x and its strides of 16 bytes, out and
+// its strides of 16 elements.
+struct Bf16TokensProblem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // between rows
+    int64_t x_batch_stride = 0;
+    const void* sf = nullptr;    // E8M0 bytes, or words of four along K; or null
+    bool sf_is_packed = false;
+    int64_t sf_mn_stride = 0;    // of bytes or words
+    int64_t sf_k_stride = 0;
+    int64_t sf_batch_stride = 0;
+    int gran_mn = 1, gran_k = 128;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // elements between rows
+    int64_t out_batch_stride = 0;
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+    const int32_t* rows_of_group = nullptr;  // [batch]: rows from there on are left out
+};
+cudaError_t launch_bf16_tokens(const Bf16TokensProblem& problem, cudaStream_t stream, bool pdl);
+
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
 // before them.
 struct KGroups {

@@ -36,11 +36,12 @@ SCALE_CODE = 120  # of every weight: 2^-7
 
 
 def _tokens(*shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """FP8 values with scales per 128 and, repeated, per 32 of K, and the same in BF16."""
+    """FP8 values with FP32 scales per 128, the same per 32 of K in packed UE8M0, and the values in BF16."""
     x = torch.randn(shape, device=suites.DEVICE, dtype=torch.bfloat16).flatten(0, -2)
     values, scales = torch.ops.deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=True)
     exact = (values.float() * scales.repeat_interleave(128, 1)[:, : x.shape[1]]).bfloat16()
-    per_32 = _mn_major(scales.repeat_interleave(4, 1).view(*shape[:-1], -1))
+    per_32 = scales.repeat_interleave(4, 1).view(*shape[:-1], -1)
+    per_32 = torch.ops.deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(per_32)
     return values.view(shape), _mn_major(scales.reshape(*shape[:-1], -1)), per_32, exact.view(shape)
 
 
