@@ -431,6 +431,7 @@ class RowCase:
             # Of each row's four scales the largest is one, and the others are hardly in reach of it, or far away.
             scales = 2.0 ** -torch.randint(9, 30, scales.shape, generator=random)
             scales[:, ::4] = 1
+            scales[::3] *= 2**20
         return scales.float()
 
     def _bf16_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:

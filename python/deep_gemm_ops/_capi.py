@@ -95,19 +95,21 @@ def select(
     expected_m: int = 0,
     fp4: str = "",
     packed_sfb: bool = False,
+    bf16_tokens: bool = False,
     arch: str = "sm_90a",
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
 
     ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
     of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
-    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0.
+    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0. Then with ``bf16_tokens`` A has become BF16, and
+    has scales only if gran_k is 128.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
     groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
-    bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
+    bf16 = (recipe is None or bf16_tokens, layout[0] == "t", layout[1] == "n")
     other = ("a" in fp4, "b" in fp4, packed_sfb, int(arch[3:].rstrip("a")))
     numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
     return json.loads(_require().dg_select(m, n, k, *numbers))

@@ -40,8 +40,9 @@ struct CostModel {
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
     double instruction = 1.75;
     double expansion = 140;         // loads, look-ups, addresses
-    double expansion_promotion = 4.85;  // more of them per column, with scales of A per 32 of K
-    double expansion_folded = 2;     // ... per 128
+    double expansion_promotion = 4.85;  // more of them per column
+    double fold = 185;              // the first with scales of A per 128 of K, and with those of B as a part of the values
+    double fold_promotion = 1.75;   // more of them per column
     double bf16_expansion = 290;    // clocks, not fitted: 230 instructions, most of which no longer are integer ones
     double bf16_promotion = 1.2;    // ... per column with scales of A per 128 of K, not fitted
     double tokens_kernel = 2.5;     // us, not fitted: the start of the kernel that makes BF16 of tokens
@@ -78,7 +79,8 @@ double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& mode
     const double warpgroups = row.block_rows / 64 * row.k_warpgroups;
     const bool folded = row.gran_k == 128;
     double issue = model.instruction *
-                   (model.expansion + (folded ? model.expansion_folded : model.expansion_promotion) * row.block_cols);
+                   (folded ? model.fold + model.fold_promotion * row.block_cols
+                           : model.expansion + model.expansion_promotion * row.block_cols);
     if (bf16) issue = model.bf16_expansion + (folded ? model.bf16_promotion * row.block_cols : 0);
     // For the tensor core: BF16 sums without scales go on meanwhile.
     const double waits = bf16 && !folded ? 0 : folded || row.block_cols <= 32 ? 1 : 4;
