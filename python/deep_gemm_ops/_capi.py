@@ -102,8 +102,8 @@ def select(
 
     ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
     of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
-    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0. Then with ``bf16_tokens`` A has become BF16, and
-    has scales only if gran_k is 128.
+    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0. Then
+    with ``bf16_tokens`` A has become BF16, and has scales only if gran_k is 128.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
