@@ -67,9 +67,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
     return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
 }
 void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
-unsigned long sizes[9] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+unsigned long sizes[11] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
                           sizeof(GroupedPackProblem), sizeof(SwigluProblem), sizeof(TransposedCastProblem),
-                          sizeof(KGroups), sizeof(KGroupedTransposeProblem), sizeof(ExpandFp4Problem)};
+                          sizeof(KGroups), sizeof(KGroupedTransposeProblem), sizeof(ExpandFp4Problem),
+                           sizeof(FoldFp4Problem), sizeof(Bf16TokensProblem)};
 int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
 int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
 int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
@@ -95,6 +96,8 @@ int k_grouped_transpose(const GroupedTransposeProblem& p, int pdl) {
 int transpose_fp8(const TransposeProblem& p, int pdl) { return launch_transpose_fp8(p, nullptr, pdl); }
 int scale_layout(const ScaleLayoutProblem& p, int pdl) { return launch_scale_layout(p, nullptr, pdl); }
 int expand_fp4(const ExpandFp4Problem& p, int pdl) { return launch_expand_fp4(p, nullptr, pdl); }
+int bf16_tokens(const Bf16TokensProblem& p, int pdl) { return launch_bf16_tokens(p, nullptr, pdl); }
+int fold_fp4(const FoldFp4Problem& p, int pdl) { return launch_fold_fp4(p, nullptr, pdl); }
 int k_grouped_pack(const GroupedPackProblem& p, int pdl) { return launch_k_grouped_pack_ue8m0(p, nullptr, pdl); }
 }
 """
@@ -157,8 +160,23 @@ class ExpandFp4Problem(ctypes.Structure):
         ("out_batch_stride", _L), ("rows", _L), ("cols", _L), ("batch", _L)]  # fmt: skip
 
 
+class FoldFp4Problem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_stride", _L), ("x_batch_stride", _L), ("sf", _P), ("sf_stride", _L)] + [
+        ("sf_batch_stride", _L), ("out", _P), ("out_stride", _L), ("out_batch_stride", _L)] + [
+        ("block_sf", _P), ("inexact", _P), ("rows", _L), ("cols", _L), ("batch", _L), ("group_layout", _P)] + [
+        ("ends", ctypes.c_bool)]  # fmt: skip
+
+
+class Bf16TokensProblem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_stride", _L), ("x_batch_stride", _L), ("sf", _P), ("sf_is_packed", ctypes.c_bool)] + [
+        ("sf_mn_stride", _L), ("sf_k_stride", _L), ("sf_batch_stride", _L), ("gran_mn", _I), ("gran_k", _I)] + [
+        ("out", _P), ("out_stride", _L), ("out_batch_stride", _L), ("rows", _L), ("cols", _L), ("batch", _L)] + [
+        ("rows_of_group", _P)]  # fmt: skip
+
+
 PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem, SwigluProblem]
-PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem, ExpandFp4Problem]
+PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem, ExpandFp4Problem, FoldFp4Problem]
+PROBLEMS += [Bf16TokensProblem]
 _CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
 
 

@@ -40,9 +40,19 @@ KERNELS = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
 BUDGET = 500_000_000
 
 
+FP4_FAMILIES = ("fp8_fp4_gemm", "bf16_fp4_gemm")
+
+
+def order_of_tokens(k: int) -> torch.Tensor:
+    """Which values of K BF16 tokens beside FP4 weights have, one after the other (src/cast/bf16_tokens.cu)."""
+    i, h, u, t, b = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (4, 2, 2, 4, 2)), indexing="ij"))
+    block = 32 * t + 8 * i + 2 * h + u + 4 * b
+    return (128 * torch.arange(k // 128)[:, None] + block).flatten()
+
+
 def k_multiple(row: dict[str, Any]) -> int:
     """K that a row takes: whole pairs of FP4, whole words of their scales."""
-    if row["family"] != "fp8_fp4_gemm" or row["arch"] == "sm_100a":
+    if row["family"] not in FP4_FAMILIES or row["arch"] == "sm_100a":
         return 1
     return 128 if row["scaling"] == "ue8m0" else 2
 
@@ -163,6 +173,7 @@ class _Problem(ctypes.Structure):
         ("a_is_fp4", ctypes.c_bool),
         ("b_is_fp4", ctypes.c_bool),
         ("sfb_is_packed", ctypes.c_bool),
+        ("blocks_to_redo", ctypes.c_void_p),
     ]
 
 
@@ -194,15 +205,17 @@ def run_row(
     *,
     gran: tuple[int, int, int] | None,
     c: torch.Tensor | None = None,
+    redo: torch.Tensor | None = None,
     num_sms: int = 132,
     module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> ptx_emulator.Stats:
-    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, none with BF16 operands.
+    """D = A B^T (+ C) on one row of the table; float32 scales ``[MN / gran, K / gran_k]``, or none.
 
     A and B are ``[M, K]`` and ``[N, K]``, or transposed where the row takes them MN-major; FP4 ones have bytes of two.
-    Operands are read-only to the kernel, and memory between tensors does not exist. ``module`` holds another version of
-    it; ``options`` are those of ``Module.launch``.
+    Operands are read-only to the kernel, and memory between tensors does not exist. ``redo``: which blocks of B are to
+    be computed again, and nothing else. ``module`` holds another version of the kernel; ``options`` are those of
+    ``Module.launch``.
     """
     info = _capi.instances()[row]
     a_mn_major, b_mn_major = info["a_mn_major"], info["b_mn_major"]
@@ -213,15 +226,15 @@ def run_row(
         a=a.data_ptr(),
         b=b.data_ptr(),
         a_stride=a.stride(0),
-        b_stride=b.stride(0) * (2 if info["family"] == "fp8_fp4_gemm" else 1),
-        b_is_fp4=info["family"] == "fp8_fp4_gemm",
+        b_stride=b.stride(0) * (2 if info["family"] in FP4_FAMILIES else 1),
+        b_is_fp4=info["family"] in FP4_FAMILIES,
         sfb_is_packed=info["scaling"] == "ue8m0",
         d=d.data_ptr(),
         d_stride=d.stride(0),
         d_type=FLOAT32 if d.dtype == torch.float32 else BFLOAT16,
         c=c.data_ptr() if c is not None else None,
         c_stride=0 if c is None or c.dim() == 1 else c.stride(0),
-        operands=FP8_OPERANDS if gran else BF16_OPERANDS,
+        operands=BF16_OPERANDS if info["family"].startswith("bf16") else FP8_OPERANDS,
         a_mn_major=a_mn_major,
         b_mn_major=b_mn_major,
         num_groups=1,
@@ -229,12 +242,17 @@ def run_row(
     )
     inputs = {"a": a, "b": b}
     if gran:
-        problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(0), sfa.stride(1), gran[0])
+        if sfa is not None:
+            problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(0), sfa.stride(1), gran[0])
+            inputs["sfa"] = sfa
         problem.sfb = _Scales(sfb.data_ptr(), sfb.stride(0), sfb.stride(1), gran[1])
         problem.gran_k = gran[2]
-        inputs |= {"sfa": sfa, "sfb": sfb}
+        inputs["sfb"] = sfb
     if c is not None and c.data_ptr() != d.data_ptr():
         inputs["c"] = c
+    if redo is not None:
+        problem.blocks_to_redo = redo.data_ptr()
+        inputs["redo"] = redo
     problem.grouping = GROUPINGS.index(info["grouping"])
     if problem.grouping == GROUPINGS.index("m_grouped"):
         # One group of all rows.
@@ -413,6 +431,7 @@ class RowCase:
             # Of each row's four scales the largest is one, and the others are hardly in reach of it, or far away.
             scales = 2.0 ** -torch.randint(9, 30, scales.shape, generator=random)
             scales[:, ::4] = 1
+            scales[::3] *= 2**20
         return scales.float()
 
     def _bf16_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
@@ -426,9 +445,13 @@ class RowCase:
     def _fp8_operands(self, random: torch.Generator) -> tuple[list[torch.Tensor | None], torch.Tensor]:
         """[a, sfa, b, sfb], and their product."""
         gran_m, gran_n, gran_k = self.gran
-        is_fp4, is_packed = self.info["family"] == "fp8_fp4_gemm", self.info["scaling"] == "ue8m0"
+        is_fp4, is_packed = self.info["family"] in FP4_FAMILIES, self.info["scaling"] == "ue8m0"
+        is_bf16 = self.info["family"] == "bf16_fp4_gemm"
         gran_k_b = 32 if is_fp4 else gran_k
-        a, sfa = self._values(self.m, random).to(FP8), self._scales(self.m, gran_m, gran_k, random)
+        a = self._values(self.m, random).to(torch.bfloat16 if is_bf16 else FP8)
+        sfa = self._scales(self.m, gran_m, gran_k, random)
+        if is_bf16 and gran_k == 32:
+            sfa.fill_(1)
         if gran_k_b != gran_k:  # sums over several of B's scales: infinite parts of one have no sign
             sfa[sfa.isinf()] = math.nan
         if is_fp4:
@@ -450,6 +473,8 @@ class RowCase:
 
         if is_packed:
             sfb = pack_ue8m0(sfb)
+        if is_bf16:
+            a = a[:, order_of_tokens(self.k)]
         a = strided(a, ceil_div(self.k, 16) * 16 + 16, "cpu")
         if is_fp4:
             b = strided(pack_fp4(codes), ceil_div(self.k, 32) * 16 + 16, "cpu", 0x77)
@@ -462,7 +487,7 @@ class RowCase:
             else arrange_scales(sf, "scattered", "cpu")
             for sf, granularity in ((sfa, gran_m), (sfb, gran_n))
         )
-        return [a, sfa, b, sfb], expected
+        return [a, None if is_bf16 and gran_k == 32 else sfa, b, sfb], expected
 
     def build(self) -> RowTensors:
         random = generator(hash((self.m, self.n, self.k)) % 2**32)
@@ -507,7 +532,7 @@ class RowCase:
         assert same_bits(buffer[outside], before), f"wrote outside of D\nreproduce with: {self.repro}"
         if self.data in ("normal", "far"):
             # The emulator's tensor core is exact, so FP32 sums are all that rounds: of 128 products in FP8, 16 in BF16.
-            float_tol = 2e-6 if self.gran else error_bar(d.dtype, "bf16")
+            float_tol = error_bar(d.dtype, "bf16") if self.info["family"].startswith("bf16") else 2e-6
             assert_close(d, expected, tol=float_tol if self.d == "float32" else error_bar(d.dtype), repro=self.repro)
         else:
             assert_equal(d, expected.to(d.dtype), repro=self.repro)

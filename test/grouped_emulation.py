@@ -22,10 +22,12 @@ from gemm_emulation import (
     BFLOAT16,
     BUDGET,
     FLOAT32,
+    FP4_FAMILIES,
     _Problem,
     _Scales,
     k_multiple,
     launch,
+    order_of_tokens,
     prepared,
     row_named,
     shown,
@@ -134,7 +136,7 @@ class GroupedCase:
         self, shape: tuple[int, ...], groups: tuple[int, ...], random: torch.Generator, kind: str, powers: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Values as the row takes them and in float64, and scales of shape ``groups``, which are 1 for BF16."""
-        if self.info["scaling"] == "none":
+        if self.info["scaling"] == "none" or kind == "bf16":
             values = torch.randn(shape, generator=random)
             if self.data != "normal":
                 values = torch.randint(-3, 4, shape, generator=random)
@@ -164,12 +166,16 @@ class GroupedCase:
         k_groups = ceil_div(k, gran_k)
         random = generator(hash((self.sizes, n, k)) % 2**32)
         # SM90's rows for FP4 have it in B, whose scales are per 32 of K, and packed where A's are per 128.
-        sm90_fp4 = info["family"] == "fp8_fp4_gemm" and not is_sm100
+        sm90_fp4 = info["family"] in FP4_FAMILIES and not is_sm100
+        bf16_tokens = info["family"] == "bf16_fp4_gemm"  # with scales of their own per 128 of K only
         gran_k_b = 32 if sm90_fp4 else gran_k
         is_packed = [info["scaling"] == "ue8m0" and is_sm100, info["scaling"] == "ue8m0"]
         groups_of_b = (groups, ceil_div(n, gran_n), ceil_div(k, gran_k_b))
         kind_of_b = "fp4" if sm90_fp4 else self.b
-        a, a_values, sfa = self._random((matrices, rows, k), (matrices, k_groups, rows), random, self.a, is_packed[0])
+        kind_of_a = "bf16" if bf16_tokens else self.a
+        a, a_values, sfa = self._random(
+            (matrices, rows, k), (matrices, k_groups, rows), random, kind_of_a, is_packed[0]
+        )
         b, b_values, sfb = self._random((groups, n, k), groups_of_b, random, kind_of_b, is_packed[1])
 
         d_type = torch.float32 if self.d.startswith("float32") else torch.bfloat16
@@ -186,7 +192,9 @@ class GroupedCase:
                 product = a_values[at][:, block] @ b_values[group, :, block].t()
                 scales_of_a = sfa[at[0], i * gran_k_b // gran_k, start:end, None].double()
                 expected[at] += product * (scales_of_a * sfb[group, columns, i].double())
-        if is_bf16:
+        if bf16_tokens:
+            a = a[..., order_of_tokens(k)]
+        if is_bf16 or bf16_tokens:
             a[~owned] = math.nan
         else:
             a.view(torch.uint8)[~owned] = 0x7F
@@ -261,7 +269,11 @@ class GroupedCase:
             problem.sfa = _Scales(sfa.data_ptr(), sfa.stride(1), sfa.stride(2), 1, sfa.stride(0))
             problem.sfb = _Scales(sfb.data_ptr(), sfb.stride(1), sfb.stride(2), gran_n, sfb.stride(0))
             problem.gran_k = gran_k
-            inputs |= {"sfa": sfa, "sfb": sfb}
+            inputs["sfb"] = sfb
+            if bf16_tokens:
+                problem.operands = BF16_OPERANDS
+            if not (bf16_tokens and gran_k == 32):
+                inputs["sfa"] = sfa
         if self.layout != "batched":
             values = torch.tensor(self.layout_values(rows, places), dtype=torch.int32)
             inputs["group_layout"] = values

@@ -636,15 +636,18 @@ offsets 50.00 5.00x
 def test_fp4_products(on_cpu):
     on_cpu.setattr(fp4, "BENCH_M", (3,))
     on_cpu.setattr(fp4, "BENCH_SHAPES", ((136, 256),))
+    on_cpu.setattr(fp4, "CONTIGUOUS", ((2, 128),))
     on_cpu.setattr(fp4, "MASKED", ((3, 20),))
     on_cpu.setattr(fp4, "MASKED_MAX", 32)
     on_cpu.setattr(fp4, "MASKED_SHAPES", ((130, 384),))
     records = [products.product_record(problem, limits=LIMITS, repeats=3) for problem in fp4.problems()]
-    assert [record["op"] for record in records] == ["fp8_fp4_gemm_nt, M 3", "m_grouped_fp8_fp4_gemm_nt_masked"]
+    grouped = ["m_grouped_fp8_fp4_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_masked"]
+    assert [record["op"] for record in records] == ["fp8_fp4_gemm_nt, M 3", *grouped]
     # The weights in FP4, FP8 and BF16 are the same numbers, so all contenders have passed the check.
     assert [sorted(record["times"]) for record in records] == [
-        ["deep_gemm_ops", "fp8_gemm_nt", "torch.matmul"],
-        ["deep_gemm_ops", "m_grouped_fp8_gemm_nt_masked"],
+        ["deep_gemm_ops", "deep_gemm_ops per 32", "fp8_gemm_nt", "torch.matmul"],
+        ["deep_gemm_ops", "deep_gemm_ops per 32", "m_grouped_fp8_gemm_nt_contiguous"],
+        ["deep_gemm_ops", "deep_gemm_ops per 32", "m_grouped_fp8_gemm_nt_masked"],
     ]
     assert not any(record["failed"] for record in records)
     assert records[0]["bytes"] < 3 * 256 + 136 * (128 + 8) + 3 * 136 * 2 + 4096

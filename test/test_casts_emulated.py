@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from cast_emulation import (
     ceil_div,
     matrix,
 )
+from gemm_emulation import order_of_tokens
 
 pytestmark = pytest.mark.emulated
 
@@ -371,6 +374,173 @@ def test_fp4_becomes_fp8(shape: tuple[int, int, int]) -> None:
     emulation.run("expand_fp4", problem, [x], [out])
     assert_padding_untouched(out)
     assert_same(out[:, :, :cols].contiguous(), expand_fp4(x))
+
+
+def fold(
+    x: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor | None = None, ends: bool = False, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, emulation.Run]:
+    """[batch, rows, cols] E4M3, the scales of its blocks and which of them are inexact."""
+    batch, rows, cols = x.shape[0], x.shape[1], 2 * x.shape[2]
+    blocks = (batch, ceil_div(rows, 128), cols // 128)
+    words = matrix((batch, cols // 128, rows), (cols // 128 * align(rows, 4), align(rows, 4), 1), torch.int32)
+    words.copy_(codes.to(torch.uint8).view(batch, rows, cols // 128, 4).view(torch.int32)[..., 0].transpose(1, 2))
+    out = matrix((batch, rows, cols), (rows * (cols + 32), cols + 32, 1), torch.float8_e4m3fn)
+    block_sf = matrix(blocks, (blocks[1] * blocks[2], blocks[2], 1), torch.float32)
+    count = batch * blocks[1] * blocks[2]
+    inexact = matrix((align(count, 16),), (1,), torch.uint8)
+    problem = emulation.FoldFp4Problem(
+        x=x.data_ptr(),
+        x_stride=x.stride(1),
+        x_batch_stride=x.stride(0),
+        sf=words.data_ptr(),
+        sf_stride=words.stride(1),
+        sf_batch_stride=words.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(1),
+        out_batch_stride=out.stride(0),
+        block_sf=block_sf.data_ptr(),
+        inexact=inexact.data_ptr(),
+        rows=rows,
+        cols=cols,
+        batch=batch,
+        group_layout=None if groups is None else groups.data_ptr(),
+        ends=ends,
+    )
+    inputs = [x, words] + ([] if groups is None else [groups])
+    result = emulation.run("fold_fp4", problem, inputs, [out, block_sf, inexact], **options)
+    assert (inexact[count:] == 0).all()
+    assert_padding_untouched(out)
+    return out, block_sf, inexact[:count].view(blocks).bool(), result
+
+
+def random_fp4(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    batch, rows, cols = shape
+    stride = cols // 2 + 16
+    x = matrix((batch, rows, cols // 2), (rows * stride + 16, stride, 1), torch.uint8)
+    return x.copy_(torch.randint(256, x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 130, 384), (1, 300, 256)])
+@pytest.mark.parametrize("first", [0, 3, 120, 239])
+def test_fp4_is_folded_exactly(shape: tuple[int, int, int], first: int) -> None:
+    """Scales up to 2^14 apart: the values are the same, to the bit, and nothing is inexact."""
+    random = torch.Generator().manual_seed(first)
+    x = random_fp4(shape, first)
+    codes = torch.randint(first, first + 15, (*shape[:2], shape[2] // 32), generator=random)
+    x[:, ::3, 16:32] = 0x80  # zeros, whatever their scale
+    codes[:, ::3, 1] = 254
+    out, block_sf, inexact, _ = fold(x, codes)
+    assert not inexact.any()
+    expected = expand_fp4(x).double() * torch.exp2(codes.double() - 127).repeat_interleave(32, 2)
+    of_value = block_sf.repeat_interleave(128, 1)[:, : shape[1]].repeat_interleave(128, 2)
+    assert (out.double() * of_value.double() == expected).all()
+
+
+def test_fp4_that_cannot_be_folded() -> None:
+    """Blocks with a scale 2^15 below the largest are told apart, unless its values are zero; NaN stays NaN."""
+    x, codes = random_fp4((1, 256, 384), 0), torch.full((1, 256, 12), 100)
+    codes[0, 7, 2] = 85  # block (0, 0)
+    codes[0, 200, 5], x[0, 200, 80:96] = 85, 0  # (1, 1)
+    codes[0, 3, 11] = 255  # (0, 2)
+    codes[0, 130, 8], codes[0, 131, 9] = 86, 101  # (1, 2)
+    out, _, inexact, _ = fold(x, codes)
+    assert inexact[0].tolist() == [[True, False, False], [False, False, True]]
+    assert (out[0, 7, 64:96].float() == 0).all()
+    nan = out.float().isnan()
+    assert nan[0, 3, 352:].all() and nan.sum() == 32
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_fp4_of_groups_without_rows_is_left_alone(ends: bool) -> None:
+    x, codes = random_fp4((5, 20, 128), 1), torch.full((5, 20, 4), 100)
+    codes[:, 0, 0] = 1
+    groups = torch.tensor([3, 3, 2, 9, -4] if ends else [3, 0, -1, 7, 0], dtype=torch.int32)
+    out, _, inexact, _ = fold(x, codes, groups, ends)
+    live = torch.tensor([True, False, False, True, False])
+    assert inexact.flatten().tolist() == live.tolist()
+    assert (out.view(torch.uint8)[~live] == emulation.POISON).all()
+
+
+def test_folding_moves_whole_sectors() -> None:
+    x = matrix((1, 256, 128), (256 * 128, 128, 1), torch.uint8).fill_(0x53)
+    out, _, _, result = fold(x, torch.full((1, 256, 8), 120), counters=True)
+    # Four rows of a warp have half a sector of scales. Each of the four blocks writes a scale and a flag.
+    assert_memory_bound(result, 256 * 128 + 2 * 256 * 8, out.numel() + 4 * 2 * 32 + 32)
+
+
+def tokens(
+    x: torch.Tensor,
+    codes: torch.Tensor | None,
+    gran_mn: int = 1,
+    packed: bool = False,
+    counts: Any = None,
+    **options: Any,
+) -> tuple[torch.Tensor, emulation.Run]:
+    """[batch, rows, cols] BF16 of FP8 with the scales 2^(codes - 127) ``[batch, rows / gran_mn, cols / gran_k]``."""
+    batch, rows, cols = x.shape
+    out = matrix((batch, rows, cols), (rows * (cols + 16), cols + 16, 1), torch.bfloat16)
+    problem = emulation.Bf16TokensProblem(
+        x=x.data_ptr(), x_stride=x.stride(1), x_batch_stride=x.stride(0), gran_mn=gran_mn
+    )
+    inputs = [x]
+    if codes is not None:
+        sf = codes.to(torch.uint8)
+        if packed:
+            sf = torch.nn.functional.pad(sf, (0, -codes.shape[2] % 4)).view(torch.int32)
+        sf = matrix((batch, sf.shape[2], sf.shape[1]), (999, sf.shape[1] + 1, 1), sf.dtype).copy_(sf.transpose(1, 2))
+        problem.sf, problem.sf_is_packed, problem.gran_k = sf.data_ptr(), packed, cols // codes.shape[2]
+        problem.sf_batch_stride, problem.sf_k_stride, problem.sf_mn_stride = sf.stride()
+        inputs.append(sf)
+    problem.out, problem.out_stride, problem.out_batch_stride = out.data_ptr(), out.stride(1), out.stride(0)
+    problem.rows, problem.cols, problem.batch = rows, cols, batch
+    if counts is not None:
+        inputs.append(counts)
+        problem.rows_of_group = counts.data_ptr()
+    result = emulation.run("bf16_tokens", problem, inputs, [out], **options)
+    assert_padding_untouched(out)
+    return out, result
+
+
+def random_fp8(shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    batch, rows, cols = shape
+    x = matrix(shape, (rows * (cols + 16), cols + 16, 1), torch.float8_e4m3fn)
+    bytes_ = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return x.copy_(bytes_.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(("gran_mn", "gran_k"), [(1, 32), (1, 128), (128, 128), (128, 32), (1, 0)])
+def test_tokens_become_bf16(gran_mn: int, gran_k: int) -> None:
+    """Exactly, for all scales from 2^-124 on; NaN among values and scales stays NaN."""
+    shape = (2, 131, 640)
+    x = random_fp8(shape, gran_k)
+    order = order_of_tokens(shape[2])
+    codes = None
+    expected = x.double()
+    if gran_k:
+        sizes = (2, ceil_div(shape[1], gran_mn), shape[2] // gran_k)
+        codes = torch.randint(3, 256, sizes, generator=torch.Generator().manual_seed(gran_mn))
+        scales = torch.where(codes == 255, torch.nan, torch.exp2(codes.double() - 127))
+        expected = expected * scales.repeat_interleave(gran_mn, 1)[:, : shape[1]].repeat_interleave(gran_k, 2)
+    expected = torch.where(expected.abs() > 3.4e38, torch.inf * expected.sign(), expected)
+    for packed in (False, True) if gran_k else (False,):
+        out, _ = tokens(x, codes, gran_mn, packed)
+        assert_same(out.float(), expected[..., order].float())
+
+
+def test_tokens_that_do_not_count_are_left_alone() -> None:
+    counts = torch.tensor([3, 0, -2, 9], dtype=torch.int32)
+    x = random_fp8((4, 5, 256), 0)
+    out, _ = tokens(x, None, counts=counts)
+    for group, count in enumerate((3, 0, 0, 5)):
+        assert_same(out[group, :count], x[group, :count].bfloat16()[:, order_of_tokens(256)])
+        assert (bits(out[group, count:]).view(torch.uint8) == emulation.POISON).all()
+
+
+def test_converting_tokens_moves_whole_sectors() -> None:
+    x = matrix((1, 64, 512), (64 * 512, 512, 1), torch.float8_e4m3fn).fill_(1.5)
+    out, result = tokens(x, torch.full((1, 64, 16), 120), packed=True, counters=True)
+    # A token's words of scales are as far apart as those of its neighbours: a sector for each.
+    assert_memory_bound(result, 64 * 512 + 64 * 4 * 32, 2 * out.numel())
 
 
 MANY_GROUPS = [0] * 40 + [700] + [33] * 40

@@ -36,7 +36,7 @@ def runnable(row: dict[str, Any]) -> bool:
 def cases_of(row: dict[str, Any]) -> Iterator[Case]:
     """Problems for a row, ragged in every direction."""
     block_m, block_n = row["block_m"], row["block_n"]
-    type_ = row["family"].removesuffix("_gemm")
+    type_ = row["family"].removesuffix("_gemm").replace("bf16_fp4", "fp8_fp4")  # tokens become BF16 on the way
     common: dict[str, Any] = {"device": "cuda", "row": row["index"], "type": type_}
     if type_ != "bf16" and row["grouping"] != "k_grouped":
         common |= {"recipe": (1, 128 if row["scaling"] == "1d2d" else 1, row["gran_k"]), "pass_recipe": True}

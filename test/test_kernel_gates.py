@@ -19,7 +19,7 @@ import torch
 
 from deep_gemm_ops import _capi
 
-from gemm_emulation import entries
+from gemm_emulation import FP4_FAMILIES, entries
 from kernel_sass import kernel_sass
 from ptx_emulator.profile import STAGE_BYTES, Role, profile_row
 
@@ -121,7 +121,12 @@ def test_tensor_core_instructions(row: Row) -> None:
     _, _, mnemonics = sass(row["kernel"])
     groups = mnemonics["WARPGROUP.ARRIVE"]
     assert groups > 0
-    if row["family"] == "fp8_fp4_gemm":
+    if row["family"] == "bf16_fp4_gemm":
+        # Two groups of half a K block each. Without scales of A one is always on its way, until a tile ends.
+        shape = f"HGMMA.64x{block_cols(row)}x16.F32.BF16"
+        assert (groups, mnemonics[shape]) == (2, 8)
+        assert count(mnemonics, "WARPGROUP.DEPBAR") == (1 if row["gran_k"] == 128 else 3)
+    elif row["family"] == "fp8_fp4_gemm":
         # With few columns all of a K block's four have their own accumulators, and with scales of A per 128 one for
         # all: they are one group.
         shape = f"QGMMA.64x{block_cols(row)}x32.F32.E4M3.E4M3"
@@ -218,14 +223,17 @@ def test_bytes_of_bulk_copies(row: Row) -> None:
     groups = scale_groups(row)
     scales = 4 * groups * block_rows(row) * (row["scaling"] == "1d1d" or not row["swap_ab"])
     scales += 4 * groups * block_cols(row) * (row["scaling"] == "1d1d" or row["swap_ab"])
+    if row["family"] == "bf16_fp4_gemm" and row["gran_k"] == 32:  # tokens are scaled already
+        scales = groups = 0
     if row["scaling"] == "ue8m0":  # a word of four
         scales += 4 * block_rows(row)
     if row["grouping"] == "m_grouped":  # a box of tokens' scales has up to three in front of the tile's
         scales += 16 * groups * (2 if row_parts(row) == 2 and not row["swap_ab"] else 1)
     producer, consumer = roles(row["index"])["copy producer"], roles(row["index"])["consumer"]
-    row_bytes = STAGE_BYTES // 2 if row["family"] == "fp8_fp4_gemm" else STAGE_BYTES
-    fetched = row_bytes * block_rows(row) // row["col_ctas"] + STAGE_BYTES * block_cols(row) // row["row_ctas"]
-    delivered = row_bytes * block_rows(row) + STAGE_BYTES * block_cols(row)
+    row_bytes = STAGE_BYTES // 2 if row["family"] in FP4_FAMILIES else STAGE_BYTES
+    col_bytes = STAGE_BYTES * 2 if row["family"] == "bf16_fp4_gemm" else STAGE_BYTES
+    fetched = row_bytes * block_rows(row) // row["col_ctas"] + col_bytes * block_cols(row) // row["row_ctas"]
+    delivered = row_bytes * block_rows(row) + col_bytes * block_cols(row)
     assert producer.per_block["bulk_load_bytes"] * len(producer.warps) == fetched + scales
     assert producer.per_block["bulk_delivered_bytes"] * len(producer.warps) == delivered + scales
     # The CTAs that share a tile store a slice each. The mean over the CTAs does not depend on how many do.
@@ -263,7 +271,11 @@ def test_instructions_of_a_k_block(row: Row) -> None:
         overhead += 4  # where a tile's scales start
     if row["row_ctas"] * row["col_ctas"] > 1 and row["split_k"] > 1:
         overhead += 3  # which CTAs of the cluster share the panel
-    if row["family"] == "fp8_fp4_gemm":
+    if row["family"] == "bf16_fp4_gemm":
+        # Four instructions for each of 32 registers, and a half for the order of their bytes; columns' scales as below.
+        loads = block_cols(row) // 4 * (2 if row["grouping"] == "m_grouped" else 1)
+        overhead = 262 + (loads if row["gran_k"] == 128 else 0)
+    elif row["family"] == "fp8_fp4_gemm":
         # 16 loads of two bytes, five instructions for each to expand them, and the scales of columns: those of groups,
         # which start anywhere, one by one. Folded scales of rows need tables.
         loads = block_cols(row) // 4 * (2 if row["grouping"] == "m_grouped" else 1)

@@ -287,6 +287,7 @@ def test_every_row_is_selected_somewhere_or_can_be_forced() -> None:
     alive = set()
     fp8_or_bf16 = itertools.product([(1, 128, 128), (1, 1, 128), (1, 1, 32), None], ["nt", "nn", "tn", "tt"], [{}])
     packed = [{"fp4": "b", "packed_sfb": packed} for packed in (False, True)]
+    packed.append({"fp4": "b", "packed_sfb": True, "bf16_tokens": True})
     fp8_fp4 = itertools.product([(1, 1, 128), (1, 1, 32)], ["nt"], packed)
     for (recipe, layout, fp4), grouping, (m, n, k) in itertools.product(
         [*fp8_or_bf16, *fp8_fp4],

@@ -69,12 +69,12 @@ def _instances() -> tuple[dict[str, Any], ...]:
 def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
     """The rows of an architecture's table of compiled kernels, in its order; with None of all tables.
 
-    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm" or "bf16_gemm"),
-    ``kernel`` (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``, ``swap_ab``, ``row_ctas``,
-    ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``a_mn_major``, ``b_mn_major``, ``grouping`` (of
-    GROUPINGS), ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows
-    take any, and operands as they lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the
-    library.
+    Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm", "bf16_fp4_gemm" or
+    "bf16_gemm"), ``kernel`` (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``,
+    ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``a_mn_major``,
+    ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0
+    without scales, and on SM100, whose rows take any, and operands as they lie), ``num_stages``, ``shared_bytes``
+    and ``num_threads``. Empty without the library.
     """
     return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 
@@ -95,19 +95,21 @@ def select(
     expected_m: int = 0,
     fp4: str = "",
     packed_sfb: bool = False,
+    bf16_tokens: bool = False,
     arch: str = "sm_90a",
 ) -> dict[str, Any]:
     """The row that a problem selects, and what it beat.
 
     ``recipe`` is None for BF16, which ``layout`` matters to. ``grouping`` is one of GROUPINGS, ``group_layout`` one
     of GROUP_LAYOUTS; ``m`` is that of a single group where each has its own A. ``fp4`` holds "a" or "b" or both where
-    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0.
+    these are FP4; on sm_90a that is "b", gran_k that of A, and ``packed_sfb`` says that B's scales stay UE8M0. Then
+    with ``bf16_tokens`` A has become BF16, and has scales only if gran_k is 128.
 
     Returns a dict with ``row`` (-1 where none fits), ``name`` and ``candidates``: for each row of the table ``index``,
     ``name``, ``cost_us`` (of the cost model, None where the row does not support the problem) and ``reason``.
     """
     groups = (GROUPINGS.index(grouping), GROUP_LAYOUTS.index(group_layout), num_groups, group_alignment, expected_m)
-    bf16 = (recipe is None, layout[0] == "t", layout[1] == "n")
+    bf16 = (recipe is None or bf16_tokens, layout[0] == "t", layout[1] == "n")
     other = ("a" in fp4, "b" in fp4, packed_sfb, int(arch[3:].rstrip("a")))
     numbers = (*(recipe or (1, 1, 0)), int(float_output), num_sms, *groups, *bf16, *other)
     return json.loads(_require().dg_select(m, n, k, *numbers))

@@ -71,9 +71,11 @@ def fp8_fp4_gemm_nt(
     SM100 multiplies FP4. Scales that are float32 must be powers of two there: its tensor core reads UE8M0, and a scale
     that is none becomes NaN, and so does what it scales.
 
-    SM90 multiplies FP8. FP4 ``b`` with scales per 32 of K, FP32 or UE8M0, is expanded inside the kernel, so that its
-    bytes from memory are half those of FP8; UE8M0 scales stay so where K is a multiple of 128, and are a quarter of
-    FP32's bytes. Any other FP4 operand is first expanded to FP8 in memory, by one small kernel. Either is exact.
+    SM90 multiplies FP8 or BF16. FP4 ``b`` with scales per 32 of K, FP32 or UE8M0, is expanded inside the kernel, so
+    that its bytes from memory are half those of FP8. UE8M0 scales, where K is a multiple of 128, stay so, and are
+    what to pass: then ``a`` may first become BF16 in memory (``2 M K`` bytes; fastest where its scales are UE8M0,
+    too), or, with many tokens and scales of ``a`` per 128, ``b`` may become FP8 (``N K`` bytes). Any other FP4
+    operand is first expanded to FP8 in memory, by one small kernel. All of this is exact.
     Specification: ``deep_gemm_ops.fp8_fp4_gemm.reference_gemm``.
     """
     return _call("nt", {"a": a, "sfa": sfa, "b": b, "sfb": sfb}, c, out_dtype, recipe, out)

@@ -23,6 +23,12 @@ __device__ __forceinline__ uint4 load_16(const void* p) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load_8(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
 __device__ __forceinline__ uint32_t load_4(const void* p) {
     uint32_t v;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));

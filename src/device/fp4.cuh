@@ -1,4 +1,4 @@
-// E2M1 values in E4M3, which has all of them, and their products with powers of two from 2^-5 to 2^6.
+// E2M1 values in E4M3, which has all of them, and their products with powers of two from 2^-8 to 2^6.
 #pragma once
 
 #include <cstdint>
@@ -26,5 +26,14 @@ __device__ __forceinline__ uint32_t scaled_high_magnitudes(int exponent) {
     return kHighMagnitudes + static_cast<uint32_t>(exponent * 8) * 0x01010101;
 }
 inline constexpr int kSmallestExponent = -5, kLargestExponent = 6;
+
+// Magnitudes times 2^exponent down to -8, where the smallest of them are subnormal and still exact.
+inline constexpr int kSmallestSubnormalExponent = -8;
+__device__ __forceinline__ uint2 scaled_magnitudes(int exponent) {
+    if (exponent >= kSmallestExponent) return {scaled_low_magnitudes(exponent), scaled_high_magnitudes(exponent)};
+    return exponent == -6   ? make_uint2(0x0c080400, 0x1c181410)
+           : exponent == -7 ? make_uint2(0x06040200, 0x14100c08)
+                            : make_uint2(0x03020100, 0x0c080604);
+}
 
 }  // namespace deep_gemm

@@ -86,6 +86,14 @@ enum OutputMode : int {
     kStoreDirect,  // predicated stores from registers: FP32, or BF16 rows that TMA cannot address
 };
 
+// Blocks of B, [groups, row_blocks, k_blocks], without which a product is right already.
+struct BlocksToRedo {
+    const uint8_t* flags;  // null: all tiles are wanted. `bytes` of them, a multiple of 16
+    int bytes;
+    int row_blocks;
+    int k_blocks;
+};
+
 struct GemmParams {
     CUtensorMap rows_map;  // FP8 operand on the instruction's M side, [rows, K]
     CUtensorMap cols_map;  // FP8 operand on the instruction's N side, [cols, K]
@@ -116,6 +124,8 @@ struct GemmParams {
 
     // Summed: all K blocks of a product, before those of the next one.
     FastDivisor k_blocks_of_product;
+
+    BlocksToRedo redo;  // FP4 rows on SM90
 };
 
 }  // namespace deep_gemm

@@ -17,6 +17,19 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
     return value;
 }
 
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
+    uint32_t value;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void load_shared_v4(uint32_t address, uint32_t (&values)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
     uint32_t value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

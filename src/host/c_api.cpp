@@ -25,7 +25,10 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
                                                          : "none";
     const bool is_bf16 = row.operands == OperandType::kBF16;
     const bool has_fp4 = sm100 ? !is_bf16 : row.operands == OperandType::kFP8FP4;
-    const char* family = is_bf16 ? "bf16_gemm" : has_fp4 ? "fp8_fp4_gemm" : "fp8_gemm";
+    const char* family = is_bf16                                 ? "bf16_gemm"
+                         : row.operands == OperandType::kBF16FP4 ? "bf16_fp4_gemm"
+                         : has_fp4                               ? "fp8_fp4_gemm"
+                                                                 : "fp8_gemm";
     std::ostringstream json;
     json << "{\"index\": " << index << ", \"name\": \"" << row_name(row) << "\", \"arch\": \"" << (sm100 ? "sm_100a" : "sm_90a") << "\""
          << ", \"family\": \""  << family << "\""

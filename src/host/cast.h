@@ -95,6 +95,56 @@ struct ExpandFp4Problem {
 };
 cudaError_t launch_expand_fp4(const ExpandFp4Problem& problem, cudaStream_t stream, bool pdl);
 
+// FP4 with UE8M0 scales per 32 columns as FP8 with an FP32 scale per block of 128 x 128: out = value * 2^(s - largest + 6),
+// block_sf = 2^(largest - 6), `largest` being the largest scale in the block whose values are not all zero (16 at a time). That
+// is exact where no other scale is more than 2^14 smaller. Where one is, its values become zero and the block's `inexact` is 1,
+// otherwise 0. A scale that is NaN makes its values NaN. cols is a multiple of 128; x, out and their strides of 16 bytes.
+// Groups that have no rows of A are left out, their `inexact` is 0.
+struct FoldFp4Problem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // bytes between rows
+    int64_t x_batch_stride = 0;
+    const void* sf = nullptr;    // words of four scales: word (row, k / 128) at row + k / 128 * sf_stride
+    int64_t sf_stride = 0;       // words
+    int64_t sf_batch_stride = 0;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // bytes between rows
+    int64_t out_batch_stride = 0;
+    float* block_sf = nullptr;   // [batch, row_blocks(), col_blocks()]
+    uint8_t* inexact = nullptr;  // the same, then zeros up to inexact_bytes(); 16-byte aligned
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+    const int32_t* group_layout = nullptr;  // null: all groups have rows. Otherwise for each where it ends, or how many
+    bool ends = false;                      // rows it has
+
+    int64_t row_blocks() const { return (rows + 127) / 128; }
+    int64_t col_blocks() const { return cols / 128; }
+    int64_t inexact_bytes() const { return (batch * row_blocks() * col_blocks() + 15) / 16 * 16; }
+};
+cudaError_t launch_fold_fp4(const FoldFp4Problem& problem, cudaStream_t stream, bool pdl);
+
+// FP8 as BF16, in the order of K that SM90's rows for BF16 by FP4 take (cast/bf16_tokens.cu). With `sf`, UE8M0 scales per row, or 128
+// rows, and 32 or 128 columns, values are multiplied by them. cols is a multiple of 128, x and its strides of 16 bytes, out and
+// its strides of 16 elements.
+struct Bf16TokensProblem {
+    const void* x = nullptr;
+    int64_t x_stride = 0;        // between rows
+    int64_t x_batch_stride = 0;
+    const void* sf = nullptr;    // E8M0 bytes, or words of four along K; or null
+    bool sf_is_packed = false;
+    int64_t sf_mn_stride = 0;    // of bytes or words
+    int64_t sf_k_stride = 0;
+    int64_t sf_batch_stride = 0;
+    int gran_mn = 1, gran_k = 128;
+    void* out = nullptr;
+    int64_t out_stride = 0;      // elements between rows
+    int64_t out_batch_stride = 0;
+    int64_t rows = 0, cols = 0;
+    int64_t batch = 1;
+    const int32_t* rows_of_group = nullptr;  // [batch]: rows from there on are left out
+};
+cudaError_t launch_bf16_tokens(const Bf16TokensProblem& problem, cudaStream_t stream, bool pdl);
+
 // Rows of x belong to groups whose bounds only the device knows. Bounds are clamped to the rows of x and to what came
 // before them.
 struct KGroups {

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <limits>
 #include <stdexcept>
 
 #include "../sm90/gemm_dispatch.h"
@@ -29,11 +30,9 @@ std::string kernel_name(int row) { return row_name(gemm_rows()[row]); }
 std::string kernel_symbol(int row) { return "sm90_gemmILi" + std::to_string(row) + "E"; }
 
 // An operand as it is stored: [mn, k], or MN-major [k, mn].
-MatrixView operand_view(const GemmRow& row, const void* data, int64_t mn, int64_t k, int64_t stride,
-                        bool mn_major) {
-    const CUtensorMapDataType type =
-        row.operands == OperandType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-    return {data, mn_major ? k : mn, mn_major ? mn : k, stride, type, row.element_bytes()};
+MatrixView operand_view(bool is_bf16, const void* data, int64_t mn, int64_t k, int64_t stride, bool mn_major) {
+    const CUtensorMapDataType type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    return {data, mn_major ? k : mn, mn_major ? mn : k, stride, type, is_bf16 ? 2 : 1};
 }
 
 // A stage of `block_k` of an operand, `block_mn` along MN: in one box, or MN-major in several of one swizzle span each.
@@ -89,10 +88,10 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     const int block_k = row.block_k();
     const bool is_float = problem.d_type == DataType::kFloat32;
 
-    MatrixView a = operand_view(row, problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
+    MatrixView a = operand_view(row.has_bf16_a(), problem.a, problem.m, problem.k, problem.a_stride, row.a_mn_major);
     // Two elements of FP4 are one of a tensor map.
     const int b_pack = layout.is_fp4() ? 2 : 1;
-    MatrixView b = operand_view(row, problem.b, problem.n, (problem.k + b_pack - 1) / b_pack, problem.b_stride / b_pack,
+    MatrixView b = operand_view(layout.is_bf16(), problem.b, problem.n, (problem.k + b_pack - 1) / b_pack, problem.b_stride / b_pack,
                                 row.b_mn_major);
     const GroupDims groups = group_dims(problem);
     const MatrixView d = result_view(problem, groups.d);
@@ -111,7 +110,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     // A shared panel is loaded in halves, one by each CTA of the pair.
     params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k / (row.swap_ab ? b_pack : 1),
                                        row.block_rows / row.col_ctas);
-    params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), block_k,
+    params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), layout.has_bf16_tokens() ? block_k / 2 : block_k,
                                        row.block_cols / row.row_ctas);
 
     const int element_bytes = size_of(problem.d_type);
@@ -143,6 +142,15 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     if (layout.has_block_scales()) {
         params.block_scales = {problem.sfb.data, problem.sfb.stride_mn, problem.sfb.stride_k,
                                static_cast<int>((problem.n + 127) / 128)};
+    }
+
+    if (problem.blocks_to_redo != nullptr) {
+        const int64_t blocks = (problem.n + 127) / 128 * ((problem.k + 127) / 128) * problem.num_groups;
+        if (!layout.is_fp4() || !aligned(problem.blocks_to_redo, 16) || blocks > std::numeric_limits<int>::max() - 15) {
+            throw std::runtime_error("gemm: blocks to redo are for FP4 rows, and as many as an int can count");
+        }
+        params.redo = {problem.blocks_to_redo, static_cast<int>((blocks + 15) / 16 * 16),
+                       static_cast<int>((problem.n + 127) / 128), static_cast<int>((problem.k + 127) / 128)};
     }
 
     params.block_scales_group_stride = problem.sfb.stride_group;

@@ -79,8 +79,12 @@ struct GemmProblem {
     // Packed E2M1 pairs, K-major, in place of FP8; strides count elements. SM100: K is a multiple of 128, data and strides of
     // 32 bytes. SM90: B alone, whose scales are per 32 of K, while A's gran_k may be 128 where those are packed.
     bool a_is_fp4 = false, b_is_fp4 = false;
-    // SM90 with FP4: `sfb` are packed UE8M0 words as SM100 takes them; K is a multiple of 128.
+    // SM90 with FP4: `sfb` are packed UE8M0 words as SM100 takes them; K is a multiple of 128. Then `operands` may be kBF16, A in
+    // the order of cast/bf16_tokens.cu: gran_k 128, or 32 where A has no scales.
     bool sfb_is_packed = false;
+    // SM90 with FP4: not all of D, but columns of those blocks of 128 rows of B alone where one is set, if any is:
+    // [groups, ceil(n / 128), k / 128], then zeros up to a multiple of 16 bytes. On the device, 16-byte aligned.
+    const uint8_t* blocks_to_redo = nullptr;
 };
 
 }  // namespace deep_gemm

@@ -8,10 +8,12 @@ enum Scaling : int {
     kScaling1D1D,  // a scale per row of either operand (a block scale is read once per row), per gran_k of K
     kNoScaling,    // BF16
     kUE8M0Scaling, // SM100: a power of two per row of either operand and 32 or 128 of K, applied by the tensor core.
-                   // SM90's FP4 rows: B's scales are UE8M0 words, a row's four of 128 of K; A's FP32 per row and gran_k
+                   // SM90's FP4 rows: B's scales are UE8M0 words, a row's four of 128 of K; A's FP32 per row and gran_k,
+                   // but BF16 A with gran_k 32 has none
 };
 
-enum class OperandType : int { kFP8 = 0, kBF16 = 1, kFP8FP4 = 2 };  // kFP8FP4: A FP8, B FP4, on SM90
+// The latter two are A and B, on SM90.
+enum class OperandType : int { kFP8 = 0, kBF16 = 1, kFP8FP4 = 2, kBF16FP4 = 3 };
 
 // How a kernel finds the products that share its launch; one tile scheduler each (src/device/tile_scheduler.cuh).
 enum class Grouping : int {
@@ -40,8 +42,10 @@ struct GemmRow {
     int k_warpgroups = 1;     // consumer warpgroups that share 64 rows and take turns at the K blocks
     int arch = 90;            // 100: sm100/gemm_instances.h, whose rows take any gran_k and layout at run time
 
-    constexpr int element_bytes() const { return operands == OperandType::kBF16 ? 2 : 1; }
-    constexpr int block_k() const { return 128 / element_bytes(); }  // elements of K in a stage
+    constexpr bool has_fp4() const { return operands == OperandType::kFP8FP4 || operands == OperandType::kBF16FP4; }
+    constexpr bool has_bf16_a() const { return operands == OperandType::kBF16 || operands == OperandType::kBF16FP4; }
+    constexpr int element_bytes() const { return has_bf16_a() ? 2 : 1; }  // of A
+    constexpr int block_k() const { return operands == OperandType::kBF16 ? 64 : 128; }  // elements of K in a stage
     constexpr int multicast_ctas() const { return row_ctas * col_ctas; }
     constexpr int cluster_size() const { return multicast_ctas() * split_k; }
     constexpr int tile_rows() const { return block_rows * row_ctas; }  // of a cluster

@@ -36,10 +36,17 @@ struct CostModel {
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
-    // FP4 weights, not fitted to measurements: counted instructions of a warp for a K block of 64 rows, one a clock.
-    double expansion = 195;         // loads, look-ups, addresses
-    double expansion_promotion = 4.4;  // more of them per column, with scales of A per 32 of K
-    double expansion_folded = 1.8;     // ... per 128
+    // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
+    // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
+    double instruction = 1.75;
+    double expansion = 140;         // loads, look-ups, addresses
+    double expansion_promotion = 4.85;  // more of them per column
+    double fold = 185;              // the first with scales of A per 128 of K, and with those of B as a part of the values
+    double fold_promotion = 1.75;   // more of them per column
+    double bf16_expansion = 290;    // clocks, not fitted: 230 instructions, most of which no longer are integer ones
+    double bf16_promotion = 1.2;    // ... per column with scales of A per 128 of K, not fitted
+    double tokens_kernel = 2.5;     // us, not fitted: the start of the kernel that makes BF16 of tokens
+    double small_kernels = 4.5;     // us, not fitted: the start of the kernel that folds, and one that finds nothing to do
 };
 constexpr CostModel kModel;
 
@@ -49,7 +56,7 @@ const char* reason_against(const GemmRow& row, const GemmProblem& problem, const
     if (row.arch == 100) return sm100_reason_against(row, problem, limits);
     if (const char* reason = operand_mismatch(row, problem)) return reason;
     if (!fits_alignment(row, problem)) return "block_m does not divide the alignment of the groups";
-    if (row.swap_ab && row.operands != OperandType::kFP8FP4 && row.grouping != Grouping::kMGrouped &&
+    if (row.swap_ab && !row.has_fp4() && row.grouping != Grouping::kMGrouped &&
         problem.m > row.block_m()) {
         return "with swapped operands one tile holds all of M";
     }
@@ -67,12 +74,16 @@ double together(double a, double b) {
 
 // As block_clocks(), where the rows are FP4: the warpgroups' instructions, of which the promotion is a part, are many.
 double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
-    const double bytes = 68.0 * row.block_rows + 128.0 * row.block_cols;
+    const bool bf16 = row.has_bf16_a();
+    const double bytes = 68.0 * row.block_rows + (bf16 ? 256.0 : 128.0) * row.block_cols;
     const double warpgroups = row.block_rows / 64 * row.k_warpgroups;
     const bool folded = row.gran_k == 128;
-    const double issue =
-        model.expansion + (folded ? model.expansion_folded : model.expansion_promotion) * row.block_cols;
-    const double waits = folded || row.block_cols <= 32 ? 1 : 4;  // for the tensor core
+    double issue = model.instruction *
+                   (folded ? model.fold + model.fold_promotion * row.block_cols
+                           : model.expansion + model.expansion_promotion * row.block_cols);
+    if (bf16) issue = model.bf16_expansion + (folded ? model.bf16_promotion * row.block_cols : 0);
+    // For the tensor core: BF16 sums without scales go on meanwhile.
+    const double waits = bf16 && !folded ? 0 : folded || row.block_cols <= 32 ? 1 : 4;
     const double part = waits * model.result_latency + tensor / (row.block_rows / 64) +
                         issue * (1 + model.contention * (warpgroups - 1));
     const double chain = (model.block_latency + part) / row.k_warpgroups;
@@ -82,7 +93,7 @@ double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& mode
 // Clocks of a K block in a CTA whose operands are all inside their matrices: one warpgroup's chain of dependent steps,
 // while the tensor core (`tensor` clocks) works for all warpgroups and the next K blocks arrive.
 double block_clocks(const GemmRow& row, double tensor, const CostModel& model) {
-    if (row.operands == OperandType::kFP8FP4) return fp4_block_clocks(row, tensor, model);
+    if (row.has_fp4()) return fp4_block_clocks(row, tensor, model);
     const double bytes = 128.0 * row.block_rows / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
     if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
@@ -131,7 +142,8 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     double outside_cols = (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas;
     if (is_m_grouped) (row.swap_ab ? outside_cols : outside_rows) = 0;  // other groups' rows follow
     const double outside = (outside_rows + outside_cols) * row.cluster_size() * std::min(tiles, resident);
-    const double tensor = row.block_rows / 64 * kColumnClocks * std::max<double>(row.block_cols, kLeastColumns);
+    double tensor = row.block_rows / 64 * kColumnClocks * std::max<double>(row.block_cols, kLeastColumns);
+    if (row.operands == OperandType::kBF16FP4) tensor *= 2;  // a K block of 128 elements, as one of FP8
     const double block = together(block_clocks(row, tensor, model), outside / model.outside_rows);
 
     // A tile.
@@ -149,9 +161,9 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double loaded = is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) * row.block_m()
                                        : static_cast<double>(m) * results;
     // A weight of FP4 is half a byte, and its share of a scale.
-    const double weight_bytes = row.operands != OperandType::kFP8FP4 ? row.element_bytes()
-                                : row.scaling == kUE8M0Scaling       ? 0.5 + 1.0 / 32
-                                                                     : 0.5 + 4.0 / 32;
+    const double weight_bytes = !row.has_fp4()                 ? row.element_bytes()
+                                : row.scaling == kUE8M0Scaling ? 0.5 + 1.0 / 32
+                                                               : 0.5 + 4.0 / 32;
     const double bytes =
         (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
@@ -177,9 +189,10 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
 
 const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
     if (row.operands != operands_of(problem) || problem.a_is_fp4) {
-        return row.operands == OperandType::kFP8      ? "FP8 operands"
-               : row.operands == OperandType::kFP8FP4 ? "FP8 A and FP4 B"
-                                                      : "BF16 operands";
+        return row.operands == OperandType::kFP8       ? "FP8 operands"
+               : row.operands == OperandType::kFP8FP4  ? "FP8 A and FP4 B"
+               : row.operands == OperandType::kBF16FP4 ? "BF16 A and FP4 B"
+                                                       : "BF16 operands";
     }
     if (row.grouping != grouping_of(problem)) return "another kind of groups";
     if (row.operands == OperandType::kBF16) {
@@ -197,12 +210,13 @@ const char* operand_mismatch(const GemmRow& row, const GemmProblem& problem) {
 }
 
 OperandType operands_of(const GemmProblem& problem) {
-    return problem.b_is_fp4 ? OperandType::kFP8FP4 : problem.operands;
+    if (problem.b_is_fp4) return problem.operands == OperandType::kBF16 ? OperandType::kBF16FP4 : OperandType::kFP8FP4;
+    return problem.operands;
 }
 
 Scaling scaling_of(const GemmProblem& problem) {
-    if (problem.operands == OperandType::kBF16) return kNoScaling;
     if (problem.sfb_is_packed) return kUE8M0Scaling;
+    if (problem.operands == OperandType::kBF16) return kNoScaling;
     const bool is_1d2d = problem.sfa.gran_mn == 1 && problem.sfb.gran_mn == 128 && problem.gran_k == 128;
     return is_1d2d ? kScaling1D2D : kScaling1D1D;
 }
@@ -243,8 +257,9 @@ const char* grouping_suffix(Grouping grouping) {
 std::string row_name(const GemmRow& row) {
     if (row.arch == 100) return sm100_row_name(row);
     std::string name = row.scaling == kScaling1D2D ? "sm90_fp8_1d2d" : "sm90_fp8_1d1d";
-    if (row.operands == OperandType::kFP8FP4) {
-        name = row.scaling == kUE8M0Scaling ? "sm90_fp8_fp4_ue8m0" : "sm90_fp8_fp4_1d1d";
+    if (row.has_fp4()) {
+        name = std::string(row.has_bf16_a() ? "sm90_bf16_fp4" : "sm90_fp8_fp4") +
+               (row.scaling == kUE8M0Scaling ? "_ue8m0" : "_1d1d");
     }
     if (row.operands == OperandType::kBF16) {
         name = "sm90_bf16_" + std::string(row.a_mn_major ? "t" : "n") + (row.b_mn_major ? "n" : "t");
@@ -277,18 +292,25 @@ std::vector<Candidate> rate_rows(std::span<const GemmRow> rows, const GemmProble
     return candidates;
 }
 
-int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
-    int best = -1;
-    double best_cost = 0;
+Choice choose_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
+    Choice best = {-1, 0};
     for (size_t i = 0; i < rows.size(); ++i) {
         if (reason_against(rows[i], problem, limits) != nullptr) continue;
         const double cost = cost_us(rows[i], problem, limits, kModel);
-        if (best < 0 || cost < best_cost) {
-            best = static_cast<int>(i);
-            best_cost = cost;
-        }
+        if (best.row < 0 || cost < best.cost_us) best = {static_cast<int>(i), cost};
     }
     return best;
+}
+
+double bf16_tokens_us(const GemmProblem& problem) {
+    const double groups = problem.layout == GroupLayout::kMasked ? problem.num_groups : 1;
+    const double rows = problem.layout == GroupLayout::kMasked ? expected_rows(problem) * groups : problem.m;
+    return kModel.tokens_kernel + rows * problem.k * 3 / (kModel.memory_bytes * kClockGHz * 1000);
+}
+
+double fold_fp4_us(const GemmProblem& problem) {
+    const double weights = static_cast<double>(problem.n) * problem.k * problem.num_groups;
+    return kModel.small_kernels + weights * (0.5 + 1.0 / 32 + 1) / (kModel.memory_bytes * kClockGHz * 1000);
 }
 
 }  // namespace deep_gemm

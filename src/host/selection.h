@@ -53,8 +53,42 @@ std::string row_name(const GemmRow& row);
 std::vector<Candidate> rate_rows(std::span<const GemmRow> rows, const GemmProblem& problem,
                                  const SelectionLimits& limits);
 
-// Index of the cheapest row that supports the problem, or -1.
-int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits);
+// The cheapest row that supports the problem, or -1, and its cost.
+struct Choice {
+    int row;
+    double cost_us;
+};
+Choice choose_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits);
+inline int select_row(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
+    return choose_row(rows, problem, limits).row;
+}
+
+// SM90, B in FP4 with packed scales per 32 of K, A in FP8: A may become BF16, with its scales if these are UE8M0, or else per 128 of
+// K without them. The product that this leaves, and what it costs beside that.
+inline GemmProblem bf16_fp4(GemmProblem problem, bool scaled) {
+    problem.operands = OperandType::kBF16;
+    problem.gran_k = scaled ? 32 : 128;
+    return problem;
+}
+double bf16_tokens_us(const GemmProblem& problem);
+
+// SM90, B in FP4 with packed scales per 32 of K, A's per 128: B may be folded to FP8 with a scale per block of 128 x 128
+// (cast.h) for the rows of FP8, after which a row of FP4 computes those columns again for which that was not exact.
+inline bool can_fold_fp4(const GemmProblem& problem) {
+    // C may be where D is, and then is gone when columns are computed again.
+    return problem.b_is_fp4 && problem.sfb_is_packed && problem.operands == OperandType::kFP8 && !problem.a_is_fp4 && problem.gran_k == 128 &&
+           problem.sfa.gran_mn == 1 && (problem.c == nullptr || problem.c != problem.d);
+}
+
+// The product of FP8 that this leaves.
+inline GemmProblem folded_fp4(GemmProblem problem) {
+    problem.b_is_fp4 = problem.sfb_is_packed = false;
+    problem.sfb.gran_mn = 128;
+    return problem;
+}
+
+// What it costs beside that product.
+double fold_fp4_us(const GemmProblem& problem);
 
 // Clusters of this size that are resident together with one CTA on each SM.
 int resident_clusters(int cluster_size, int num_sms);

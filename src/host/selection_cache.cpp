@@ -29,7 +29,7 @@ struct Key {
 
 struct Entry {
     Key key;
-    int row;
+    Choice choice;
 };
 
 constexpr size_t kEntries = 256;
@@ -42,7 +42,7 @@ static_assert(kEntries == 1 << (64 - 56));
 
 }  // namespace
 
-int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
+Choice choose_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem, const SelectionLimits& limits) {
     static thread_local std::array<Entry, kEntries> entries;  // all zero: no problem has M = 0
     const Key key = {rows.data(),
                      problem.a_is_fp4, problem.b_is_fp4, problem.sfb_is_packed,
@@ -56,8 +56,8 @@ int select_row_cached(std::span<const GemmRow> rows, const GemmProblem& problem,
                      problem.layout,  problem.num_groups,
                      problem.expected_m, problem.group_alignment};
     Entry& entry = entries[slot_of(key)];
-    if (entry.key != key) entry = {key, select_row(rows, problem, limits)};
-    return entry.row;
+    if (entry.key != key) entry = {key, choose_row(rows, problem, limits)};
+    return entry.choice;
 }
 
 }  // namespace deep_gemm

@@ -147,7 +147,7 @@ OwnedTensor run(const char* op, const std::string& expr, const TensorInfo& a, co
         problem.b_mn_major = expression->b.k != 2;
     }
     set_result(problem, result, expression->out, c);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 

@@ -123,11 +123,11 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     problem.m = m;
     problem.n = n;
     problem.k = k;
-    OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
+    OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb, tokens;
     set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
                  prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        set_scales(op, problem, *sfa, axes_a, scratch_sfa, *sfb, axes_b, scratch_sfb, grans, stream, sm100);
+        set_scales(op, problem, *sfa, axes_a, scratch_sfa, *sfb, axes_b, scratch_sfb, tokens, grans, stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.a_mn_major = !a_k_major;
@@ -137,7 +137,7 @@ OwnedTensor run(const char* op, Layout layout, const TensorInfo& a, const Tensor
     problem.head_mid = static_cast<int>(heads.mid);
     problem.head_right = static_cast<int>(heads.right);
     set_result(problem, result, kKMajor, c);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 

@@ -211,18 +211,18 @@ OwnedTensor run(const MGrouped& call, const Operands& operands, const TensorInfo
     problem.m = m;
     problem.n = n;
     problem.k = k;
-    OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb;
+    OwnedTensor scratch_a, scratch_b, scratch_sfa, scratch_sfb, tokens;
     set_operands(problem, prepare_operand(op, a, axes_a, stream, scratch_a, sm100, sm100),
                  prepare_operand(op, b, axes_b, stream, scratch_b, sm100, sm100 || sm90_keeps_fp4(grans)));
     if (is_fp8) {
-        set_scales(op, problem, operands.sfa->info, axes_a, scratch_sfa, operands.sfb->info, axes_b, scratch_sfb, grans,
+        set_scales(op, problem, operands.sfa->info, axes_a, scratch_sfa, operands.sfb->info, axes_b, scratch_sfb, tokens, grans,
                    stream, sm100);
     } else {
         problem.operands = OperandType::kBF16;
         problem.b_mn_major = !call.b_k_major;
     }
     set_result(problem, result, masked ? kKMajorGroups : kKMajor, nullptr);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 
@@ -418,7 +418,7 @@ OwnedTensor run(const KGrouped& call, const Operands& operands, const TensorInfo
                                      scratch_sfb, copied_rows, sm100);
     }
     set_result(problem, result, kKMajorGroups, c);
-    run_product(problem, device, stream);
+    run_product(op, problem, a, stream);
     return std::move(result.allocated);
 }
 

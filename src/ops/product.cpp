@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "../host/cast.h"
 #include "../host/gemm.h"
@@ -297,20 +298,98 @@ void check_fp4_unpackable(const char* op, const char* arg, const TensorInfo& x, 
     if (past != 0) fail(op, arg, "base address", std::to_string(past) + " modulo 32 bytes", int64_t{0}, "FP4");
 }
 
+namespace {
+
+SelectionLimits selection_limits(int device) {
+    SelectionLimits limits;
+    limits.num_sms = usable_sms(device);
+    limits.block_m_multiple_of = knobs().block_m_multiple_of;
+    limits.block_n_multiple_of = knobs().block_n_multiple_of;
+    return limits;
+}
+
+// Cost of a product of FP4 as it is, or folded. Scales of A as they will be.
+double fp4_cost_us(const GemmProblem& problem, const SelectionLimits& limits) {
+    const Choice direct = choose_row_cached(gemm_rows(), problem, limits);
+    double cost = direct.row < 0 ? std::numeric_limits<double>::infinity() : direct.cost_us;
+    if (can_fold_fp4(problem)) {
+        const Choice folded = choose_row_cached(gemm_rows(), folded_fp4(problem), limits);
+        if (folded.row >= 0) cost = std::min(cost, folded.cost_us + fold_fp4_us(problem));
+    }
+    return cost;
+}
+
+// Whether A of a product of FP4 is to become BF16; `scaled`: with its scales. A forced row is one of one form.
+bool takes_bf16_tokens(const GemmProblem& problem, bool scaled, const SelectionLimits& limits) {
+    if (problem.gran_k != 128 && !scaled) return false;
+    const GemmProblem bf16 = bf16_fp4(problem, scaled);
+    const int forced = knobs().forced_row;
+    if (forced >= 0) {
+        return forced < static_cast<int>(gemm_rows().size()) && operand_mismatch(gemm_rows()[forced], bf16) == nullptr;
+    }
+    const Choice choice = choose_row_cached(gemm_rows(), bf16, limits);
+    return choice.row >= 0 && choice.cost_us + bf16_tokens_us(problem) < fp4_cost_us(problem, limits);
+}
+
+void make_bf16_tokens(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes, const Granularities& grans,
+                      bool scaled, OwnedTensor& tokens, cudaStream_t stream) {
+    const bool masked = problem.layout == GroupLayout::kMasked;
+    const std::array<int64_t, 3> sizes = {masked ? problem.num_groups : 1, problem.m, problem.k};
+    const std::array<int64_t, 3> strides = {sizes[1] * sizes[2], sizes[2], 1};
+    tokens.reset(new_empty_strided(sizes, strides, ScalarType::BFloat16, sfa.get()));
+    cast::Bf16TokensProblem cast;
+    cast.x = problem.a;
+    cast.x_stride = problem.a_stride;
+    cast.x_batch_stride = problem.a_group_stride;
+    if (scaled) {
+        cast.sf = sfa.data_ptr();
+        cast.sf_is_packed = sfa.scalar_type() == ScalarType::Int;
+        cast.sf_mn_stride = sfa.stride(axes.mn);
+        cast.sf_k_stride = sfa.stride(axes.k);
+        cast.sf_batch_stride = stride_along(sfa, axes.group);
+        cast.gran_mn = static_cast<int>(grans.m);
+        cast.gran_k = static_cast<int>(grans.k);
+    }
+    cast.out = TensorInfo(tokens.get()).data_ptr();
+    cast.out_stride = strides[1];
+    cast.out_batch_stride = strides[0];
+    cast.rows = problem.m;
+    cast.cols = problem.k;
+    cast.batch = sizes[0];
+    if (masked) cast.rows_of_group = problem.group_layout;
+    check_enqueued(cast::launch_bf16_tokens(cast, stream, knobs().pdl), op, "converting tokens");
+    problem = bf16_fp4(problem, scaled);
+    problem.a = cast.out;
+    problem.a_stride = cast.out_stride;
+    problem.a_group_stride = cast.out_batch_stride;
+}
+
+}  // namespace
+
 void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes_a, OwnedTensor& scratch_a,
-                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, const Granularities& grans,
+                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, OwnedTensor& tokens, const Granularities& grans,
                 cudaStream_t stream, bool sm100) {
     problem.sfb_is_packed =
         !sm100 && problem.b_is_fp4 && sfb.scalar_type() != ScalarType::Float && problem.k % 128 == 0;
     // SM90 has kernels for A's scales per 128 and B's, packed, per 32. Elsewhere A's are repeated.
     const int64_t gran_k = problem.sfb_is_packed ? grans.k : grans.k_b;
     problem.gran_k = static_cast<int>(gran_k);
-    problem.sfa = prepare_scales(op, sfa, axes_a, problem.m, grans.m, true, gran_k, problem.k, stream, scratch_a, 0, sm100,
-                                 static_cast<int>(grans.k / gran_k),
-                                 problem.layout == GroupLayout::kMasked ? problem.group_layout : nullptr);
     const bool per_row = sm100 || problem.sfb_is_packed || !grans.is_1d2d();
     problem.sfb = prepare_scales(op, sfb, axes_b, problem.n, grans.n, per_row, grans.k_b, problem.k, stream, scratch_b, 0,
                                  sm100 || problem.sfb_is_packed);
+    if (problem.sfb_is_packed) {
+        const SelectionLimits limits = selection_limits(sfa.get_device_index());
+        const bool scalable = sfa.scalar_type() != ScalarType::Float;
+        if (scalable && takes_bf16_tokens(problem, true, limits)) {
+            return make_bf16_tokens(op, problem, sfa, axes_a, grans, true, tokens, stream);
+        }
+        if (takes_bf16_tokens(problem, false, limits)) {
+            make_bf16_tokens(op, problem, sfa, axes_a, grans, false, tokens, stream);
+        }
+    }
+    problem.sfa = prepare_scales(op, sfa, axes_a, problem.m, grans.m, true, gran_k, problem.k, stream, scratch_a, 0, sm100,
+                                 static_cast<int>(grans.k / gran_k),
+                                 problem.layout == GroupLayout::kMasked ? problem.group_layout : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -400,15 +479,70 @@ void check_enqueued(cudaError_t error, const char* op, const char* what) {
     }
 }
 
-void run_product(const GemmProblem& problem, int device, cudaStream_t stream) {
-    SelectionLimits limits;
-    limits.num_sms = usable_sms(device);
-    limits.block_m_multiple_of = knobs().block_m_multiple_of;
-    limits.block_n_multiple_of = knobs().block_n_multiple_of;
+namespace {
+
+// SM90: B as FP8 for the rows of FP8, and then those columns again for which that was not exact, if there are any: the device
+// knows.
+void run_folded(const char* op, const GemmProblem& problem, int row, const SelectionLimits& limits, const TensorInfo& like,
+                cudaStream_t stream) {
+    cast::FoldFp4Problem fold;
+    fold.x = problem.b;
+    fold.x_stride = problem.b_stride / 2;
+    fold.x_batch_stride = problem.b_group_stride / 2;
+    fold.sf = problem.sfb.data;
+    fold.sf_stride = problem.sfb.stride_k;
+    fold.sf_batch_stride = problem.sfb.stride_group;
+    fold.rows = problem.n;
+    fold.cols = problem.k;
+    fold.batch = problem.num_groups;
+    if (problem.layout != GroupLayout::kNone && problem.layout != GroupLayout::kIndices) {
+        fold.group_layout = problem.group_layout;
+        fold.ends = problem.layout != GroupLayout::kMasked;
+    }
+    OwnedTensor values, scales, flags;
+    const auto allocate = [&](OwnedTensor& tensor, std::array<int64_t, 3> sizes, ScalarType type) {
+        const std::array<int64_t, 3> strides = {sizes[1] * sizes[2], sizes[2], 1};
+        tensor.reset(new_empty_strided(sizes, strides, type, like.get()));
+        return TensorInfo(tensor.get()).data_ptr();
+    };
+    fold.out = allocate(values, {fold.batch, fold.rows, fold.cols}, ScalarType::Float8_e4m3fn);
+    fold.out_stride = fold.cols;
+    fold.out_batch_stride = fold.rows * fold.cols;
+    fold.block_sf =
+        static_cast<float*>(allocate(scales, {fold.batch, fold.row_blocks(), fold.col_blocks()}, ScalarType::Float));
+    fold.inexact = static_cast<uint8_t*>(allocate(flags, {1, 1, fold.inexact_bytes()}, ScalarType::Byte));
+    check_enqueued(cast::launch_fold_fp4(fold, stream, knobs().pdl), op, "folding FP4");
+
+    GemmProblem fp8 = folded_fp4(problem);
+    fp8.b = fold.out;
+    fp8.b_stride = fold.out_stride;
+    fp8.b_group_stride = fold.out_batch_stride;
+    fp8.sfb = {fold.block_sf, fold.col_blocks(), 1, 128, fold.row_blocks() * fold.col_blocks()};
+    DeviceBackend backend(like.get_device_index(), stream);
+    run_gemm(fp8, limits, row, knobs().pdl, backend);
+    GemmProblem again = problem;
+    again.blocks_to_redo = fold.inexact;
+    run_gemm(again, limits, choose_row_cached(gemm_rows(), problem, limits).row, knobs().pdl, backend);
+}
+
+}  // namespace
+
+void run_product(const char* op, const GemmProblem& problem, const TensorInfo& like, cudaStream_t stream) {
+    const int device = like.get_device_index();
+    const SelectionLimits limits = selection_limits(device);
     const bool sm100 = compute_capability(device) == 100;
     int row = knobs().forced_row;
+    if (!sm100 && can_fold_fp4(problem)) {
+        // A forced row is one of either form.
+        const GemmProblem folded = folded_fp4(problem);
+        const Choice fp8 = row < 0 ? choose_row_cached(gemm_rows(), folded, limits) : Choice{row, 0};
+        const bool folds = row >= 0 ? row < static_cast<int>(gemm_rows().size()) && !operand_mismatch(gemm_rows()[row], folded)
+                                    : fp8.row >= 0 && fp8.cost_us + fold_fp4_us(problem) <
+                                                          choose_row_cached(gemm_rows(), problem, limits).cost_us;
+        if (folds) return run_folded(op, problem, fp8.row, limits, like, stream);
+    }
     if (row < 0) {
-        row = select_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits);
+        row = choose_row_cached(sm100 ? sm100_gemm_rows() : gemm_rows(), problem, limits).row;
     } else if (sm100) {
         row -= static_cast<int>(gemm_rows().size());  // as dg_instances() counts
         if (row < 0) throw std::runtime_error("gemm: the forced row is one of sm_90a");

@@ -149,8 +149,10 @@ void set_operands(GemmProblem& problem, const Operand& a, const Operand& b);
 
 // The scales of a problem whose sizes and operands are set. On SM90 those of FP4 B stay packed where they are UE8M0 and K
 // permits, a quarter of FP32's bytes.
+//
+// There A may become BF16 in `tokens`, with its scales or without, where that is faster; everything but the result has to be set.
 void set_scales(const char* op, GemmProblem& problem, const TensorInfo& sfa, Axes axes_a, OwnedTensor& scratch_a,
-                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, const Granularities& grans,
+                const TensorInfo& sfb, Axes axes_b, OwnedTensor& scratch_b, OwnedTensor& tokens, const Granularities& grans,
                 cudaStream_t stream, bool sm100 = false);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ bool check_architecture(const char* op, int device);
 // Throws, naming `what` failed, unless it succeeded.
 void check_enqueued(cudaError_t error, const char* op, const char* what);
 
-void run_product(const GemmProblem& problem, int device, cudaStream_t stream);
+// `like`: a tensor on the device, whose allocator memory comes from.
+void run_product(const char* op, const GemmProblem& problem, const TensorInfo& like, cudaStream_t stream);
 
 }  // namespace deep_gemm::ops

@@ -34,6 +34,7 @@
 #include "../device/pipeline.cuh"
 #include "../device/tile_scheduler.cuh"
 #include "../device/warp.cuh"
+#include "bf16_fp4_rows.cuh"
 #include "epilogue.cuh"
 #include "fp4_rows.cuh"
 #include "gemm_instances.h"
@@ -88,6 +89,12 @@ class GemmKernel {
 
 public:
     __device__ __forceinline__ static void run(const GemmParams& params, Storage& shared) {
+        if constexpr (kLayout.is_fp4()) {
+            if (params.redo.flags != nullptr) {
+                ptx::grid_dependency_wait();
+                if (!anything_to_redo(params.redo)) return;
+            }
+        }
         const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
         const uint32_t rank = kClusterSize == 1 ? 0 : uniform(ptx::cluster_rank());
 
@@ -159,6 +166,38 @@ private:
         }
     }
 
+    // Whether any of the flags is set; the whole CTA.
+    __device__ __forceinline__ static bool anything_to_redo(const BlocksToRedo& redo) {
+        uint32_t found = 0;
+        const auto* flags = reinterpret_cast<const uint4*>(redo.flags);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < redo.bytes / 16; i += kLayout.num_threads()) {
+            found |= flags[i].x | flags[i].y | flags[i].z | flags[i].w;
+        }
+        return __syncthreads_or(found != 0);
+    }
+
+    // The next tile that is wanted; all roles pass over the same ones.
+    template <bool kWholeWarp = true>
+    __device__ __forceinline__ static bool next_tile(const GemmParams& params, Scheduler& scheduler, WorkTile& work) {
+        if constexpr (!kLayout.is_fp4()) {
+            return scheduler.template next<kWholeWarp>(work);
+        } else {
+            while (scheduler.template next<kWholeWarp>(work)) {
+                if (params.redo.flags == nullptr) return true;
+                const int group = kLayout.has_groups() ? work.group : 0;
+                const uint8_t* flags = params.redo.flags + (static_cast<int64_t>(group) * params.redo.row_blocks +
+                                                            work.row / 128) * params.redo.k_blocks;
+                int found = 0;
+#pragma unroll 1
+                for (int i = 0; i < params.redo.k_blocks; ++i) found |= flags[i];
+                if constexpr (kWholeWarp) found = uniform(found);
+                if (found != 0) return true;
+            }
+            return false;
+        }
+    }
+
     __device__ __forceinline__ static void sync_cluster() {
         if constexpr (kClusterSize > 1) {
             ptx::cluster_sync();
@@ -182,7 +221,7 @@ private:
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
         State state;
         WorkTile work;
-        while (scheduler.template next<false>(work)) {
+        while (next_tile<false>(params, scheduler, work)) {
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -209,6 +248,10 @@ private:
                                                                                    sharers);
                 load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
                                                                                    work.col, part, sharers);
+                if constexpr (kLayout.has_bf16_tokens()) {
+                    ptx::tma_load_2d(params.cols_map, full, cols + kLayout.col_tile_bytes() / 2, k + kStageK / 2, work.col,
+                                     kHint);
+                }
                 if constexpr (kLayout.row_scales_are_vector()) {
                     ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row,
                                      row_scale_group(k_group), kHint);
@@ -263,6 +306,10 @@ private:
                                                                           k / kRowElements, work.row, 0, 0, row_group);
         load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
                                                                      work.col, 0, 0, col_group);
+        if constexpr (kLayout.has_bf16_tokens()) {
+            ptx::tma_load_3d(params.cols_map, full, shared.cols[stage_idx] + kLayout.col_tile_bytes() / 2, k + kStageK / 2,
+                             work.col, col_group, kHint);
+        }
         if constexpr (kLayout.row_scales_are_vector()) {
             const int first_row = kLayout.row_scale_slack() > 0 ? work.row & ~3 : work.row;
 #pragma unroll
@@ -314,7 +361,7 @@ private:
         uint32_t reduce_phase = 0;
         WorkTile work;
         PipelineState<kScaleChunks> scale_state;
-        for (bool is_first = true; scheduler.next(work); is_first = false) {
+        for (bool is_first = true; next_tile(params, scheduler, work); is_first = false) {
             if (kKWarpgroups > 1 && helper == 0 && !is_first) {
                 ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
             }
@@ -458,18 +505,57 @@ private:
                                                           int warpgroup, int helper, int thread,
                                                           float (&total)[kAccumulators]) {
         const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : work.col % 4;
-        const Fp4Block<Traits> block(shared.rows[0], shared.row_scales[0], shared.cols[0],
-                                     shared.col_scales[0] + scale_start * 4, part_row<Traits>(0, warpgroup), thread);
+        if constexpr (kLayout.has_bf16_tokens() && !kLayout.col_scales_are_vector()) {
+            accumulate_bf16_fp4(shared, state, work, warpgroup, helper, thread, total);
+        } else {
+            using Block = std::conditional_t<kLayout.has_bf16_tokens(), Bf16Fp4Block<Traits>, Fp4Block<Traits>>;
+            const Block block(shared.rows[0], shared.row_scales[0], shared.cols[0], shared.col_scales[0] + scale_start * 4,
+                              part_row<Traits>(0, warpgroup), thread);
+            State next = state;
+            const int first = first_k_block(state, helper);
+            next.advance_by(first);
+            for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
+                const int s = next.stage_idx;
+                ptx::mbarrier_wait(shared.full[s], next.phase);
+                block.add(s, total, [&] { release(shared.empty[s], thread % 32); });
+                next.template advance_few<kKWarpgroups>();
+            }
+        }
+        state.advance_by(work.num_k_blocks);
+    }
+
+    // Where nothing is left to scale the tensor core sums over all K blocks. It has one half of a block while the other is
+    // expanded, so a stage is given back half a block later.
+    __device__ __forceinline__ static void accumulate_bf16_fp4(Storage& shared, const State& state, const WorkTile& work,
+                                                               int warpgroup, int helper, int thread,
+                                                               float (&total)[kAccumulators]) {
+        const Bf16Fp4Block<Traits> block(shared.rows[0], shared.row_scales[0], shared.cols[0], shared.col_scales[0],
+                                         part_row<Traits>(0, warpgroup), thread);
         State next = state;
         const int first = first_k_block(state, helper);
         next.advance_by(first);
+        int before = -1;
+        pin_registers(total);
         for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
             const int s = next.stage_idx;
             ptx::mbarrier_wait(shared.full[s], next.phase);
-            block.add(s, total, [&] { release(shared.empty[s], thread % 32); });
+            typename Bf16Fp4Block<Traits>::Rows rows;
+            block.load(s, rows);
+            uint32_t fragments[2][Bf16Fp4Block<Traits>::kHalf][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                block.expand_half(half, rows, fragments[half]);
+                block.multiply(s, half, fragments[half], total, true);
+                wgmma_wait<1>();
+                if (half == 0 && before >= 0) release(shared.empty[before], thread % 32);
+            }
+            before = s;
             next.template advance_few<kKWarpgroups>();
         }
-        state.advance_by(work.num_k_blocks);
+        pin_registers(total);
+        wgmma_wait<0>();
+        pin_registers(total);
+        if (before >= 0) release(shared.empty[before], thread % 32);
     }
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.

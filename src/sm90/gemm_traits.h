@@ -24,7 +24,8 @@ struct GemmLayout {
 
     constexpr int block_cols() const { return row.block_cols; }
     constexpr bool is_bf16() const { return row.operands == OperandType::kBF16; }
-    constexpr bool is_fp4() const { return row.operands == OperandType::kFP8FP4; }  // the rows
+    constexpr bool is_fp4() const { return row.has_fp4(); }  // the rows
+    constexpr bool has_bf16_tokens() const { return row.operands == OperandType::kBF16FP4; }  // beside FP4 rows
     constexpr bool is_k_grouped() const { return row.grouping == Grouping::kKGrouped; }
     constexpr int wgmma_k() const { return 32 / row.element_bytes(); }  // of one instruction
     constexpr bool rows_mn_major() const { return row.swap_ab ? row.b_mn_major : row.a_mn_major; }
@@ -61,13 +62,15 @@ struct GemmLayout {
                (row.scaling == kScaling1D2D && !row.swap_ab);
     }
     constexpr bool col_scales_are_vector() const {
-        return row.scaling == kScaling1D1D || row.scaling == kUE8M0Scaling ||
+        return row.scaling == kScaling1D1D || (row.scaling == kUE8M0Scaling && !(has_bf16_tokens() && row.gran_k == 32)) ||
                (row.scaling == kScaling1D2D && row.swap_ab);
     }
     constexpr bool row_scales_are_words() const { return row.scaling == kUE8M0Scaling; }
     constexpr int row_scale_groups() const { return row_scales_are_words() ? 1 : k_groups(); }  // of a stage
     // UE8M0 scales of FP4 rows are part of the expanded values, relative to the largest of a row's K block.
-    constexpr bool folds_row_scales() const { return row_scales_are_words() && row.gran_k == kBlockK; }
+    constexpr bool folds_row_scales() const {
+        return row_scales_are_words() && row.gran_k == kBlockK && !has_bf16_tokens();
+    }
     constexpr bool has_block_scales() const { return row.scaling == kScaling1D2D; }
     constexpr int num_block_scales() const {
         if (!has_block_scales()) return 0;
@@ -113,7 +116,8 @@ struct GemmLayout {
     constexpr bool stages_float() const { return is_k_grouped(); }
 
     constexpr int row_tile_bytes() const { return row.block_rows * (is_fp4() ? kPackedBlockK : kBlockK); }
-    constexpr int col_tile_bytes() const { return row.block_cols * kBlockK; }
+    // BF16 beside FP4: two tiles, of 64 elements of K each.
+    constexpr int col_tile_bytes() const { return row.block_cols * kBlockK * (has_bf16_tokens() ? 2 : 1); }
     constexpr int box_bytes() const { return box_cols() * box_rows() * 2; }
     constexpr int staging_bytes() const { return row.block_rows / 64 * staged_boxes() * box_bytes(); }
     // Split K: FP32 parts of this CTA's slice from the others.
@@ -146,7 +150,7 @@ constexpr const char* invalid_reason(GemmRow row) {
     const GemmLayout layout{row};
     if (row.block_rows % 64 != 0 || row.block_rows < 64 || row.block_rows > 256) return "block_rows must be 64, 128, 192 or 256";
     // Totals of all parts and, for promotion, one accumulator, of the registers that setmaxnreg can give.
-    const int accumulators = layout.row_parts() + layout.has_scales();
+    const int accumulators = layout.row_parts() + (layout.has_bf16_tokens() ? layout.col_scales_are_vector() : layout.has_scales());
     const int others = layout.is_fp4() ? 28 + 32 : 24;  // of FP4 also a stage's packed values and their expansion
     if (row.block_cols / 2 * accumulators > layout.consumer_registers() - others) return "too few registers";
     const int most_cols = layout.is_bf16() ? 256 : 192;
@@ -164,6 +168,7 @@ constexpr const char* invalid_reason(GemmRow row) {
         return "FP4 operands are swapped, with one part of 64 rows per warpgroup";
     }
     if (layout.is_fp4() && row.multicast_ctas() > 1) return "FP4 rows share no panels";
+    if (layout.has_bf16_tokens() && row.scaling != kUE8M0Scaling) return "BF16 beside FP4 takes UE8M0 scales";
     if (layout.is_fp4() && row.scaling == kScaling1D1D && row.gran_k != 32) {
         return "FP32 scales of FP4 rows are per 32 of K";
     }

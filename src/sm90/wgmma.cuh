@@ -55,7 +55,7 @@ DG_WGMMA_SHAPE(192)
 DG_WGMMA_SHAPE(256)
 #undef DG_WGMMA_SHAPE
 
-template <int kN>
+template <int kN, bool kBF16 = false>
 struct WgmmaFromRegisters;
 
 #define DG_WGMMA_SHAPE(N)                                                                                             \
@@ -69,6 +69,19 @@ DG_WGMMA_SHAPE(16)
 DG_WGMMA_SHAPE(32)
 DG_WGMMA_SHAPE(64)
 DG_WGMMA_SHAPE(96)
+DG_WGMMA_SHAPE(128)
+#undef DG_WGMMA_SHAPE
+
+#define DG_WGMMA_SHAPE(N)                                                                                             \
+    template <>                                                                                                       \
+    struct WgmmaFromRegisters<N, true> {                                                                              \
+        static constexpr auto kMajor = cute::SM90::GMMA::Major::K;                                                    \
+        using Instruction = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<kMajor, kMajor>;                         \
+    };
+DG_WGMMA_SHAPE(8)
+DG_WGMMA_SHAPE(16)
+DG_WGMMA_SHAPE(32)
+DG_WGMMA_SHAPE(64)
 DG_WGMMA_SHAPE(128)
 #undef DG_WGMMA_SHAPE
 
@@ -130,6 +143,14 @@ __device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], 
                                                      float (&accumulator)[kN / 2], bool accumulate) {
     wgmma_from_registers<WgmmaFromRegisters<kN>>(rows, cols, accumulator, accumulate,
                                                  std::make_index_sequence<kN / 2>());
+}
+
+// The same with BF16: two values of row t / 4 at k = 2 (t % 4) + {0, 1}, of the row 8 below, and of both 8 further along K.
+template <int kN>
+__device__ __forceinline__ void wgmma_bf16_from_registers(const uint32_t (&rows)[4], uint64_t cols,
+                                                          float (&accumulator)[kN / 2], bool accumulate) {
+    wgmma_from_registers<WgmmaFromRegisters<kN, true>>(rows, cols, accumulator, accumulate,
+                                                       std::make_index_sequence<kN / 2>());
 }
 
 // As above, with BF16 operands of either major order.

@@ -164,7 +164,14 @@ cudaError_t launch_k_grouped_transpose_fp8(const KGroupedTransposeProblem& p, co
 
 std::span<const GemmRow> gemm_rows() { return {}; }
 std::span<const GemmRow> sm100_gemm_rows() { return {}; }
-int select_row_cached(std::span<const GemmRow>, const GemmProblem&, const SelectionLimits&) { return 0; }
+// An odd number of tokens becomes BF16, and what can be folded of others is.
+Choice choose_row_cached(std::span<const GemmRow>, const GemmProblem& p, const SelectionLimits&) {
+    if (p.b_is_fp4 && p.operands == OperandType::kBF16) return {0, p.m % 2 == 1 ? -1.0 : 9.0};
+    return {0, p.b_is_fp4 ? 2.0 : 0.0};
+}
+double bf16_tokens_us(const GemmProblem&) { return 1; }
+double fold_fp4_us(const GemmProblem&) { return 1; }
+const char* operand_mismatch(const GemmRow&, const GemmProblem&) { return nullptr; }
 EncodeTiledFunction driver_encode_tiled() { return nullptr; }
 void DeviceBackend::launch(const KernelLaunch&) {}
 int DeviceBackend::resident_clusters(const KernelLaunch&, int limit) { return limit; }
@@ -214,6 +221,73 @@ cudaError_t launch_expand_fp4(const ExpandFp4Problem& p, cudaStream_t, bool) {
     return cudaSuccess;
 }
 
+// Where a value of K is in the order of BF16 tokens.
+int64_t position_of_token_value(int64_t k) {
+    const int64_t t = k / 32 % 4, i = k / 8 % 4, b = k / 4 % 2, p = k % 4;
+    return k / 128 * 128 + 32 * i + 8 * p + 2 * t + b;
+}
+
+cudaError_t launch_bf16_tokens(const Bf16TokensProblem& p, cudaStream_t, bool) {
+    const ScaleType type = p.sf_is_packed ? ScaleType::kPackedUE8M0 : ScaleType::kE8M0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        for (int64_t row = 0; row < p.rows; ++row) {
+            if (p.rows_of_group != nullptr && row >= p.rows_of_group[b]) continue;
+            for (int64_t k = 0; k < p.cols; ++k) {
+                float value = e4m3(static_cast<const uint8_t*>(p.x)[b * p.x_batch_stride + row * p.x_stride + k]);
+                if (p.sf != nullptr) {
+                    const int64_t group = k / p.gran_k, unit = p.sf_is_packed ? group / 4 : group;
+                    const int64_t at = b * p.sf_batch_stride + row / p.gran_mn * p.sf_mn_stride + unit * p.sf_k_stride;
+                    value *= scale_at(p.sf, type, at, group);
+                }
+                const int64_t at = b * p.out_batch_stride + row * p.out_stride + position_of_token_value(k);
+                static_cast<uint16_t*>(p.out)[at] = std::bit_cast<uint32_t>(value) >> 16;  // which is exact
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+cudaError_t launch_fold_fp4(const FoldFp4Problem& p, cudaStream_t, bool) {
+    for (int64_t block = 0; block < p.batch * p.row_blocks() * p.col_blocks(); ++block) {
+        const int64_t col_block = block % p.col_blocks(), row_block = block / p.col_blocks() % p.row_blocks();
+        const int64_t group = block / p.col_blocks() / p.row_blocks(), end = std::min(p.rows, row_block * 128 + 128);
+        p.inexact[block] = 0;
+        p.block_sf[block] = std::numeric_limits<float>::quiet_NaN();
+        if (p.group_layout != nullptr) {
+            const int64_t before = p.ends && group > 0 ? p.group_layout[group - 1] : 0;
+            if (p.group_layout[group] <= before) continue;
+        }
+        const auto code = [&](int64_t row, int64_t k) {
+            const uint32_t word = static_cast<const uint32_t*>(
+                p.sf)[group * p.sf_batch_stride + col_block * p.sf_stride + row];
+            return static_cast<int>(word >> k / 32 * 8 & 255);
+        };
+        const auto e2m1_code = [&](int64_t row, int64_t k) {
+            const int64_t at = group * p.x_batch_stride + row * p.x_stride + (col_block * 128 + k) / 2;
+            return static_cast<const uint8_t*>(p.x)[at] >> (k % 2 * 4) & 15;
+        };
+        int largest = 0;
+        for (int64_t row = row_block * 128; row < end; ++row) {
+            for (int64_t k = 0; k < 128; ++k) {
+                if (code(row, k) != 255 && (e2m1_code(row, k) & 7) != 0) largest = std::max(largest, code(row, k));
+            }
+        }
+        p.block_sf[block] = std::ldexp(1.0f, largest - 133);
+        for (int64_t row = row_block * 128; row < end; ++row) {
+            for (int64_t k = 0; k < 128; ++k) {
+                const double value = std::ldexp(e2m1(e2m1_code(row, k)), code(row, k) - largest + 6);
+                int byte = 0;
+                while (byte < 127 && e4m3(byte) != std::fabs(value)) ++byte;
+                if (code(row, k) == 255) byte = 127;
+                if (byte == 127 && code(row, k) != 255) p.inexact[block] = 1;
+                const int64_t at = group * p.out_batch_stride + row * p.out_stride + col_block * 128 + k;
+                static_cast<uint8_t*>(p.out)[at] = static_cast<uint8_t>(byte | (value < 0) << 7);
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
 }  // namespace cast
 
 namespace {
@@ -230,12 +304,13 @@ class Product {
 public:
     // On SM100 scales are packed words per row, and operands may be FP4. On SM90 B may, and its scales may be such words.
     explicit Product(const GemmProblem& problem, bool sm100 = false) : p_(problem), sm100_(sm100) {
-        const bool is_fp8 = p_.operands == OperandType::kFP8;
-        const int64_t bytes = is_fp8 ? 1 : 2;
+        const bool is_fp8 = p_.operands == OperandType::kFP8 || p_.b_is_fp4;  // or BF16 by FP4
+        const int64_t bytes = p_.operands == OperandType::kFP8 ? 1 : 2;
         const bool own_b = p_.grouping != Grouping::kDense && p_.grouping != Grouping::kKGrouped;
         const bool own_a = own_b && (p_.grouping != Grouping::kMGrouped || p_.layout == GroupLayout::kMasked);
         check_tma("a", p_.a, p_.a_mn_major ? p_.k : p_.m, p_.a_stride, own_a ? p_.num_groups : 1, p_.a_group_stride, bytes);
-        check_tma("b", p_.b, p_.b_mn_major ? p_.k : p_.n, p_.b_stride, own_b ? p_.num_groups : 1, p_.b_group_stride, bytes);
+        check_tma("b", p_.b, p_.b_mn_major ? p_.k : p_.n, p_.b_stride, own_b ? p_.num_groups : 1, p_.b_group_stride,
+                  is_fp8 ? 1 : bytes);
         if (!is_fp8) return;
         if (sm100_ && ((p_.a_is_fp4 && p_.a_mn_major) || (p_.b_is_fp4 && p_.b_mn_major))) {
             throw std::runtime_error("host_ops: MN-major FP4");
@@ -245,7 +320,7 @@ public:
             throw std::runtime_error("host_ops: FP4 that SM90 does not take");
         }
         const bool is_1d2d = p_.sfa.gran_mn == 1 && p_.sfb.gran_mn == 128 && p_.gran_k == 128;
-        check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1, sm100_, p_.gran_k);
+        if (has_scales_of_a()) check_vector("sfa", p_.sfa, p_.m, own_a ? p_.num_groups : 1, sm100_, p_.gran_k);
         if (!is_1d2d || sm100_) {
             check_vector("sfb", p_.sfb, p_.n, own_b ? p_.num_groups : 1, sm100_ || p_.sfb_is_packed, gran_k_b());
         }
@@ -283,6 +358,9 @@ public:
     }
 
 private:
+    // Of BF16 beside FP4 they may be in its values.
+    bool has_scales_of_a() const { return p_.operands == OperandType::kFP8 || p_.gran_k == 128; }
+
     // [k][row], as are those of B.
     std::vector<double> values_of_a(int64_t group, Range rows, Range k, int64_t sf_shift) const {
         std::vector<double> values;
@@ -319,7 +397,13 @@ private:
     double value(const void* data, int64_t offset, int64_t mn, int64_t k, int64_t stride, bool mn_major,
                  bool is_fp4, const ScaleTensor& sf, int64_t group, bool packed, int64_t gran_k, int64_t sf_k) const {
         offset += mn_major ? k * stride + mn : mn * stride + k;
-        if (p_.operands == OperandType::kBF16) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
+        if (p_.operands == OperandType::kBF16 && !p_.b_is_fp4) return bfloat16(static_cast<const uint16_t*>(data)[offset]);
+        if (p_.operands == OperandType::kBF16 && !is_fp4) {
+            offset += cast::position_of_token_value(k) - k;
+            const double x = bfloat16(static_cast<const uint16_t*>(data)[offset]);
+            if (!has_scales_of_a()) return x;
+            return x * sf.data[group * sf.stride_group + mn * sf.stride_mn + k / gran_k * sf.stride_k];
+        }
         const uint8_t* bytes = static_cast<const uint8_t*>(data);
         const double x = is_fp4 ? e2m1(bytes[offset / 2] >> (offset % 2 * 4) & 15) : e4m3(bytes[offset]);
         if (packed) {
@@ -343,6 +427,12 @@ private:
 
 namespace {
 
+// Of the columns of a product some of which are computed again.
+bool wanted(const GemmProblem& p, int64_t group, int64_t n) {
+    const int64_t k_blocks = p.k / 128, first = (group * ((p.n + 127) / 128) + n / 128) * k_blocks;
+    return std::any_of(p.blocks_to_redo + first, p.blocks_to_redo + first + k_blocks, [](uint8_t flag) { return flag != 0; });
+}
+
 void run_on_host(const GemmProblem& p, bool sm100) {
     if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.num_groups <= 0) throw std::runtime_error("host_ops: an empty problem");
     const Product product(p, sm100);
@@ -354,7 +444,12 @@ void run_on_host(const GemmProblem& p, bool sm100) {
     const auto matrix = [&](int64_t group_a, int64_t group_b, int64_t group_d, Range rows, Range k, int64_t sf_shift = 0) {
         std::vector<double> sums(std::max<int64_t>(rows.end - rows.begin, 0) * p.n);
         if (!sums.empty()) product.add(group_a, group_b, rows, k, sums, sf_shift);
-        store(group_d, rows, sums);
+        if (p.blocks_to_redo == nullptr) return store(group_d, rows, sums);
+        for (int64_t m = rows.begin; m < rows.end; ++m) {
+            for (int64_t n = 0; n < p.n; ++n) {
+                if (wanted(p, group_b, n)) product.store(group_d, m, n, sums[(m - rows.begin) * p.n + n]);
+            }
+        }
     };
     const Range all_rows = {0, p.m}, all_k = {0, p.k};
     if (p.grouping == Grouping::kDense) return matrix(0, 0, 0, all_rows, all_k);

@@ -142,7 +142,7 @@ def profile_row(
 
     from deep_gemm_ops import _capi
 
-    from gemm_emulation import pack_ue8m0, run_row
+    from gemm_emulation import FP4_FAMILIES, pack_ue8m0, run_row
 
     info = _capi.instances()[row]
     split, gran_k = info["split_k"], info["gran_k"]
@@ -160,8 +160,10 @@ def profile_row(
             gran = (1, gran_n, gran_k)
             a, b = (torch.ones(mn, k).to(torch.float8_e4m3fn) for mn in (m, n))
             sfa, sfb = (torch.ones(-(-k // gran_k), -(-mn // gran)).T for mn, gran in ((m, 1), (n, gran_n)))
-            if info["family"] == "fp8_fp4_gemm":
+            if info["family"] in FP4_FAMILIES:
                 b = torch.full((n, k // 2), 0x22, dtype=torch.uint8)  # ones
+            if info["family"] == "bf16_fp4_gemm":
+                a, sfa = a.bfloat16(), None if gran_k == 32 else sfa
             if info["scaling"] == "ue8m0":
                 sfb = pack_ue8m0(torch.ones(n, k // 32)).T.contiguous().T
         d = torch.empty(m, n, dtype=torch.bfloat16)
