@@ -39,11 +39,11 @@ struct GemmLayout {
     // What setmaxnreg gives a consumer and leaves a producer thread.
     constexpr int consumer_registers() const {
         const int warpgroups = num_consumer_warpgroups();
-        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : warpgroups == 3 ? 152 : 112;
+        return warpgroups == 1 ? 255 : warpgroups == 2 ? 232 : warpgroups == 3 ? 152 : 104;
     }
     constexpr int producer_registers() const {
         const int warpgroups = num_consumer_warpgroups();
-        return warpgroups == 3 ? 56 : warpgroups > 3 ? 32 : 40;
+        return warpgroups == 3 ? 56 : warpgroups > 3 ? 64 : 40;
     }
 
     // Tensor maps have the group as a third dimension.
