@@ -487,7 +487,7 @@ def tokens(
         sf = codes.to(torch.uint8)
         if packed:
             sf = torch.nn.functional.pad(sf, (0, -codes.shape[2] % 4)).view(torch.int32)
-        sf = matrix((batch, sf.shape[2], sf.shape[1]), (999, sf.shape[1] + 1, 1), sf.dtype).copy_(sf.transpose(1, 2))
+        sf = matrix((batch, sf.shape[2], sf.shape[1]), (3999, sf.shape[1] + 1, 1), sf.dtype).copy_(sf.transpose(1, 2))
         problem.sf, problem.sf_is_packed, problem.gran_k = sf.data_ptr(), packed, cols // codes.shape[2]
         problem.sf_batch_stride, problem.sf_k_stride, problem.sf_mn_stride = sf.stride()
         inputs.append(sf)
