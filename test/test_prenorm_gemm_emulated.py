@@ -228,8 +228,8 @@ def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: in
     cases = [PrenormCase(m, n, 64 * 18 - 8, 1, "integer", 1), PrenormCase(rows, n, 200, 2, "integer", 1)]
     if arch == 100:  # the sums of squares alone
         cases.append(PrenormCase(m, 0, 64 * 18, 1, "integer", 1))
-    elif n <= 64:  # parts that a cluster adds up
-        cases.append(PrenormCase(min(m, rows), n, 64 * 30, None, "integer", 2))
+    else:  # parts that a cluster adds up
+        cases.append(PrenormCase(min(m, rows), min(n, 64), 64 * 30, None, "integer", 2))
     cases = [dataclasses.replace(case, arch=arch) for case in cases]
 
     def run(ptx: str) -> None:
