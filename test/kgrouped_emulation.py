@@ -6,6 +6,7 @@ python test/kgrouped_emulation.py "SummedCase('sm90_bf16_nt_m128n128_summed', 3,
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -44,7 +45,7 @@ class Tensors(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
+class _Case(abc.ABC):
     row: str
 
     def __str__(self) -> str:
@@ -101,8 +102,8 @@ class _Case:
         problem.d_type = FLOAT32 if d.dtype == torch.float32 else BFLOAT16
         return Tensors(problem, inputs, buffer, d, expected)
 
-    def build(self) -> Tensors:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def build(self) -> Tensors: ...
 
     def run(self, module: ptx_emulator.Module | None = None, **options: int) -> torch.Tensor:
         """Runs the case and returns D; raises AssertionError or PtxError, with a line that repeats it."""

@@ -565,7 +565,6 @@ private:
             }
         }
     }
-
 };
 
 template <int kTokens, int kType>
