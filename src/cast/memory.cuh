@@ -47,12 +47,13 @@ __device__ __forceinline__ uint32_t load_1(const void* p) {
     return v;
 }
 
-// Starts a copy of 16 bytes into shared memory, and waits for all that this thread has started.
-__device__ __forceinline__ void copy_16_async(uint4& target, const void* p) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(&target))),
-                 "l"(p)
-                 : "memory");
+// Starts a copy of 16 bytes to an address of shared memory, of which only the first `bytes` (0 to 16) are read and the rest
+// are zeros; and waits for all that this thread has started.
+__device__ __forceinline__ void copy_16_async(uint32_t target, const void* p, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(p), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -1,7 +1,7 @@
 // Quantisation with a scale per row and gran_k columns: the kernel, for any source of values and any format of results.
 //
-// A tile is 32 rows x 256 columns; each of a CTA's warps quantises 4 rows. Scales are collected in shared memory and written
-// along rows, the contiguous dimension of the MN-major result.
+// A tile is 32 rows x 256 columns, or less where it takes much to compute; a CTA's eight warps share out the rows. Scales are
+// collected in shared memory and written along rows, the contiguous dimension of the MN-major result.
 //   kVector: a lane has 16 bytes of each load, neighbouring lanes share a group. They share the work of its scales, too:
 //            each computes those of one row.
 //   else (any alignment, any column count): a lane has columns lane, lane + 32, ..., so that every access is coalesced.
@@ -13,7 +13,7 @@
 //   Element, Params                what x holds, and what else the source is told
 //   kVectors, address(p, v)        from how many addresses 16 bytes each make kPer16 values, and where they are
 //   Chunk: amax(), values(v)       those values; the largest magnitude is asked for first
-//   kRowsAtATime                   rows whose values are needed at once, from amax() to values()
+//   kRowsOfWarp                    rows of a tile that a warp quantises, with vectors: all their values are held at once
 //   One: load(p), value()          a single value
 //   kHasRowFactor, row_factor()    a number of each row, loaded once and handed to amax() and value()
 // A format (E4M3, E2M1 in scale.cuh) says what is written: kMax, bits a value, and how values are packed.
@@ -33,7 +33,7 @@ struct PlainSource {
     using Element = T;
     struct Params {};
     static constexpr bool kHasRowFactor = false;
-    static constexpr int kRowsAtATime = 4, kVectors = 1;
+    static constexpr int kRowsOfWarp = 4, kVectors = 1;
     static __device__ __forceinline__ float row_factor(const Params&, int64_t) { return 1; }
     static __device__ __forceinline__ const T* address(const Params&, const T* p, int) { return p; }
     struct Chunk {
@@ -57,7 +57,11 @@ template <class Source>
 struct PerTokenParams {
     CastParams cast;
     typename Source::Params source;
-    uint32_t step_rows, step_cols;  // kPipelined: from a CTA's tile to its next, in tiles
+    // kPipelined: from a CTA's tile to its next, in tiles and in what lies between them in x and out. Where that is past the
+    // last column, the tile is by one wrap further: in the first columns of the next row of tiles.
+    uint32_t step_rows, step_cols;
+    int64_t x_step, x_wrap;      // elements
+    int64_t out_step, out_wrap;  // bytes
 };
 
 inline constexpr int kPerTokenThreads = 256;
@@ -67,18 +71,16 @@ inline constexpr int kPerTokenCols = 256;
 // E4M3 of x itself is little to compute.
 template <class Source, class Format>
 inline constexpr bool kPipelined = Source::kVectors > 1 || !std::is_same_v<Format, E4M3>;
-// With 64 registers a thread or, where it holds no more than one vector of a row, 48.
+inline constexpr int kPipelinedCtas = 4;  // of an SM: 64 registers a thread
 template <class Source>
-inline constexpr int kPipelinedCtas =
-    Source::kVectors * kPerTokenCols > 32 * Elements<typename Source::Element>::kPer16 ? 4 : 5;
+inline constexpr int kPipelinedRows = Source::kRowsOfWarp * (kPerTokenThreads / 32);  // of a tile
 
-// Scales of a tile, from shared memory. Called by all threads, behind a barrier.
-template <int kGroups, int kPitch>
+// Scales of a tile, from shared memory, a group to a warp. Called by all threads, behind a barrier.
+template <int kTileRows, int kGroups, int kPitch>
 __device__ __forceinline__ void store_tile_scales(const CastParams& params, const float (&scales)[kGroups][kPitch],
                                                   int64_t row_0, uint32_t col_tile, int groups) {
-    constexpr int kTileRows = kPerTokenRows;
     const int tile_rows = static_cast<int>(min(int64_t{kTileRows}, params.rows - row_0));
-    const int sf_row = threadIdx.x % kTileRows, sf_group = threadIdx.x / kTileRows;
+    const int sf_row = threadIdx.x % 32, sf_group = threadIdx.x / 32;
     if (sf_row >= tile_rows) return;
     if (params.sf_format != ScaleFormat::kUE8M0Packed) {
         if (sf_group < groups)
@@ -115,137 +117,129 @@ struct VectorTile {
     static constexpr int kChunkCols = 32 * kElems;
     static constexpr int kChunks = kPerTokenCols / kChunkCols;
     static constexpr int kLanesPerGroup = kGranK / kElems;
-    static constexpr int kAtATime = Source::kRowsAtATime;
+    static constexpr int kRows = Source::kRowsOfWarp;
 
-    // kAtATime rows from `first` on, of which `rows` and columns < `cols` exist. `sf`: scales of this warp's rows; `out`: this
-    // lane's place in the first of the warp's rows.
+    // The warp's rows of a tile, of which `rows` and columns < `cols` exist. `sf`: their scales; `out`: this lane's place in the
+    // first row.
     template <int kPitch, class FactorOf>
     static __device__ __forceinline__ void quantise(const CastParams& params, const Params& source,
-                                                    Chunk (&raw)[kAtATime][kChunks], const FactorOf& factor_of, int first,
-                                                    int rows, int cols, float (*sf)[kPitch], uint8_t* out) {
+                                                    Chunk (&raw)[kRows][kChunks], const FactorOf& factor_of, int rows,
+                                                    int cols, float (*sf)[kPitch], uint8_t* out) {
         const int lane = threadIdx.x % 32;
         const bool ue8m0 = params.sf_format != ScaleFormat::kFloat32;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             const bool inside = c * kChunkCols + lane * kElems < cols;
-            float amax[kAtATime];
+            float amax[kRows];
 #pragma unroll
-            for (int i = 0; i < kAtATime; ++i) {
-                amax[i] = raw[i][c].amax(source, factor_of(first + i));
+            for (int i = 0; i < kRows; ++i) {
+                amax[i] = raw[i][c].amax(source, factor_of(i));
                 if (!inside) amax[i] = 0;
             }
             const GroupScale own = quick_group_scale<Format>(max_of_own_row<kLanesPerGroup>(amax, max_abs), ue8m0);
-            if (lane % kLanesPerGroup < kAtATime)
-                sf[(c * 32 + lane) / kLanesPerGroup][first + lane % kAtATime] = own.sf;
+            if (lane % kLanesPerGroup < kRows)
+                sf[(c * 32 + lane) / kLanesPerGroup][lane % kRows] = own.sf;
 #pragma unroll
-            for (int i = 0; i < kAtATime; ++i) {
-                const float inverse = __shfl_sync(0xffffffff, own.inverse, i, kAtATime);
+            for (int i = 0; i < kRows; ++i) {
+                const float inverse = __shfl_sync(0xffffffff, own.inverse, i, kRows);
                 float values[kElems];
                 raw[i][c].values(values);
                 const typename Format::template Packed<kElems> packed = Format::pack(values, inverse);
-                if (first + i < rows && inside)
+                if (i < rows && inside)
                     *reinterpret_cast<typename Format::template Packed<kElems>*>(
-                        out + (first + i) * params.out_stride + Format::bytes(c * kChunkCols)) = packed;
+                        out + i * params.out_stride + Format::bytes(c * kChunkCols)) = packed;
             }
         }
     }
 };
 
 template <class Source, class Format, int kGranK>
-__global__ void __launch_bounds__(kPerTokenThreads, kPipelinedCtas<Source>)
+__global__ void __launch_bounds__(kPerTokenThreads, kPipelinedCtas)
     per_token_pipelined_kernel(const __grid_constant__ PerTokenParams<Source> all_params) {
     using Vectors = VectorTile<Source, Format, kGranK>;
     using T = typename Source::Element;
-    constexpr int kRowsPerWarp = kPerTokenRows / (kPerTokenThreads / 32);
+    constexpr int kRows = Vectors::kRows, kChunks = Vectors::kChunks, kVectors = Source::kVectors;
+    constexpr int kTileRows = kPipelinedRows<Source>;
     constexpr int kGroups = kPerTokenCols / kGranK;
-    constexpr int kAtATime = Vectors::kAtATime, kChunks = Vectors::kChunks, kVectors = Source::kVectors;
     // Four words more a group: in one store a warp writes up to four rows of several groups. One tile's scales are written
     // while those of the next are collected.
-    __shared__ float scales[2][kGroups][kPerTokenRows + 4];
-    __shared__ uint4 copies[kRowsPerWarp][kChunks][kVectors][kPerTokenThreads];
+    __shared__ float scales[2][kGroups][kTileRows + 4];
+    __shared__ uint4 copies[kRows][kChunks][kVectors][kPerTokenThreads];
 
     const CastParams& params = all_params.cast;
     const typename Source::Params& source = all_params.source;
-    const int row = threadIdx.x / 32 * kRowsPerWarp, lane = threadIdx.x % 32;  // row: the first of this warp, in the tile
-    struct Place {
-        uint32_t row_tile, col_tile;
-        const T* x;  // of this lane, in the first of the warp's rows
-        int rows, cols;  // what of the warp's rows and the tile's columns exists; rows may be negative
-    };
-    const uint32_t row_tiles = static_cast<uint32_t>(ceil_div<int64_t>(params.rows, kPerTokenRows));
-    const auto place_of = [&](uint32_t row_tile, uint32_t col_tile) {
-        const int64_t row_0 = int64_t{row_tile} * kPerTokenRows + row, col_0 = int64_t{col_tile} * kPerTokenCols;
-        Place place = {row_tile, col_tile};
-        place.x = opaque(static_cast<const T*>(params.x) + row_0 * params.x_stride + col_0 + lane * Vectors::kElems);
-        place.rows = static_cast<int>(min(int64_t{kRowsPerWarp}, params.rows - row_0));
-        place.cols = static_cast<int>(min(int64_t{kPerTokenCols}, params.cols - col_0));
-        return place;
-    };
-    const auto exists = [&](const Place& place, int i, int c) {
-        return i < place.rows && c * Vectors::kChunkCols + lane * Vectors::kElems < place.cols;
-    };
-    const auto copy_row = [&](const Place& place, int i) {
+    const int row = threadIdx.x / 32 * kRows, lane = threadIdx.x % 32;  // row: the first of this warp, in a tile
+    const uint32_t row_tiles = static_cast<uint32_t>(ceil_div<int64_t>(params.rows, kTileRows));
+    const int last_rows = static_cast<int>(params.rows - int64_t{row_tiles - 1} * kTileRows);
+    const int last_cols = static_cast<int>(params.cols - int64_t{params.col_tiles - 1} * kPerTokenCols);
+    const uint32_t own_copies = shared_address(&copies[0][0][0][threadIdx.x]);
+
+    uint32_t row_tile = blockIdx.x / params.col_tiles, col_tile = blockIdx.x % params.col_tiles;
+    // Of this lane, in the first of the warp's rows. x runs a tile ahead.
+    const T* x = opaque(static_cast<const T*>(params.x) + (int64_t{row_tile} * kTileRows + row) * params.x_stride +
+                        int64_t{col_tile} * kPerTokenCols + lane * Vectors::kElems);
+    uint8_t* out = opaque(params.out + (int64_t{row_tile} * kTileRows + row) * params.out_stride +
+                          Format::bytes(int64_t{col_tile} * kPerTokenCols + lane * Vectors::kElems));
+    // What exists of the warp's rows, possibly a negative number, and of a tile's columns.
+    const auto rows_of = [&](uint32_t tile) { return (tile + 1 == row_tiles ? last_rows : kTileRows) - row; };
+    const auto cols_of = [&](uint32_t tile) { return tile + 1 == params.col_tiles ? last_cols : kPerTokenCols; };
+    const auto copy_tile = [&](int rows, int cols) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            if (!exists(place, i, c)) continue;
-            const T* p = place.x + i * params.x_stride + c * Vectors::kChunkCols;
+        for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v)
-                copy_16_async(copies[i][c][v][threadIdx.x], Source::address(source, p, v));
+            for (int c = 0; c < kChunks; ++c) {
+                const T* p = x + i * params.x_stride + c * Vectors::kChunkCols;
+                const int bytes = i < rows && c * Vectors::kChunkCols + lane * Vectors::kElems < cols ? 16 : 0;
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    copy_16_async(own_copies + ((i * kChunks + c) * kVectors + v) * sizeof(copies[0][0][0]),
+                                  Source::address(source, p, v), bytes);
+                }
+            }
         }
     };
     // Lane i has the factor of row i.
-    const auto own_factor_of = [&](const Place& place) {
-        if (!Source::kHasRowFactor || lane >= place.rows) return 1.0f;
-        return Source::row_factor(source, int64_t{place.row_tile} * kPerTokenRows + row + lane);
+    const auto own_factor_of = [&](uint32_t tile) {
+        if (!Source::kHasRowFactor || lane >= min(rows_of(tile), kRows)) return 1.0f;
+        return Source::row_factor(source, int64_t{tile} * kTileRows + row + lane);
     };
 
-    Place place = place_of(blockIdx.x / params.col_tiles, blockIdx.x % params.col_tiles);
     launch_dependents();
     wait_for_dependencies();
-#pragma unroll
-    for (int i = 0; i < kRowsPerWarp; ++i) copy_row(place, i);
-    float next_factor = own_factor_of(place);
+    int rows = rows_of(row_tile), cols = cols_of(col_tile);
+    copy_tile(rows, cols);
+    float next_factor = own_factor_of(row_tile);
 #pragma unroll 1
     for (int buffer = 0;; buffer ^= 1) {
-        uint32_t row_tile = place.row_tile + all_params.step_rows, col_tile = place.col_tile + all_params.step_cols;
-        if (col_tile >= params.col_tiles) col_tile -= params.col_tiles, ++row_tile;
-        const bool more = row_tile < row_tiles;
-        const Place next = more ? place_of(row_tile, col_tile) : place;
+        uint32_t next_row = row_tile + all_params.step_rows, next_col = col_tile + all_params.step_cols;
+        const bool wraps = next_col >= params.col_tiles;
+        if (wraps) next_col -= params.col_tiles, ++next_row;
+        const bool more = next_row < row_tiles;
+        const int next_rows = more ? rows_of(next_row) : 0, next_cols = cols_of(next_col);
+        x += all_params.x_step + (wraps ? all_params.x_wrap : 0);
         const float own_factor = next_factor;
         const auto factor_of = [&](int i) {
             return Source::kHasRowFactor ? __shfl_sync(0xffffffff, own_factor, i) : own_factor;
         };
-        uint8_t* out = opaque(params.out + (int64_t{place.row_tile} * kPerTokenRows + row) * params.out_stride +
-                              Format::bytes(int64_t{place.col_tile} * kPerTokenCols + lane * Vectors::kElems));
         wait_for_copies();
-        if (more) next_factor = own_factor_of(next);
+        if (more) next_factor = own_factor_of(next_row);
+        typename Source::Chunk raw[kRows][kChunks];
 #pragma unroll
-        for (int first = 0; first < kRowsPerWarp; first += kAtATime) {
-            typename Source::Chunk raw[kAtATime][kChunks];
+        for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-            for (int i = 0; i < kAtATime; ++i) {
+            for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
-                for (int c = 0; c < kChunks; ++c) {
-                    raw[i][c] = {};
-                    if (!exists(place, first + i, c)) continue;
-#pragma unroll
-                    for (int v = 0; v < kVectors; ++v) raw[i][c].raw[v] = copies[first + i][c][v][threadIdx.x];
-                }
+                for (int v = 0; v < kVectors; ++v) raw[i][c].raw[v] = copies[i][c][v][threadIdx.x];
             }
-            if (more) {
-#pragma unroll
-                for (int i = 0; i < kAtATime; ++i) copy_row(next, first + i);
-            }
-            float (*sf)[kPerTokenRows + 4] =
-                reinterpret_cast<float (*)[kPerTokenRows + 4]>(&scales[buffer][0][row]);
-            Vectors::quantise(params, source, raw, factor_of, first, place.rows, place.cols, sf, out);
         }
+        copy_tile(next_rows, next_cols);
+        Vectors::quantise(params, source, raw, factor_of, rows, cols,
+                          reinterpret_cast<float (*)[kTileRows + 4]>(&scales[buffer][0][row]), out);
         __syncthreads();
-        store_tile_scales(params, scales[buffer], int64_t{place.row_tile} * kPerTokenRows, place.col_tile,
-                          ceil_div(place.cols, kGranK));
+        store_tile_scales<kTileRows>(params, scales[buffer], int64_t{row_tile} * kTileRows, col_tile, ceil_div(cols, kGranK));
         if (!more) return;
-        place = next;
+        row_tile = next_row, col_tile = next_col, rows = next_rows, cols = next_cols;
+        out += all_params.out_step + (wraps ? all_params.out_wrap : 0);
     }
 }
 
@@ -282,7 +276,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
     };
     if constexpr (kVector) {
         using Vectors = VectorTile<Source, Format, kGranK>;
-        static_assert(Vectors::kAtATime == kRowsPerWarp && Source::kVectors == 1);
+        static_assert(Vectors::kRows == kRowsPerWarp && Source::kVectors == 1);
         const int first_col = lane * Vectors::kElems;
         x = opaque(x + first_col);
         typename Source::Chunk raw[kRowsPerWarp][Vectors::kChunks];
@@ -298,7 +292,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         // ptxas would sink later rows' loads behind the first row's arithmetic. It moves none past a barrier.
         __syncthreads();
         float (*sf)[kTileRows + 4] = reinterpret_cast<float (*)[kTileRows + 4]>(&scales[0][row]);
-        Vectors::quantise(params, source, raw, factor_of, 0, rows, cols, sf, opaque(out + Format::bytes(first_col)));
+        Vectors::quantise(params, source, raw, factor_of, rows, cols, sf, opaque(out + Format::bytes(first_col)));
     } else {
         constexpr int kElems = kTileCols / 32;
         constexpr int kElemsPerGroup = kGranK / 32;
@@ -343,7 +337,7 @@ __global__ void __launch_bounds__(kPerTokenThreads)
         }
     }
     __syncthreads();
-    store_tile_scales(params, scales, row_0, col_tile, ceil_div(cols, kGranK));
+    store_tile_scales<kTileRows>(params, scales, row_0, col_tile, ceil_div(cols, kGranK));
 }
 
 // `vector`: chunks of the source are whole and aligned, and so is what Format makes of one.
@@ -356,10 +350,17 @@ cudaError_t launch_per_token(const CastProblem& problem, const typename Source::
         if (vector) {
             const auto kernel = problem.gran_k == 128 ? per_token_pipelined_kernel<Source, Format, 128>
                                                       : per_token_pipelined_kernel<Source, Format, 32>;
-            const int64_t ctas =
-                problem.num_sms > 0 ? std::min<int64_t>(tiles, problem.num_sms * kPipelinedCtas<Source>) : tiles;
+            constexpr int kTileRows = kPipelinedRows<Source>;
+            int64_t ctas = ceil_div<int64_t>(problem.rows, kTileRows) * params.cast.col_tiles;
+            if (problem.num_sms > 0) ctas = std::min<int64_t>(ctas, problem.num_sms * kPipelinedCtas);
             params.step_rows = static_cast<uint32_t>(ctas / params.cast.col_tiles);
             params.step_cols = static_cast<uint32_t>(ctas % params.cast.col_tiles);
+            const int64_t row_step = params.step_rows * kTileRows, col_step = params.step_cols * kPerTokenCols;
+            const int64_t all_cols = int64_t{params.cast.col_tiles} * kPerTokenCols;
+            params.x_step = row_step * problem.x_stride + col_step;
+            params.x_wrap = kTileRows * problem.x_stride - all_cols;
+            params.out_step = row_step * problem.out_stride + Format::bytes(col_step);
+            params.out_wrap = kTileRows * problem.out_stride - Format::bytes(all_cols);
             return launch(kernel, ctas, kPerTokenThreads, stream, pdl, params);
         }
         const auto kernel = problem.gran_k == 128 ? per_token_cast_kernel<Source, Format, 128, false>

@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t to_e4m3x4(float x, float y, float z, float w
 // Formats of results: the value `x * inverse` of E4M3, nearest even, saturating; NaN is written as 0x7F.
 struct E4M3 {
     static constexpr float kMax = 448;
-    static __device__ __forceinline__ int64_t bytes(int64_t values) { return values; }
+    static __host__ __device__ constexpr int64_t bytes(int64_t values) { return values; }
 
     template <int kValues>
     struct alignas(kValues) Packed {
@@ -115,7 +115,7 @@ struct E4M3 {
 // has no NaN: one is written as 6.
 struct E2M1 {
     static constexpr float kMax = 6;
-    static __device__ __forceinline__ int64_t bytes(int64_t values) { return values / 2; }
+    static __host__ __device__ constexpr int64_t bytes(int64_t values) { return values / 2; }
 
     // 0x4b000000 + the code of a magnitude up to 6 (and what rounding adds). As a function of the magnitude the code is
     // the least of three straight lines, each of which a sum with 2^23 rounds to the nearest integer, ties to even.

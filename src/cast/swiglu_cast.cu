@@ -17,7 +17,7 @@ struct SwigluSource {
     };
 
     static constexpr bool kHasRowFactor = true;
-    static constexpr int kRowsAtATime = 2, kVectors = 2;
+    static constexpr int kRowsOfWarp = 2, kVectors = 2;
     static __device__ __forceinline__ float row_factor(const Params& params, int64_t row) {
         return params.topk_weights ? __uint_as_float(load_4(params.topk_weights + row * params.weight_stride)) : 1.0f;
     }

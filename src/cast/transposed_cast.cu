@@ -4,20 +4,17 @@
 //   kPerBlock: both with the scale of their 128 x 128 block
 //   kGrouped:  transposed values alone, scales per column and 128 rows of a group; groups are padded to 128 rows
 //
-// A tile is 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its one read
-// and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix, which go through
-// shared memory to become runs of 128 bytes.
-//   kPipelined (vectors of 2-byte elements): as many CTAs as fit walk the tiles; every thread copies its part of the next one
-//   into shared memory, which nobody else reads, while it works. Columns are transposed in two halves, for the room.
+// A CTA quantises 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its one
+// read and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix, which go
+// through shared memory to become runs of 128 bytes.
 //
-// Shared memory of the transposition: column c (of a half: the first or last four of each lane's) is 128 bytes at 128 c; its
-// 8-byte unit i (rows 8 i .. 8 i + 7) is at place i ^ (its lane % 16). A write (16 lanes, one unit) and a read (8 lanes: one
-// column, 8 pairs of units) both touch all 32 banks once.
+// Shared memory of the transposition: column c is 128 bytes at 128 c; its 8-byte unit i (rows 8 i .. 8 i + 7) is at place
+// i ^ (c / kPer16 % 16). A write (16 lanes: 16 values of c / kPer16, one unit) and a read (8 lanes: one column, 8 pairs of
+// units) both touch all 32 banks once.
 #include "cast/cast_params.cuh"
 #include "cast/k_groups.cuh"
 #include "cast/memory.cuh"
 
-#include <algorithm>
 #include <type_traits>
 
 namespace deep_gemm::cast {
@@ -37,7 +34,6 @@ struct TransposedParams {
     int64_t sf_t_stride;
     KGroups groups;  // kGrouped
     uint32_t row_tiles;
-    uint32_t step_rows, step_cols;  // kPipelined: from a CTA's tile to its next, in tiles
 };
 
 template <typename T>
@@ -50,9 +46,6 @@ struct Shape {
     static constexpr int kThreadsPerSM = std::is_same_v<T, __half> ? 768 : 1024;
     static constexpr int kCtas = kThreadsPerSM / kThreads;  // of an SM
 };
-
-template <typename T, bool kVector>
-inline constexpr bool kPipelined = kVector && sizeof(T) == 2;
 
 // The byte of one 128-group in words of packed scales: `index` of `count` groups. The last one also clears what
 // follows.
@@ -86,241 +79,185 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
     // Maxima of columns, by warp: words of the elements, four a lane. Two neighbouring rows are read at once, 16 banks apart.
     constexpr int kWordsPerElem = 4 / sizeof(T);
     constexpr int kMaximaPitch = 4 * kLanes + 16;
-    constexpr bool kPipeline = kPipelined<T, kVector>;
-    constexpr int kParts = kPipeline ? 2 : 1, kPartElems = kElems / kParts;  // of a lane's columns, transposed at once
-    __shared__ alignas(128) uint2 tile[kTile / kParts][kTile / 8];  // [column][8 rows], swizzled
+    __shared__ alignas(128) uint2 tile[kTile][kTile / 8];  // [column][8 rows], swizzled
     __shared__ alignas(16) uint32_t maxima[kWarps][kMode == Mode::kPerBlock ? 1 : kMaximaPitch];
     __shared__ alignas(16) float inverses[kMode == Mode::kPerBlock ? 1 : kPitch];
-    __shared__ uint4 copies[kPipeline ? kRowsPerThread : 1][kPipeline ? kThreads : 1];
 
     const CastParams& params = all_params.cast;
     const int warp = threadIdx.x / 32, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const int row = slot * kRowsPerThread, col = lane * kElems;
     const bool ue8m0 = params.sf_format != ScaleFormat::kFloat32;
 
-    struct Place {
-        uint32_t row_tile, col_tile;
-        int64_t row_0;  // of x
-        int rows;
-    };
-    const auto place_of = [&](uint32_t row_tile, uint32_t col_tile) {
-        Place place = {row_tile, col_tile};
-        if constexpr (kMode == Mode::kGrouped) {
-            const KBlock block = find_k_block(all_params.groups, row_tile);
-            place.row_0 = block.row_0, place.rows = block.rows;
-        } else {
-            place.row_0 = int64_t{row_tile} * kTile;
-            place.rows = static_cast<int>(min(int64_t{kTile}, params.rows - place.row_0));
-        }
-        return place;
-    };
-    const auto cols_of = [&](const Place& place) {
-        return static_cast<int>(min(int64_t{kTile}, params.cols - int64_t{place.col_tile} * kTile));
-    };
-    // What this thread has something of: kRowsPerThread or more for all rows.
-    const auto own_rows_of = [&](const Place& place) { return col < cols_of(place) ? place.rows - row : 0; };
-    const auto x_of = [&](const Place& place) {
-        return opaque(static_cast<const T*>(params.x) + (place.row_0 + row) * params.x_stride +
-                      int64_t{place.col_tile} * kTile + col);
-    };
-    const auto copy = [&](const Place& place) {
-        const T* x = x_of(place);
-        const int own_rows = own_rows_of(place);
-#pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i)
-            if (i < own_rows) copy_16_async(copies[i][threadIdx.x], x + i * params.x_stride);
-    };
-
     launch_dependents();
     wait_for_dependencies();
-    Place place = place_of(blockIdx.x / params.col_tiles, blockIdx.x % params.col_tiles);
-    if constexpr (kPipeline) copy(place);
-#pragma unroll 1
-    for (;;) {
-        const uint32_t row_tile = place.row_tile, col_tile = place.col_tile;
-        const int64_t row_0 = place.row_0, col_0 = int64_t{col_tile} * kTile;
-        const int rows = place.rows, cols = cols_of(place), own_rows = own_rows_of(place);
-        bool more = false;
-        uint4 raw[kRowsPerThread];
-        if constexpr (kPipeline) {
-            uint32_t next_row = row_tile + all_params.step_rows, next_col = col_tile + all_params.step_cols;
-            if (next_col >= params.col_tiles) next_col -= params.col_tiles, ++next_row;
-            more = next_row < all_params.row_tiles;
-            if (more) place = place_of(next_row, next_col);
-            wait_for_copies();
+    const uint32_t row_tile = blockIdx.x / params.col_tiles, col_tile = blockIdx.x % params.col_tiles;
+    int64_t row_0 = int64_t{row_tile} * kTile;  // of x
+    int rows = static_cast<int>(min(int64_t{kTile}, params.rows - row_0));
+    if constexpr (kMode == Mode::kGrouped) {
+        const KBlock block = find_k_block(all_params.groups, row_tile);
+        row_0 = block.row_0, rows = block.rows;
+    }
+    const int64_t col_0 = int64_t{col_tile} * kTile;
+    const int cols = static_cast<int>(min(int64_t{kTile}, params.cols - col_0));
+    const int own_rows = col < cols ? rows - row : 0;  // what this thread has something of: kRowsPerThread or more for all
+    const T* x = opaque(static_cast<const T*>(params.x) + (row_0 + row) * params.x_stride + col_0 + col);
+    uint4 raw[kRowsPerThread];
 #pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) {
-                raw[i] = make_uint4(0, 0, 0, 0);
-                if (i < own_rows) raw[i] = copies[i][threadIdx.x];
-            }
-            if (more) copy(place);
+    for (int i = 0; i < kRowsPerThread; ++i) {
+        raw[i] = make_uint4(0, 0, 0, 0);
+        if (i >= own_rows) continue;
+        if constexpr (kVector) {
+            raw[i] = load_16(x + i * params.x_stride);
         } else {
-            const T* x = x_of(place);
+            uint32_t words[4] = {};
 #pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) {
-                raw[i] = make_uint4(0, 0, 0, 0);
-                if (i >= own_rows) continue;
-                if constexpr (kVector) {
-                    raw[i] = load_16(x + i * params.x_stride);
-                } else {
-                    uint32_t words[4] = {};
-#pragma unroll
-                    for (int e = 0; e < kElems; ++e)
-                        if (col + e < cols)
-                            words[e * sizeof(T) / 4] |= load_element<sizeof(T)>(x + i * params.x_stride + e)
-                                                        << (8 * (e * sizeof(T) % 4));
-                    raw[i] = make_uint4(words[0], words[1], words[2], words[3]);
-                }
-            }
-            // ptxas would sink later rows' loads behind the first rows' arithmetic. It moves none past a barrier.
-            __syncthreads();
+            for (int e = 0; e < kElems; ++e)
+                if (col + e < cols)
+                    words[e * sizeof(T) / 4] |= load_element<sizeof(T)>(x + i * params.x_stride + e)
+                                                << (8 * (e * sizeof(T) % 4));
+            raw[i] = make_uint4(words[0], words[1], words[2], words[3]);
         }
+    }
+    // ptxas would sink later rows' loads behind the first rows' arithmetic. It moves none past a barrier.
+    __syncthreads();
 
-        uint32_t col_max[4] = {}, row_max[kRowsPerThread];
+    uint32_t col_max[4] = {}, row_max[kRowsPerThread];
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) col_max[w] = E::larger(col_max[w], word(raw[i], w));
+        row_max[i] = E::larger(E::larger(raw[i].x, raw[i].y), E::larger(raw[i].z, raw[i].w));
+    }
+    if constexpr (kMode == Mode::kPerBlock) {
+        uint32_t block_max = E::larger(E::larger(col_max[0], col_max[1]), E::larger(col_max[2], col_max[3]));
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+            block_max = E::larger(block_max, __shfl_xor_sync(0xffffffff, block_max, offset));
+        if (threadIdx.x % 32 == 0) maxima[warp][0] = block_max;
+    } else {
+        if constexpr (kLanes == 16) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w)
+                col_max[w] = E::larger(col_max[w], __shfl_xor_sync(0xffffffff, col_max[w], 16));
+        }
+        if (threadIdx.x % 32 < kLanes)
+            *reinterpret_cast<uint4*>(&maxima[warp][4 * lane]) =
+                make_uint4(col_max[0], col_max[1], col_max[2], col_max[3]);
+    }
+
+    const auto store_row = [&](int i, uint8_t* p, float inverse) {
+        if (i >= own_rows) return;
+        float v[kElems];
+        E::unpack(raw[i], v);
+        const typename E4M3::template Packed<kElems> packed = E4M3::pack(v, inverse);
+        if constexpr (kVector) {
+            *reinterpret_cast<typename E4M3::template Packed<kElems>*>(p) = packed;
+        } else {
+#pragma unroll
+            for (int e = 0; e < kElems; ++e)
+                if (col + e < cols) p[e] = static_cast<uint8_t>(packed.words[e / 4] >> (8 * (e % 4)));
+        }
+    };
+    uint8_t* out = nullptr;
+    if constexpr (kMode != Mode::kGrouped)
+        out = opaque(params.out + (row_0 + row) * params.out_stride + col_0 + col);
+    if constexpr (kMode == Mode::kPerToken) {
+        // A row's lanes know its scale without the other warps, and share out the rows.
+        const int own_row = lane % kRowsPerThread;
+        const GroupScale own =
+            quick_group_scale<E4M3>(E::magnitude(max_of_own_row<kLanes>(row_max, E::larger)), ue8m0);
+        if (lane < kRowsPerThread && row + own_row < rows)
+            store_scale(params.sf, row_0 + row + own_row, col_tile, params.col_tiles, params.sf_stride,
+                        params.sf_format, own.sf);
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i)
+            store_row(i, out + i * params.out_stride, __shfl_sync(0xffffffff, own.inverse, i, kRowsPerThread));
+    }
+    __syncthreads();
+
+    const int64_t row_tiles = all_params.row_tiles;
+    float inverse[kElems];
+    if constexpr (kMode == Mode::kPerBlock) {
+        uint32_t block_max = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) block_max = E::larger(block_max, maxima[w][0]);
+        const GroupScale scale = quick_group_scale<E4M3>(E::magnitude(block_max), ue8m0);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) inverse[e] = scale.inverse;
+        if (threadIdx.x == 0) {
+            store_scale(params.sf, row_tile, col_tile, params.col_tiles, params.sf_stride, params.sf_format, scale.sf);
+            store_scale(all_params.sf_t, col_tile, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
+                        scale.sf);
+        }
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-            for (int w = 0; w < 4; ++w) col_max[w] = E::larger(col_max[w], word(raw[i], w));
-            row_max[i] = E::larger(E::larger(raw[i].x, raw[i].y), E::larger(raw[i].z, raw[i].w));
+            forget_unpacked(raw[i]);
+            store_row(i, out + i * params.out_stride, scale.inverse);
         }
-        if constexpr (kMode == Mode::kPerBlock) {
-            uint32_t block_max = E::larger(E::larger(col_max[0], col_max[1]), E::larger(col_max[2], col_max[3]));
+    } else {
+        // Two threads for a column, each of which reads the maxima of every other warp.
+        if (threadIdx.x < 2 * kTile) {
+            const int c = threadIdx.x / 2, part = threadIdx.x % 2;
+            uint32_t largest = 0;
 #pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2)
-                block_max = E::larger(block_max, __shfl_xor_sync(0xffffffff, block_max, offset));
-            if (threadIdx.x % 32 == 0) maxima[warp][0] = block_max;
-        } else {
-            if constexpr (kLanes == 16) {
-#pragma unroll
-                for (int w = 0; w < 4; ++w)
-                    col_max[w] = E::larger(col_max[w], __shfl_xor_sync(0xffffffff, col_max[w], 16));
-            }
-            if (threadIdx.x % 32 < kLanes)
-                *reinterpret_cast<uint4*>(&maxima[warp][4 * lane]) =
-                    make_uint4(col_max[0], col_max[1], col_max[2], col_max[3]);
-        }
-
-        const auto store_row = [&](int i, uint8_t* p, float inverse) {
-            if (i >= own_rows) return;
-            float v[kElems];
-            E::unpack(raw[i], v);
-            const typename E4M3::template Packed<kElems> packed = E4M3::pack(v, inverse);
-            if constexpr (kVector) {
-                *reinterpret_cast<typename E4M3::template Packed<kElems>*>(p) = packed;
-            } else {
-#pragma unroll
-                for (int e = 0; e < kElems; ++e)
-                    if (col + e < cols) p[e] = static_cast<uint8_t>(packed.words[e / 4] >> (8 * (e % 4)));
-            }
-        };
-        uint8_t* out = nullptr;
-        if constexpr (kMode != Mode::kGrouped)
-            out = opaque(params.out + (row_0 + row) * params.out_stride + col_0 + col);
-        if constexpr (kMode == Mode::kPerToken) {
-            // A row's lanes know its scale without the other warps, and share out the rows.
-            const int own_row = lane % kRowsPerThread;
-            const GroupScale own =
-                quick_group_scale<E4M3>(E::magnitude(max_of_own_row<kLanes>(row_max, E::larger)), ue8m0);
-            if (lane < kRowsPerThread && row + own_row < rows)
-                store_scale(params.sf, row_0 + row + own_row, col_tile, params.col_tiles, params.sf_stride,
-                            params.sf_format, own.sf);
-#pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i)
-                store_row(i, out + i * params.out_stride, __shfl_sync(0xffffffff, own.inverse, i, kRowsPerThread));
+            for (int w = 0; w < kWarps; w += 2) largest = E::larger(largest, maxima[w + part][c / kWordsPerElem]);
+            float amax = E::magnitude_at(largest, c % kWordsPerElem);
+            amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, 1));
+            const GroupScale scale = quick_group_scale<E4M3>(amax, ue8m0);
+            if (part == 0) inverses[slot_of(c)] = scale.inverse;
+            if (kMode == Mode::kGrouped && part == 1 && c < cols)
+                static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + c] =
+                    rows > 0 ? scale.sf : 0;
+            if (kMode == Mode::kPerToken && part == 1 && c < cols)
+                store_scale(all_params.sf_t, col_0 + c, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
+                            scale.sf);
         }
         __syncthreads();
+#pragma unroll
+        for (int e = 0; e < kElems; e += 4) {
+            const float4 f = *reinterpret_cast<const float4*>(&inverses[slot_of(col + e)]);
+            inverse[e] = f.x, inverse[e + 1] = f.y, inverse[e + 2] = f.z, inverse[e + 3] = f.w;
+        }
+    }
 
-        const int64_t row_tiles = all_params.row_tiles;
-        float inverse[kElems];
-        if constexpr (kMode == Mode::kPerBlock) {
-            uint32_t block_max = 0;
+    // Padding is zero also where the column's scale is NaN or Inf.
+    const uint64_t row_mask =
+        rows - row >= kRowsPerThread ? ~uint64_t{0} : rows > row ? (uint64_t{1} << (8 * (rows - row))) - 1 : 0;
+    // In the grouped form every block has its 128 columns of the result.
+    const int64_t t_row_0 = kMode == Mode::kGrouped ? int64_t{row_tile} * kTile : row_0;
+    const int t_rows = kMode == Mode::kGrouped ? kTile : rows;
+    const int chunk = threadIdx.x % 8, valid = t_rows - chunk * 16;
+    uint8_t* const out_t = opaque(all_params.out_t + col_0 * all_params.out_t_stride + t_row_0 + chunk * 16);
+    // Column by column, so that what is unpacked at a time is one column's 8 values.
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) block_max = E::larger(block_max, maxima[w][0]);
-            const GroupScale scale = quick_group_scale<E4M3>(E::magnitude(block_max), ue8m0);
+    for (int i = 0; i < kRowsPerThread; ++i) forget_unpacked(raw[i]);
 #pragma unroll
-            for (int e = 0; e < kElems; ++e) inverse[e] = scale.inverse;
-            if (threadIdx.x == 0) {
-                store_scale(params.sf, row_tile, col_tile, params.col_tiles, params.sf_stride, params.sf_format, scale.sf);
-                store_scale(all_params.sf_t, col_tile, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
-                            scale.sf);
-            }
+    for (int e = 0; e < kElems; ++e) {
+        float v[kRowsPerThread];
 #pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) {
-                forget_unpacked(raw[i]);
-                store_row(i, out + i * params.out_stride, scale.inverse);
-            }
+        for (int i = 0; i < kRowsPerThread; ++i) v[i] = E::unpack_at(raw[i], e) * inverse[e];
+        uint2 bytes = make_uint2(to_e4m3x4(v[0], v[1], v[2], v[3]), to_e4m3x4(v[4], v[5], v[6], v[7]));
+        if constexpr (kMode == Mode::kGrouped)
+            bytes.x &= static_cast<uint32_t>(row_mask), bytes.y &= static_cast<uint32_t>(row_mask >> 32);
+        tile[col + e][slot ^ lane % 16] = bytes;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTile * 8 / kThreads; ++i) {
+        const int c = threadIdx.x / 8 + i * (kThreads / 8);
+        if (c >= cols || valid <= 0) continue;
+        const int swizzle = c / kElems % 16;
+        uint4 value = *reinterpret_cast<const uint4*>(&tile[c][(chunk ^ swizzle / 2) * 2]);
+        if (swizzle % 2 == 1) value = make_uint4(value.z, value.w, value.x, value.y);
+        uint8_t* p = out_t + c * all_params.out_t_stride;
+        if (kVector && valid >= 16) {
+            *reinterpret_cast<uint4*>(p) = value;
         } else {
-            // Two threads for a column, each of which reads the maxima of every other warp.
-            if (threadIdx.x < 2 * kTile) {
-                const int c = threadIdx.x / 2, part = threadIdx.x % 2;
-                uint32_t largest = 0;
+            const uint32_t words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-                for (int w = 0; w < kWarps; w += 2) largest = E::larger(largest, maxima[w + part][c / kWordsPerElem]);
-                float amax = E::magnitude_at(largest, c % kWordsPerElem);
-                amax = max_abs(amax, __shfl_xor_sync(0xffffffff, amax, 1));
-                const GroupScale scale = quick_group_scale<E4M3>(amax, ue8m0);
-                if (part == 0) inverses[slot_of(c)] = scale.inverse;
-                if (kMode == Mode::kGrouped && part == 1 && c < cols)
-                    static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + c] =
-                        rows > 0 ? scale.sf : 0;
-                if (kMode == Mode::kPerToken && part == 1 && c < cols)
-                    store_scale(all_params.sf_t, col_0 + c, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
-                                scale.sf);
-            }
-            __syncthreads();
-#pragma unroll
-            for (int e = 0; e < kElems; e += 4) {
-                const float4 f = *reinterpret_cast<const float4*>(&inverses[slot_of(col + e)]);
-                inverse[e] = f.x, inverse[e + 1] = f.y, inverse[e + 2] = f.z, inverse[e + 3] = f.w;
-            }
+            for (int b = 0; b < 16; ++b)
+                if (b < valid) p[b] = static_cast<uint8_t>(words[b / 4] >> (8 * (b % 4)));
         }
-
-        // Padding is zero also where the column's scale is NaN or Inf.
-        const uint64_t row_mask =
-            rows - row >= kRowsPerThread ? ~uint64_t{0} : rows > row ? (uint64_t{1} << (8 * (rows - row))) - 1 : 0;
-        // In the grouped form every block has its 128 columns of the result.
-        const int64_t t_row_0 = kMode == Mode::kGrouped ? int64_t{row_tile} * kTile : row_0;
-        const int t_rows = kMode == Mode::kGrouped ? kTile : rows;
-        const int chunk = threadIdx.x % 8, valid = t_rows - chunk * 16;
-        uint8_t* const out_t = opaque(all_params.out_t + col_0 * all_params.out_t_stride + t_row_0 + chunk * 16);
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            if (part > 0) __syncthreads();
-            // Column by column, so that what is unpacked at a time is one column's 8 values.
-#pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) forget_unpacked(raw[i]);
-#pragma unroll
-            for (int e = 0; e < kPartElems; ++e) {
-                float v[kRowsPerThread];
-#pragma unroll
-                for (int i = 0; i < kRowsPerThread; ++i)
-                    v[i] = E::unpack_at(raw[i], part * kPartElems + e) * inverse[part * kPartElems + e];
-                uint2 bytes = make_uint2(to_e4m3x4(v[0], v[1], v[2], v[3]), to_e4m3x4(v[4], v[5], v[6], v[7]));
-                if constexpr (kMode == Mode::kGrouped)
-                    bytes.x &= static_cast<uint32_t>(row_mask), bytes.y &= static_cast<uint32_t>(row_mask >> 32);
-                tile[lane * kPartElems + e][slot ^ lane % 16] = bytes;
-            }
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < kTile / kParts * 8 / kThreads; ++i) {
-                const int place_in_tile = threadIdx.x / 8 + i * (kThreads / 8), of_lane = place_in_tile / kPartElems;
-                const int c = of_lane * kElems + part * kPartElems + place_in_tile % kPartElems;
-                if (c >= cols || valid <= 0) continue;
-                const int swizzle = of_lane % 16;
-                uint4 value = *reinterpret_cast<const uint4*>(&tile[place_in_tile][(chunk ^ swizzle / 2) * 2]);
-                if (swizzle % 2 == 1) value = make_uint4(value.z, value.w, value.x, value.y);
-                uint8_t* p = out_t + c * all_params.out_t_stride;
-                if (kVector && valid >= 16) {
-                    *reinterpret_cast<uint4*>(p) = value;
-                } else {
-                    const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-                    for (int b = 0; b < 16; ++b)
-                        if (b < valid) p[b] = static_cast<uint8_t>(words[b / 4] >> (8 * (b % 4)));
-                }
-            }
-        }
-        if (!more) return;
     }
 }
 
@@ -338,13 +275,8 @@ cudaError_t launch_kernel(const TransposedCastProblem& problem, const KGroups& g
         (kMode == Mode::kGrouped ? has_whole_loads<T>(problem.cast) : has_vector_access<T>(problem.cast)) &&
         is_aligned(problem.out_t, 16) && problem.out_t_stride % 16 == 0;
     params.row_tiles = static_cast<uint32_t>(row_tiles);
-    int64_t ctas = row_tiles * params.cast.col_tiles;
-    if (vector && kPipelined<T, true> && problem.cast.num_sms > 0)
-        ctas = std::min<int64_t>(ctas, problem.cast.num_sms * Shape<T>::kCtas);
-    params.step_rows = static_cast<uint32_t>(ctas / params.cast.col_tiles);
-    params.step_cols = static_cast<uint32_t>(ctas % params.cast.col_tiles);
-    return launch(vector ? transposed_cast_kernel<T, kMode, true> : transposed_cast_kernel<T, kMode, false>, ctas,
-                  Shape<T>::kThreads, stream, pdl, params);
+    return launch(vector ? transposed_cast_kernel<T, kMode, true> : transposed_cast_kernel<T, kMode, false>,
+                  row_tiles * params.cast.col_tiles, Shape<T>::kThreads, stream, pdl, params);
 }
 
 template <Mode kMode>

@@ -63,6 +63,7 @@ Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
     Machine& M = *w.m;
     const u32 size = u32(in.x->p[0]);
     u64 from[kWarp] = {};
+    u32 reading = 0;  // lanes that read anything
     auto op = std::make_shared<CopyOp>();
     op->size = size;
     forLanes(m, [&](int l) {
@@ -76,6 +77,7 @@ Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
         u32 off = smemOffset(w, l, c, a, size);
         if (n) M.global(&w, l, src, n, false);
         from[l] = src;
+        if (n) reading |= 1u << l;
         if (n && w.order) {
             GlobalAccess by = orderGlobalIssue(w, l);
             orderGlobalLoad(w, by, src, n, "cp.async");
@@ -101,7 +103,7 @@ Status cpAsyncExec(Warp& w, const Inst& in, u32 m) {
         op->then.clear();
         M.wakeGroups(pw->cta, Block::BulkGroup);
     });
-    if (w.counters) w.counters->access(w, w.pc, m, from, size, false);
+    if (w.counters && reading) w.counters->access(w, w.pc, reading, from, size, false);
     return Status::Next;
 }
 Status cpCommitExec(Warp& w, const Inst&, u32 m) {
