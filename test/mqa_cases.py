@@ -239,7 +239,9 @@ def samples(device: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             out = torch.zeros(tokens, columns + 3, device=device)[:, :columns]
             calls.append((packet.out, inputs, {**options, "out": out}))
     q, *others = dense_arguments(device=device).values()
+    out = torch.zeros(q.shape[0], others[0].shape[0], device=device)
     calls.append((ops.fp8_fp4_mqa_logits.default, (q, None, *others), {}))
+    calls.append((ops.fp8_fp4_mqa_logits.out, (q, None, *others), {"out": out}))
     for fp4, keywords in itertools.product(
         types,
         (
@@ -264,5 +266,8 @@ def samples(device: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     arguments = paged_arguments([70, 3], device=device)
     arguments.pop("indices")
     q, *others = arguments.values()
-    calls.append((ops.fp8_fp4_paged_mqa_logits.default, (q, None, *others), {"clean_logits": True}))
+    options = {"clean_logits": True}
+    out = torch.zeros(arguments["weights"].shape[0], arguments["max_context_len"], device=device)
+    calls.append((ops.fp8_fp4_paged_mqa_logits.default, (q, None, *others), options))
+    calls.append((ops.fp8_fp4_paged_mqa_logits.out, (q, None, *others), {**options, "out": out}))
     return calls

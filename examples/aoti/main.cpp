@@ -79,6 +79,7 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "usage: %s LIBRARY PACKAGE CASES\n", argv[0]);
         return 2;
     }
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear in order with those of stderr, also where it crashes
     try {
         return run(argv[1], argv[2], argv[3]);
     } catch (const c10::Error& error) {
