@@ -23,11 +23,6 @@ SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
 BLOCKS = (16, 32, 64, 128)
 
 
-def heights(mma_type: str) -> tuple[int, ...]:
-    """Of the blocks of tokens of its kernels."""
-    return BLOCKS[:3] if mma_type == "fp8xfp4" else BLOCKS
-
-
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
@@ -48,7 +43,7 @@ KINDS = [(mma_type, data) for mma_type in ("fp8xfp8", "fp8xfp4") for data in ("n
 
 @pytest.mark.parametrize(
     ("mma_type", "data", "block_tokens"),
-    [(*kind, height) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in heights(kind[0])],
+    [(*kind, height) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in BLOCKS],
 )
 def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
     """Whole blocks, a ragged one and experts with one token; two kinds of tiles in the ring of stages."""
@@ -120,7 +115,7 @@ def test_random_problems(seed: int) -> None:
                 intermediate=pick(128, 256),
                 max_tokens=48,
                 mma_type=mma_type,
-                block_tokens=pick(*heights(mma_type)),
+                block_tokens=pick(*BLOCKS),
                 routing=pick("random", "random", "masked", "same"),
                 data="normal" if mma_type == "bf16xbf16" else pick("normal", "integer"),
                 clamp=pick(None, 0.5),
@@ -137,7 +132,7 @@ def test_same_bits_in_every_order(mma_type: str) -> None:
     options = {"num_experts": 4, "topk": 3, "mma_type": mma_type}
     first = run_case(MegaCase((20, 9), **options))
     for seed in range(1, 1 + SEEDS):
-        block, num_sms = heights(mma_type)[seed % len(heights(mma_type))], seed % 3 + 1
+        block, num_sms = BLOCKS[seed % len(BLOCKS)], seed % 3 + 1
         again = run_case(MegaCase((20, 9), seed=seed, block_tokens=block, num_sms=num_sms, **options))
         assert all(same_bits(x, y) for x, y in zip(first, again))
 
@@ -149,8 +144,8 @@ def test_weights_are_read_once_for_each_block(mma_type: str) -> None:
     run = prepare(case)  # the launches hold no tensors
     total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=3).counters["total"]
     tiles_of_k = {"first": (2, 512), "second": (2, 256)}  # of an expert: tiles of weights, and their K
-    # FP4 has a word of scales for each row of weights, and four FP32 for each token.
-    per_block = 256 * 64 + 256 * 4 + 16 * 128 + 16 * 16 if case.is_fp4 else 256 * 128 + 16 * 128 + 16 * 4
+    # FP4 has a word of scales for each row of weights, and BF16 tokens without any.
+    per_block = 256 * 64 + 256 * 4 + 16 * 256 if case.is_fp4 else 256 * 128 + 16 * 128 + 16 * 4
     per_tile = sum(tiles * (k // 128) * per_block for tiles, k in tiles_of_k.values())
     assert total["bulk_load_bytes"] == case.num_experts * per_tile
 
@@ -214,11 +209,12 @@ def test_sass() -> None:
     """No kernel uses local memory, and the tensor core's instructions of a K block are not torn apart."""
     library = Path(_capi.library()._name)
     for number, mma_type in enumerate(mega_moe.MMA_TYPES):
-        for block_tokens in heights(mma_type):
+        for block_tokens in BLOCKS:
             resources = inspect.kernel_resources(library, f"sm90_mega_moeILi{block_tokens}ELi{number}E")
             assert (resources["stack"], resources["local"]) == (0, 0)
             sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
-            assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [8, 0, 0]
+            steps = 16 if mma_type == "fp8xfp4" else 8  # 128 of K in BF16, or 128 bytes
+            assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [steps, 0, 0]
 
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)

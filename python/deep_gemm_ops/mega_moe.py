@@ -105,7 +105,7 @@ class LayerShape(NamedTuple):
         choices = expert_rows * min(self.topk, experts)
         pool = align(choices + experts * (max_block - 1), max_block)
         blocks = choices // min_block + experts
-        pool_scales = 16 if self.is_fp4 else scale  # room for FP32 per 32
+        pool_element = 2 if self.is_fp4 else element  # SM90 has BF16 there
         groups, groups_h = self.hidden // _GRAN_K, self.intermediate // _GRAN_K
         sizes = [
             _HEADER_BYTES,
@@ -119,10 +119,10 @@ class LayerShape(NamedTuple):
             blocks * 4,
             experts * expert_rows * 8,
             pool * 4,
-            pool * self.hidden * element,
-            pool * groups * pool_scales,
-            pool * self.intermediate * element,
-            pool * groups_h * pool_scales,
+            pool * self.hidden * pool_element,
+            pool * groups * scale,
+            pool * self.intermediate * pool_element,
+            pool * groups_h * scale,
         ]
         offsets, end = [], 0
         for size in sizes:
