@@ -266,6 +266,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         met = max(i for i, line in enumerate(before) if any(name in line for name in meetings))
         if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
             return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    if mutant.kind in ("wgmma commit", "wgmma wait") and "ELi2E" in ptx:
+        (at, *_) = (i for i, line in enumerate(lines) if i >= mutant.line - 1 and "wgmma.wait_group" in line)
+        if lines[at].endswith(" 1;") and not any("mbarrier.arrive" in line for line in lines[at : at + 40]):
+            return "expanded weights have registers of their own in PTX, and no stage is given back behind this wait"
     if mutant.kind == "barrier" and any("atom.shared.or" in line for line in [*before[-40:], *behind]):
         return "what it guards tells which weights to fetch early, which no result depends on"
     if mutant.kind.startswith("mbarrier") and "sm90_mega_moeILi32ELi0E" in ptx:

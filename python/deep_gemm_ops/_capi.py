@@ -161,8 +161,8 @@ def tune_mega_moe(
 ) -> Iterator[None]:
     """While the context is open, Mega MoE on a GPU takes these instead of what it would choose, where they are not -1:
     tokens of a block (16, 32, 64 or 128), blocks by which the second linear is behind the first, bytes of each row of
-    weights that a CTA fetches into L2 while the tokens are sorted, whether L2 is to drop weights first, and bytes of each
-    row that are fetched while the kernel before this one may still run (SM90; 0 by default)."""
+    weights that a CTA fetches into L2 while the tokens are sorted, whether L2 is to drop weights first, and bytes of
+    each row that are fetched while the kernel before this one may still run (SM90; 0 by default)."""
     lib = _require()
     lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights, early_bytes)
     try:

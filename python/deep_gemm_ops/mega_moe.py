@@ -543,8 +543,9 @@ def fp8_fp4_mega_moe(
     in the low nibble, as uint8, int8 or float4_e2m1fn_x2 ``[local experts, 2 * intermediate, hidden / 2]`` and
     ``[local experts, hidden, intermediate / 2]``, and int32 words of four scales ``[.., hidden / 128]`` and
     ``[.., intermediate / 128]``, stride 1 along the rows. ``sym_buffer`` has ``mma_type`` "fp8xfp4", its ``x_sf`` is
-    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both. On SM100 base addresses of weights
-    are multiples of 32 bytes.
+    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both. Its pool has two bytes for each
+    element of tokens and hidden activations: SM90's tensor core reads them and the weights as BF16, scales included. On
+    SM100 base addresses of weights are multiples of 32 bytes.
     """
     op = "fp8_fp4_mega_moe"
     if tuple(recipe) != (1, 1, 32):

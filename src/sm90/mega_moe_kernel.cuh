@@ -467,8 +467,9 @@ private:
         float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][scale][token]
         const int first_warp = kFP4 ? warpgroup * 4 : 0;  // of those with values under the same scale
         const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's 64
-        // Both warpgroups may still be storing results of the second linear from this memory.
-        ptx::named_barrier_sync(1, 256);
+        // Both warpgroups may still be storing results of the second linear from this memory; not from where maxima are, if they
+        // lie behind all of it.
+        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, 256);
 #pragma unroll
         for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
             if (chunk >= tile.count) break;

@@ -52,8 +52,9 @@ struct MegaMoeLayout {
     // Of each consumer warp for each token; with FP4 those of its two eights of rows are in different 32.
     constexpr int amax_bytes() const { return is_bf16() ? 0 : 8 * (is_fp4() ? 2 : 1) * chunk_tokens() * 4; }
     // Those of the second one, [warpgroup][token][64 columns] in BF16.
+    constexpr int results_bytes() const { return 2 * chunk_tokens() * 128; }
     constexpr int staging_bytes() const {
-        const int bytes = std::max(activated_bytes() + amax_bytes(), 2 * chunk_tokens() * 128);
+        const int bytes = std::max(activated_bytes() + amax_bytes(), results_bytes());
         return (bytes + 127) / 128 * 128;
     }
     constexpr int stage_bytes() const {
