@@ -63,6 +63,7 @@ def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
         MegaCase((2,), num_experts=40, topk=36, num_sms=2),  # more choices than that
         MegaCase((150,), num_experts=3, topk=2, num_sms=3),  # several blocks of an expert
         MegaCase((150,), num_experts=2, topk=1, block_tokens=128, data="integer", num_sms=3),
+        *(MegaCase((200,), 2, 2, 384, 256, block_tokens=128, mma_type=t) for t in mega_moe.MMA_TYPES),  # more than half
         MegaCase((33, 7, 20, 1), num_experts=4, topk=3, block_tokens=32, max_tokens=64),
         MegaCase((4, 0, 3, 1, 2, 5, 0, 1), num_experts=16, topk=4, num_sms=1),  # eight ranks
         MegaCase((40, 40), num_experts=2, topk=2, num_sms=24, data="integer"),  # more CTAs than tasks
@@ -137,15 +138,18 @@ def test_same_bits_in_every_order(mma_type: str) -> None:
         assert all(same_bits(x, y) for x, y in zip(first, again))
 
 
+@pytest.mark.parametrize("block_tokens", [16, 128])
 @pytest.mark.parametrize("mma_type", ["fp8xfp8", "fp8xfp4"])
-def test_weights_are_read_once_for_each_block(mma_type: str) -> None:
+def test_weights_are_read_once_for_each_block(mma_type: str, block_tokens: int) -> None:
     """Bytes that the copies fetch: weights and a block of tokens for each tile, and scales for each K block."""
-    case = MegaCase((16,), num_experts=2, topk=2, hidden=512, intermediate=256, mma_type=mma_type, num_sms=3)
+    sizes = {"hidden": 512, "intermediate": 256, "block_tokens": block_tokens}
+    case = MegaCase((16,), num_experts=2, topk=2, mma_type=mma_type, num_sms=3, **sizes)
     run = prepare(case)  # the launches hold no tensors
     total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=3).counters["total"]
     tiles_of_k = {"first": (2, 512), "second": (2, 256)}  # of an expert: tiles of weights, and their K
     # FP4 has a word of scales for each row of weights, and BF16 tokens without any.
-    per_block = 256 * 64 + 256 * 4 + 16 * 256 if case.is_fp4 else 256 * 128 + 16 * 128 + 16 * 4
+    rows = min(block_tokens, 64)  # of a short block
+    per_block = 256 * 64 + 256 * 4 + rows * 256 if case.is_fp4 else 256 * 128 + rows * 128 + block_tokens * 4
     per_tile = sum(tiles * (k // 128) * per_block for tiles, k in tiles_of_k.values())
     assert total["bulk_load_bytes"] == case.num_experts * per_tile
 
@@ -214,6 +218,8 @@ def test_sass() -> None:
             assert (resources["stack"], resources["local"]) == (0, 0)
             sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
             steps = 16 if mma_type == "fp8xfp4" else 8  # 128 of K in BF16, or 128 bytes
+            if block_tokens == 128:
+                steps *= 2  # blocks of 64 tokens and less have instructions of their own
             assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [steps, 0, 0]
 
 

@@ -39,6 +39,7 @@ struct LayerKernel {
     int shared_bytes;
     bool unpacks;        // FP4: TMA puts 16 elements into 16 bytes, as the tensor core wants them
     int pool_bytes;      // of an element of tokens in the pool; those of two have no scales
+    int box_tokens;      // that TMA loads at once
 };
 
 #if DG_WITH_SM90
@@ -53,7 +54,8 @@ LayerKernel sm90_kernel(int block_tokens, const MegaMoeShape& shape) {
             sm90::kMegaThreads,
             layout.shared_bytes(),
             false,
-            shape.pool_element_bytes()};
+            shape.pool_element_bytes(),
+            layout.chunk_tokens()};
 }
 #else
 LayerKernel sm90_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
@@ -71,7 +73,8 @@ LayerKernel sm100_kernel(int block_tokens, const MegaMoeShape& shape) {
             sm100::kMegaThreads,
             layout.shared_bytes(),
             true,
-            shape.element_bytes()};
+            shape.element_bytes(),
+            block_tokens};
 }
 #else
 LayerKernel sm100_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_100a"); }
@@ -151,8 +154,8 @@ void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int bloc
     };
     params.l1_map = weights_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden);
     params.l2_map = weights_map(problem.l2, experts * shape.hidden, shape.intermediate);
-    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, kernel.pool_bytes, block_tokens);
-    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, kernel.pool_bytes, block_tokens);
+    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, kernel.pool_bytes, kernel.box_tokens);
+    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, kernel.pool_bytes, kernel.box_tokens);
     if (kernel.pool_bytes == 1) {
         const auto scales_map = [&](int64_t offset, int64_t k) {
             const MatrixView view{buffer + offset, k / kMegaMoeGranK, pool_rows, pool_rows,

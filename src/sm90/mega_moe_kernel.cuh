@@ -199,7 +199,7 @@ private:
 
     __device__ __forceinline__ static void load_tokens(const MegaMoeParams& params, Storage& shared, int first_tiles) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
-        constexpr int kBoxes = kLayout.token_boxes();
+        constexpr int kBoxesAlongK = kLayout.boxes_along_k();
         Reader reader(shared.tables.queue);
         State state;
         MegaTile tile;
@@ -208,15 +208,21 @@ private:
             const CUtensorMap& scales_map = tile.is_second ? params.h_sf_map : params.x_sf_map;
             Protocol::wait_for_tokens(params, tile, first_tiles);
             const int row = tile.block * kTokens;
+            const int boxes = is_short(tile.count) ? 1 : kTokens / kChunk;  // along tokens
+            const int bytes = boxes * kBoxesAlongK * kLayout.box_bytes() + kLayout.token_scale_bytes();
 #pragma unroll 1
             for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + kLayout.token_scale_bytes());
+                ptx::mbarrier_arrive_expect_tx(full, bytes);
+                uint8_t* to = shared.tokens[state.stage_idx];
 #pragma unroll
-                for (int box = 0; box < kBoxes; ++box) {
-                    ptx::tma_load_2d(map, full, shared.tokens[state.stage_idx] + box * kLayout.token_box_bytes(),
-                                     (k * kBoxes + box) * (kBlockK / kBoxes), row, kHint);
+                for (int along_k = 0; along_k < kBoxesAlongK; ++along_k) {
+                    const int x = (k * kBoxesAlongK + along_k) * (kBlockK / kBoxesAlongK);
+#pragma unroll 1
+                    for (int box = 0; box < boxes; ++box, to += kLayout.box_bytes()) {
+                        ptx::tma_load_2d(map, full, to, x, row + box * kChunk, kHint);
+                    }
                 }
                 if constexpr (kScaled) {
                     ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, k, kHint);
@@ -264,12 +270,19 @@ private:
             if (num_k_blocks < 0) break;
             const bool is_second = shared.tables.queue.tiles[slot].is_second;
             float total[kParts][kTotals] = {};
-            if constexpr (kBF16) {
-                accumulate_unscaled(shared, state, num_k_blocks, warpgroup, lane, total);
-            } else if constexpr (kFP4) {
-                accumulate_fp4(shared, state, num_k_blocks, warpgroup, total);
+            const auto accumulate = [&]<int kCols>() {
+                if constexpr (kBF16) {
+                    accumulate_unscaled<kCols>(shared, state, num_k_blocks, warpgroup, lane, total);
+                } else if constexpr (kFP4) {
+                    accumulate_fp4<kCols>(shared, state, num_k_blocks, warpgroup, total);
+                } else {
+                    accumulate_scaled<kCols>(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
+                }
+            };
+            if (is_short(shared.tables.queue.tiles[slot].count)) {
+                accumulate.template operator()<kChunk>();
             } else {
-                accumulate(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
+                accumulate.template operator()<kTokens>();
             }
             const MegaTile tile = shared.tables.queue.tiles[slot];
             if (is_second) {
@@ -285,8 +298,18 @@ private:
         return Descriptor(shared.weights[stage_idx] + (part * 2 + warpgroup) * 64 * kMegaBlockBytes);
     }
 
-    // Sums all K blocks of a tile into `total`.
-    __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
+    // Of a block's tokens.
+    __device__ __forceinline__ static bool is_short(int count) { return kChunk < kTokens && count <= kChunk; }
+
+    // The registers of the first kCols tokens.
+    template <int kCols>
+    __device__ __forceinline__ static float (&first(float (&total)[kTotals]))[kCols / 2] {
+        return reinterpret_cast<float(&)[kCols / 2]>(total);
+    }
+
+    // Sums all K blocks of a tile's first kCols tokens into `total`.
+    template <int kCols>
+    __device__ __forceinline__ static void accumulate_scaled(Storage& shared, State& state,
                                                       PipelineState<kMegaScaleChunks>& scale_state, bool is_second,
                                                       int num_k_blocks, int warpgroup, int lane,
                                                       float (&total)[kParts][kTotals]) {
@@ -298,32 +321,33 @@ private:
 #pragma unroll 1
             for (int i = 0; i < count; ++i, state.advance()) {
                 const float blocks[2] = {shared.block_scales[chunk][0][i], shared.block_scales[chunk][1][i]};
-                add_k_block(shared, state.stage_idx, state.phase, is_second, blocks, warpgroup, lane, total);
+                add_k_block<kCols>(shared, state.stage_idx, state.phase, is_second, blocks, warpgroup, lane, total);
             }
             release(shared.scales_empty[chunk], lane);
         }
     }
 
     // Adds one K block: total += product * scale of the weights' block * scale of the token.
+    template <int kCols>
     __device__ __forceinline__ static void add_k_block(Storage& shared, int s, uint32_t phase, bool is_second,
                                                        const float (&blocks)[2], int warpgroup, int lane,
                                                        float (&total)[kParts][kTotals]) {
         constexpr int kSteps = kMegaBlockBytes / 32;
         const float2* token_scales = reinterpret_cast<const float2*>(shared.token_scales[s]) + lane % 4;
         const Descriptor cols(shared.tokens[s]);
-        const auto multiply = [&](int part, float (&accumulator)[kTotals]) {
+        const auto multiply = [&](int part, float (&accumulator)[kCols / 2]) {
             const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                wgmma<kTokens>(rows.at(step * 2), cols.at(step * 2), accumulator, step > 0);
+                wgmma<kCols>(rows.at(step * 2), cols.at(step * 2), accumulator, step > 0);
             }
         };
         // Rows of a thread, upper and lower: gates and ups, or both of the part's 128 rows of the result.
-        const auto promote = [&](int part, const float (&accumulator)[kTotals], auto&& scale_of) {
+        const auto promote = [&](int part, const float (&accumulator)[kCols / 2], auto&& scale_of) {
             const float upper = is_second ? blocks[part] : blocks[0];
             const float lower = is_second ? blocks[part] : blocks[1];
 #pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j) {
+            for (int j = 0; j < kCols / 8; ++j) {
                 const float2 scale = scale_of(j);
                 total[part][4 * j + 0] += accumulator[4 * j + 0] * (scale.x * upper);
                 total[part][4 * j + 1] += accumulator[4 * j + 1] * (scale.y * upper);
@@ -333,10 +357,10 @@ private:
         };
         ptx::mbarrier_wait(shared.full[s], phase);
         if constexpr (kPartsTogether) {
-            float2 scales[kTokens / 8];
+            float2 scales[kCols / 8];
 #pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j) scales[j] = token_scales[j * 4];
-            float accumulator[kParts][kTotals];
+            for (int j = 0; j < kCols / 8; ++j) scales[j] = token_scales[j * 4];
+            float accumulator[kParts][kCols / 2];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) pin_registers(accumulator[part]);
             wgmma_fence();
@@ -350,7 +374,7 @@ private:
 #pragma unroll
             for (int part = 0; part < kParts; ++part) promote(part, accumulator[part], [&](int j) { return scales[j]; });
         } else {
-            float accumulator[kTotals];
+            float accumulator[kCols / 2];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
                 pin_registers(accumulator);
@@ -368,9 +392,11 @@ private:
     // FP4 weights: the tensor core sums all K blocks, and has one half of a part's while the next one is expanded. Packed
     // values are read a part ahead, since a load waits for the instructions that are in flight. A stage is given back half a
     // part later than its last instructions are issued.
+    template <int kCols>
     __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, int num_k_blocks, int warpgroup,
                                                           float (&total)[kParts][kTotals]) {
-        using Block = Bf16Fp4Block<MegaMoeFp4Traits<kTokens>>;
+        using Block = Bf16Fp4Block<MegaMoeFp4Traits<kCols>>;
+        constexpr int kTiles = kTokens / kCols;  // of kCols tokens, for which a stage has room
         const int thread = thread_index() % 128;
         const auto block_of = [&](int part) {
             return Block(shared.weights[0], reinterpret_cast<const uint8_t*>(shared.weight_scales[0]), shared.tokens[0],
@@ -382,7 +408,7 @@ private:
         blocks[0].load(state.stage_idx, rows[0]);
         int before = -1;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
 #pragma unroll 1
         for (int i = 0; i < num_k_blocks; ++i) {
             const int s = state.stage_idx;
@@ -399,7 +425,7 @@ private:
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     Block::expand_half(half, rows[part], fragments[half]);
-                    blocks[part].multiply(s, half, fragments[half], total[part], true);
+                    blocks[part].multiply(s * kTiles, half, fragments[half], first<kCols>(total[part]), true);
                     wgmma_wait<1>();
                     if (part == 0 && half == 0 && before >= 0) release(shared.empty[before], thread % 32);
                 }
@@ -407,15 +433,16 @@ private:
             before = s;
         }
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
         wgmma_wait<0>();
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
         release(shared.empty[before], thread % 32);
     }
 
     // BF16: the tensor core sums all K blocks. While a block's instructions run the next ones are issued, so a stage is
     // given back one block later.
+    template <int kCols>
     __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, int num_k_blocks,
                                                                int warpgroup, int lane, float (&total)[kParts][kTotals]) {
         constexpr int kSteps = kMegaBlockBytes / 32;
@@ -426,14 +453,14 @@ private:
             ptx::mbarrier_wait(shared.full[s], state.phase);
             const Descriptor cols(shared.tokens[s]);
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+            for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
             wgmma_fence();
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
                 const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    wgmma_bf16<kTokens, false, false>(rows.at(step * 2), cols.at(step * 2), total[part], true);
+                    wgmma_bf16<kCols, false, false>(rows.at(step * 2), cols.at(step * 2), first<kCols>(total[part]), true);
                 }
             }
             wgmma_commit();
@@ -442,7 +469,7 @@ private:
             before = s;
         }
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
         wgmma_wait<0>();
         release(shared.empty[before], lane);
     }

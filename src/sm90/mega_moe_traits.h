@@ -29,12 +29,13 @@ struct MegaMoeLayout {
     constexpr bool has_bf16_tokens() const { return type != MegaMoeType::kFP8; }
     constexpr int token_bytes() const { return has_bf16_tokens() ? 2 : 1; }
 
-    // Tokens whose results are in shared memory at a time.
+    // Tokens of a box of TMA, and of those whose results are in shared memory at a time. A block with no more tokens is a
+    // short one: of two boxes only the first is loaded and multiplied.
     constexpr int chunk_tokens() const { return std::min(block_tokens, 64); }
-    // Of kMegaBlockBytes of K; FP4's stage has two, of 64 elements each.
-    constexpr int token_box_bytes() const { return block_tokens * kMegaBlockBytes; }
-    constexpr int token_boxes() const { return is_fp4() ? 2 : 1; }
-    constexpr int token_tile_bytes() const { return token_boxes() * token_box_bytes(); }
+    constexpr int box_bytes() const { return chunk_tokens() * kMegaBlockBytes; }
+    // Boxes side by side along K: FP4's stage has two, of 64 elements each.
+    constexpr int boxes_along_k() const { return is_fp4() ? 2 : 1; }
+    constexpr int token_tile_bytes() const { return boxes_along_k() * block_tokens * kMegaBlockBytes; }
     constexpr int weight_tile_bytes() const { return kMegaTileRows * (is_fp4() ? kPackedBlockK : kMegaBlockBytes); }
     constexpr int weight_scales() const { return is_fp4() ? kMegaTileRows : 0; }  // words of four, in a stage
     // In a stage; TMA writes them to a multiple of 128 bytes.
