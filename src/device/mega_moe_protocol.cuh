@@ -314,6 +314,11 @@ protected:
                                                  uint32_t call) {
         const int ranks = params.shape.num_ranks;
         const int other = thread_index();
+        if (ranks == 1) {  // whose inputs the kernel before this one has written
+            if (other == 0) tables.tokens_of[0] = params.num_tokens;
+            __syncthreads();
+            return true;
+        }
         bool arrived = true;
         if (other < ranks) {
             if (blockIdx.x == 0) {
@@ -607,10 +612,11 @@ protected:
     __device__ __forceinline__ static bool leave(const MegaMoeParams& params, MegaMoeHeader& header, uint32_t call) {
         if (thread_index() == 0) {
             // This CTA's results, which its other threads have written, before it counts as done; all CTAs' before the word
-            // to the ranks.
-            __threadfence_system();
+            // to the ranks. To this rank alone the counter tells it all.
+            const bool has_peers = params.shape.num_ranks > 1;
+            if (has_peers) __threadfence_system();
             if (is_last_cta(&header.computed)) {
-                __threadfence_system();
+                if (has_peers) __threadfence_system();
 #pragma unroll 1
                 for (int rank = 0; rank < params.shape.num_ranks; ++rank) {
                     store_release_sys(&remote<MegaMoeHeader>(params, rank, 0)->combined[params.rank], call);

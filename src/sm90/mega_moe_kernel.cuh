@@ -8,9 +8,9 @@
 // way to the pool, weights in the consumers' registers, as those of single products do (bf16_fp4_rows.cuh), and nothing is
 // left to scale.
 //
-// The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert. l1 holds
-// eight gates, then the eight ups that belong to them, and so on: a thread's accumulators are a gate and its up, in the
-// same column. A tile of the first linear is 128 of h's columns, which share a scale for each token.
+// The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert, or 64 where a
+// block of 128 has no more. l1 holds eight gates, then the eight ups that belong to them, and so on: a thread's accumulators
+// are a gate and its up, in the same column. A tile of the first linear is 128 of h's columns.
 //
 // The protocol between ranks and between CTAs, and why it cannot deadlock: docs/mega_moe.md. In short, in this order:
 //   enter     CTA 0 tells all ranks that this one's inputs are there; every CTA waits for all ranks to say so
