@@ -56,9 +56,10 @@ def test_mega_moe_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its example runs, what it says of a buffer's size is so, and its picture is what the script draws."""
     scope = run_blocks("mega_moe.md", monkeypatch)
     assert scope["y"].shape == (40, 256) and scope["y"].isfinite().all() and scope["y"].any()
-    layout = mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, "fp8xfp8").buffer_layout()
-    combine = (layout.counts - layout.combine) / 1e9
-    sizes = f"{layout.bytes / 1e9:.2f} GB, of which the combine\nbuffer is {combine:.2f} GB"
+    layouts = {t: mega_moe.LayerShape(8, 256, 4096, 8, 7168, 2048, t).buffer_layout() for t in mega_moe.MMA_TYPES}
+    fp8, fp4, bf16 = (f"{layouts[t].bytes / 1e9:.2f} GB" for t in ("fp8xfp8", "fp8xfp4", "bf16xbf16"))
+    combine = (layouts["fp8xfp8"].counts - layouts["fp8xfp8"].combine) / 1e9
+    sizes = f"{fp8}, of which the combine\nbuffer is {combine:.2f} GB; beside FP4 weights {fp4}, with BF16 {bf16}."
     assert sizes in (ROOT / "docs" / "mega_moe.md").read_text()
     assert (ROOT / "docs" / "mega_moe.svg").read_text() == tool("draw_mega_moe").draw(), "run tools/draw_mega_moe.py"
 

@@ -365,7 +365,7 @@ hidden: fp8_fp4_mega_moe: hidden has value 192, expected a positive multiple of 
 l1_sf too small: fp8_fp4_mega_moe: l1_sf has shape [3, 128, 2], expected [local experts, 2 * intermediate, hidden / 128] = [3, 256, 2]
 l1_sf K-major: fp8_fp4_mega_moe: l1_sf has strides [512, 2, 1], expected [512, 1, 256] (MN-major, 16-byte aligned)
 l2_sf of a scale for each 32: fp8_fp4_mega_moe: l2_sf has shape [3, 256, 4], expected [local experts, hidden, intermediate / 128] = [3, 256, 1]
-buffer too small: fp8_fp4_mega_moe: buffer has bytes 243711, expected at least 243712""",
+buffer too small: fp8_fp4_mega_moe: buffer has bytes 421887, expected at least 421888""",
     )
 
 

@@ -23,11 +23,6 @@ SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
 BLOCKS = (16, 32, 64, 128)
 
 
-def heights(mma_type: str) -> tuple[int, ...]:
-    """Of the blocks of tokens of its kernels."""
-    return BLOCKS[:3] if mma_type == "fp8xfp4" else BLOCKS
-
-
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _capi.available(), reason="installed without the compiled library"),
@@ -48,7 +43,7 @@ KINDS = [(mma_type, data) for mma_type in ("fp8xfp8", "fp8xfp4") for data in ("n
 
 @pytest.mark.parametrize(
     ("mma_type", "data", "block_tokens"),
-    [(*kind, height) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in heights(kind[0])],
+    [(*kind, height) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in BLOCKS],
 )
 def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
     """Whole blocks, a ragged one and experts with one token; two kinds of tiles in the ring of stages."""
@@ -68,6 +63,7 @@ def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
         MegaCase((2,), num_experts=40, topk=36, num_sms=2),  # more choices than that
         MegaCase((150,), num_experts=3, topk=2, num_sms=3),  # several blocks of an expert
         MegaCase((150,), num_experts=2, topk=1, block_tokens=128, data="integer", num_sms=3),
+        *(MegaCase((200,), 2, 2, 384, 256, block_tokens=128, mma_type=t) for t in mega_moe.MMA_TYPES),  # more than half
         MegaCase((33, 7, 20, 1), num_experts=4, topk=3, block_tokens=32, max_tokens=64),
         MegaCase((4, 0, 3, 1, 2, 5, 0, 1), num_experts=16, topk=4, num_sms=1),  # eight ranks
         MegaCase((40, 40), num_experts=2, topk=2, num_sms=24, data="integer"),  # more CTAs than tasks
@@ -120,7 +116,7 @@ def test_random_problems(seed: int) -> None:
                 intermediate=pick(128, 256),
                 max_tokens=48,
                 mma_type=mma_type,
-                block_tokens=pick(*heights(mma_type)),
+                block_tokens=pick(*BLOCKS),
                 routing=pick("random", "random", "masked", "same"),
                 data="normal" if mma_type == "bf16xbf16" else pick("normal", "integer"),
                 clamp=pick(None, 0.5),
@@ -133,24 +129,29 @@ def test_random_problems(seed: int) -> None:
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
 def test_same_bits_in_every_order(mma_type: str) -> None:
-    """Neither the order of anything, nor how many CTAs there are, nor the height of a block changes a result."""
+    """Neither the order of anything, nor how many CTAs there are, nor the height of a block, nor what is fetched early
+    changes a result."""
     options = {"num_experts": 4, "topk": 3, "mma_type": mma_type}
     first = run_case(MegaCase((20, 9), **options))
     for seed in range(1, 1 + SEEDS):
-        block, num_sms = heights(mma_type)[seed % len(heights(mma_type))], seed % 3 + 1
-        again = run_case(MegaCase((20, 9), seed=seed, block_tokens=block, num_sms=num_sms, **options))
+        block, num_sms = BLOCKS[seed % len(BLOCKS)], seed % 3 + 1
+        with _capi.tune_mega_moe(early_bytes=32 * seed, prefetch_bytes=64):
+            again = run_case(MegaCase((20, 9), seed=seed, block_tokens=block, num_sms=num_sms, **options))
         assert all(same_bits(x, y) for x, y in zip(first, again))
 
 
+@pytest.mark.parametrize("block_tokens", [16, 128])
 @pytest.mark.parametrize("mma_type", ["fp8xfp8", "fp8xfp4"])
-def test_weights_are_read_once_for_each_block(mma_type: str) -> None:
+def test_weights_are_read_once_for_each_block(mma_type: str, block_tokens: int) -> None:
     """Bytes that the copies fetch: weights and a block of tokens for each tile, and scales for each K block."""
-    case = MegaCase((16,), num_experts=2, topk=2, hidden=512, intermediate=256, mma_type=mma_type, num_sms=3)
+    sizes = {"hidden": 512, "intermediate": 256, "block_tokens": block_tokens}
+    case = MegaCase((16,), num_experts=2, topk=2, mma_type=mma_type, num_sms=3, **sizes)
     run = prepare(case)  # the launches hold no tensors
     total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=3).counters["total"]
     tiles_of_k = {"first": (2, 512), "second": (2, 256)}  # of an expert: tiles of weights, and their K
-    # FP4 has a word of scales for each row of weights, and four FP32 for each token.
-    per_block = 256 * 64 + 256 * 4 + 16 * 128 + 16 * 16 if case.is_fp4 else 256 * 128 + 16 * 128 + 16 * 4
+    # FP4 has a word of scales for each row of weights, and BF16 tokens without any.
+    rows = min(block_tokens, 64)  # of a short block
+    per_block = 256 * 64 + 256 * 4 + rows * 256 if case.is_fp4 else 256 * 128 + rows * 128 + block_tokens * 4
     per_tile = sum(tiles * (k // 128) * per_block for tiles, k in tiles_of_k.values())
     assert total["bulk_load_bytes"] == case.num_experts * per_tile
 
@@ -214,11 +215,14 @@ def test_sass() -> None:
     """No kernel uses local memory, and the tensor core's instructions of a K block are not torn apart."""
     library = Path(_capi.library()._name)
     for number, mma_type in enumerate(mega_moe.MMA_TYPES):
-        for block_tokens in heights(mma_type):
+        for block_tokens in BLOCKS:
             resources = inspect.kernel_resources(library, f"sm90_mega_moeILi{block_tokens}ELi{number}E")
             assert (resources["stack"], resources["local"]) == (0, 0)
             sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
-            assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [8, 0, 0]
+            steps = 16 if mma_type == "fp8xfp4" else 8  # 128 of K in BF16, or 128 bytes
+            if block_tokens == 128:
+                steps *= 2  # blocks of 64 tokens and less have instructions of their own
+            assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [steps, 0, 0]
 
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
@@ -270,6 +274,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         met = max(i for i, line in enumerate(before) if any(name in line for name in meetings))
         if not any(re.search(r"\bld\b.*\.shared", line) for line in before[met:]):
             return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
+    if mutant.kind in ("wgmma commit", "wgmma wait") and "ELi2E" in ptx:
+        (at, *_) = (i for i, line in enumerate(lines) if i >= mutant.line - 1 and "wgmma.wait_group" in line)
+        if lines[at].endswith(" 1;") and not any("mbarrier.arrive" in line for line in lines[at : at + 40]):
+            return "expanded weights have registers of their own in PTX, and no stage is given back behind this wait"
     if mutant.kind == "barrier" and any("atom.shared.or" in line for line in [*before[-40:], *behind]):
         return "what it guards tells which weights to fetch early, which no result depends on"
     if mutant.kind.startswith("mbarrier") and "sm90_mega_moeILi32ELi0E" in ptx:

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | None:
     lib.dg_mqa_instances.restype = ctypes.c_char_p
     lib.dg_force_mqa_row.argtypes = [ctypes.c_int]
     lib.dg_force_mqa_row.restype = None
-    lib.dg_tune_mega_moe.argtypes = [ctypes.c_int] * 4
+    lib.dg_tune_mega_moe.argtypes = [ctypes.c_int] * 5
     lib.dg_tune_mega_moe.restype = None
     return lib
 
@@ -126,9 +126,9 @@ def mqa_instances() -> list[dict[str, Any]]:
     return [] if lib is None else json.loads(lib.dg_mqa_instances())
 
 
-def mega_moe_block_tokens(arch: str, mma_type: int, expected_m: int) -> int:
-    """Tokens of a block of Mega MoE for experts with so many each; ``mma_type`` counts mega_moe.MMA_TYPES."""
-    return _require().dg_mega_moe_block_tokens(int(arch[3:].rstrip("a")), mma_type, ctypes.c_int64(expected_m))
+def mega_moe_block_tokens(expected_m: int) -> int:
+    """Tokens of a block of Mega MoE for experts with so many each."""
+    return _require().dg_mega_moe_block_tokens(ctypes.c_int64(expected_m))
 
 
 @contextlib.contextmanager
@@ -157,17 +157,18 @@ def force_instance(index: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tune_mega_moe(
-    block_tokens: int = -1, lag: int = -1, prefetch_bytes: int = -1, evict_weights: int = -1
+    block_tokens: int = -1, lag: int = -1, prefetch_bytes: int = -1, evict_weights: int = -1, early_bytes: int = -1
 ) -> Iterator[None]:
     """While the context is open, Mega MoE on a GPU takes these instead of what it would choose, where they are not -1:
     tokens of a block (16, 32, 64 or 128), blocks by which the second linear is behind the first, bytes of each row of
-    weights that a CTA fetches into L2 while the tokens are sorted, and whether L2 is to drop weights first."""
+    weights that a CTA fetches into L2 while the tokens are sorted, whether L2 is to drop weights first, and bytes of
+    each row that are fetched while the kernel before this one may still run (SM90; 0 by default)."""
     lib = _require()
-    lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights)
+    lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights, early_bytes)
     try:
         yield
     finally:
-        lib.dg_tune_mega_moe(-1, -1, -1, -1)
+        lib.dg_tune_mega_moe(-1, -1, -1, -1, -1)
 
 
 def get_knob(name: str) -> int:

@@ -105,7 +105,7 @@ class LayerShape(NamedTuple):
         choices = expert_rows * min(self.topk, experts)
         pool = align(choices + experts * (max_block - 1), max_block)
         blocks = choices // min_block + experts
-        pool_scales = 16 if self.is_fp4 else scale  # room for FP32 per 32
+        pool_element = 2 if self.is_fp4 else element  # SM90 has BF16 there
         groups, groups_h = self.hidden // _GRAN_K, self.intermediate // _GRAN_K
         sizes = [
             _HEADER_BYTES,
@@ -119,10 +119,10 @@ class LayerShape(NamedTuple):
             blocks * 4,
             experts * expert_rows * 8,
             pool * 4,
-            pool * self.hidden * element,
-            pool * groups * pool_scales,
-            pool * self.intermediate * element,
-            pool * groups_h * pool_scales,
+            pool * self.hidden * pool_element,
+            pool * groups * scale,
+            pool * self.intermediate * pool_element,
+            pool * groups_h * scale,
         ]
         offsets, end = [], 0
         for size in sizes:
@@ -543,8 +543,9 @@ def fp8_fp4_mega_moe(
     in the low nibble, as uint8, int8 or float4_e2m1fn_x2 ``[local experts, 2 * intermediate, hidden / 2]`` and
     ``[local experts, hidden, intermediate / 2]``, and int32 words of four scales ``[.., hidden / 128]`` and
     ``[.., intermediate / 128]``, stride 1 along the rows. ``sym_buffer`` has ``mma_type`` "fp8xfp4", its ``x_sf`` is
-    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both. On SM100 base addresses of weights
-    are multiples of 32 bytes.
+    int32: ``per_token_cast_to_fp8(x, gran_k=32, use_packed_ue8m0=True)`` gives both. Its pool has two bytes for each
+    element of tokens and hidden activations: SM90's tensor core reads them and the weights as BF16, scales included. On
+    SM100 base addresses of weights are multiples of 32 bytes.
     """
     op = "fp8_fp4_mega_moe"
     if tuple(recipe) != (1, 1, 32):

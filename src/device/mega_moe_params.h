@@ -53,7 +53,8 @@ struct MegaMoeShape {
     constexpr bool is_bf16() const { return type == MegaMoeType::kBF16; }
     constexpr bool is_fp4() const { return type == MegaMoeType::kFP8FP4; }
     constexpr int local_experts() const { return num_experts / num_ranks; }
-    constexpr int element_bytes() const { return is_bf16() ? 2 : 1; }  // of tokens
+    constexpr int element_bytes() const { return is_bf16() ? 2 : 1; }                 // of tokens
+    constexpr int pool_element_bytes() const { return is_bf16() || is_fp4() ? 2 : 1; }  // for which the pool has room
     // Tokens that one expert can get: a token chooses an expert once.
     constexpr int64_t expert_rows() const { return int64_t{num_ranks} * max_tokens; }
     constexpr int64_t max_choices() const {
@@ -82,16 +83,16 @@ struct MegaMoeOffsets {
     int64_t activated;     // int32 [blocks], tiles of its first linear that are done
     int64_t sources;       // MegaMoeSource [local experts, expert_rows]
     int64_t pool_weights;  // FP32 [pool rows]
-    int64_t pool_x;        // [pool rows, hidden]
-    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows]; with FP4 room for [hidden / 32, pool rows], SM100 has words
-    int64_t pool_h;        // [pool rows, intermediate]
-    int64_t pool_h_sf;     // FP32 [intermediate / 128, pool rows], likewise
+    int64_t pool_x;        // [pool rows, hidden]; beside FP4 weights BF16 without scales on SM90, FP8 on SM100
+    int64_t pool_x_sf;     // FP32 [hidden / 128, pool rows], or words
+    int64_t pool_h;        // [pool rows, intermediate], likewise
+    int64_t pool_h_sf;     // [intermediate / 128, pool rows], likewise
     int64_t bytes;         // of all
 
     MegaMoeOffsets() = default;
     constexpr explicit MegaMoeOffsets(const MegaMoeShape& shape) : MegaMoeOffsets() {
         const int64_t tokens = shape.max_tokens, pool = shape.pool_rows(), experts = shape.local_experts();
-        const int64_t scale = shape.is_bf16() ? 0 : 4, pool_scales = shape.is_fp4() ? 16 : scale;
+        const int64_t scale = shape.is_bf16() ? 0 : 4;
         const int64_t hidden_groups = shape.hidden / kMegaMoeGranK, groups = shape.intermediate / kMegaMoeGranK;
         bytes = align(sizeof(MegaMoeHeader));
         x = take(tokens * shape.hidden * shape.element_bytes());
@@ -104,10 +105,10 @@ struct MegaMoeOffsets {
         activated = take(shape.max_blocks() * 4);
         sources = take(experts * shape.expert_rows() * static_cast<int64_t>(sizeof(MegaMoeSource)));
         pool_weights = take(pool * 4);
-        pool_x = take(pool * shape.hidden * shape.element_bytes());
-        pool_x_sf = take(pool * hidden_groups * pool_scales);
-        pool_h = take(pool * shape.intermediate * shape.element_bytes());
-        pool_h_sf = take(pool * groups * pool_scales);
+        pool_x = take(pool * shape.hidden * shape.pool_element_bytes());
+        pool_x_sf = take(pool * hidden_groups * scale);
+        pool_h = take(pool * shape.intermediate * shape.pool_element_bytes());
+        pool_h_sf = take(pool * groups * scale);
     }
 
 private:
@@ -150,6 +151,7 @@ struct MegaMoeParams {
     int num_tokens;
     int lag;                           // blocks by which the second linear is behind the first
     int prefetch_bytes;                // of each row of a CTA's first tile of weights; 0: none, otherwise a multiple of 16
+    int early_bytes;                   // SM90: likewise, before it is known which experts are chosen
     const uint8_t* l1;                 // what l1_map maps
     bool evicts_weights;               // first from L2
     bool clamped;

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "../cast/swiglu.cuh"
+#include "bf16_tokens.cuh"
 #include "mega_moe_params.h"
 #include "pipeline.cuh"
 #include "ptx_memory.cuh"
@@ -150,7 +151,7 @@ struct MegaMoeRoles {
     int block_tokens;    // of one expert, in a tile
     int tile_rows;       // of weights: half as many gates and their ups, or so many columns of the result
     int block_k;         // elements of K in a stage
-    bool has_scales;     // of tokens, a word for each 128 elements
+    bool has_scales;     // of tokens in the pool, a word for each 128 elements
     int threads;
     int dispatch_warps;  // all that copy rows to the pool,
     int dispatchers;     // and those of them that go on until all are there
@@ -158,13 +159,56 @@ struct MegaMoeRoles {
     int ahead;           // a tile is taken when the one so many before it is done
 };
 
-// What becomes of a token's word of scales on its way to the pool: nothing.
-struct MegaMoeWords {
-    static constexpr int kPerWord = 1;
-    __device__ __forceinline__ static uint32_t of_word(uint32_t word, int) { return word; }
+// What a token is in the pool: what it was, with its scales.
+struct MegaMoeSameTokens {
+    static constexpr bool kConverts = false;
 };
 
-template <MegaMoeRoles kRoles, class PoolScales = MegaMoeWords>
+// BF16 beside FP4 weights, of FP8 and the scales of 128 of K in a word.
+struct MegaMoeBf16Tokens {
+    static constexpr bool kConverts = true;
+
+    // A row, by a warp, with the loads of several parts of it in flight.
+    template <int kFlight>
+    __device__ __forceinline__ static void convert(const uint8_t* from, const uint32_t* words, uint8_t* to, int groups,
+                                                   int lane) {
+        constexpr int kStep = 32 / kBf16BlockThreads;
+        const int i = lane % kBf16BlockThreads;
+#pragma unroll 1
+        for (int base = 0; base < groups; base += kFlight * kStep) {
+            uint2 values[kFlight][4] = {};
+            uint32_t word[kFlight] = {};
+#pragma unroll
+            for (int j = 0; j < kFlight; ++j) {
+                const int group = base + j * kStep + lane / kBf16BlockThreads;
+                if (group >= groups) continue;
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    values[j][t] = __ldcg(reinterpret_cast<const uint2*>(from + group * 128 + t * 32 + i * 8));
+                }
+                word[j] = __ldcg(words + group);
+            }
+#pragma unroll
+            for (int j = 0; j < kFlight; ++j) {
+                const int group = base + j * kStep + lane / kBf16BlockThreads;
+                float scales[4];
+#pragma unroll
+                for (int t = 0; t < 4; ++t) scales[t] = power_of_two(word[j] >> t * 8 & 0xff);
+                uint32_t stores[4][4];
+                bf16_of_tokens(values[j], scales, i % 2, stores);
+                if (group >= groups) continue;
+                uint8_t* at = to + group * 256 + bf16_store(i);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    *reinterpret_cast<uint4*>(at + k * 32) =
+                        make_uint4(stores[k][0], stores[k][1], stores[k][2], stores[k][3]);
+                }
+            }
+        }
+    }
+};
+
+template <MegaMoeRoles kRoles, class PoolTokens = MegaMoeSameTokens>
 class MegaMoeProtocol {
     static constexpr int kTokens = kRoles.block_tokens;
 
@@ -248,19 +292,33 @@ protected:
                 continue;
             }
             for (; before > 0; --before) used &= used - 1;
-            const int64_t expert = word * 32 + __ffs(used) - 1;
-            const int64_t row = (expert * first_tiles + tile) * kRoles.tile_rows + thread;
-            if (kRoles.tile_rows == 256 || thread < kRoles.tile_rows) {
-                prefetch_l2(params.l1 + row * row_bytes, params.prefetch_bytes);
-            }
+            prefetch_tile(params, (word * 32 + __ffs(used) - 1) * first_tiles + tile, row_bytes, params.prefetch_bytes);
             break;
         }
+    }
+
+    // The same as if all experts were chosen, which takes no input: it may come before the wait for the kernel that writes them.
+    __device__ __forceinline__ static void prefetch_early(const MegaMoeParams& params, int64_t row_bytes) {
+        const int tiles = params.shape.local_experts() * (2 * params.shape.intermediate / kRoles.tile_rows);
+        if (blockIdx.x < tiles) prefetch_tile(params, blockIdx.x, row_bytes, params.early_bytes);
+    }
+
+    // By warps 4 to 11: the beginning of each row of a tile of the first linear, of all experts'.
+    __device__ __forceinline__ static void prefetch_tile(const MegaMoeParams& params, int tile, int64_t row_bytes, int bytes) {
+        const int thread = thread_index() - 128;
+        if (kRoles.tile_rows < 256 && thread >= kRoles.tile_rows) return;
+        prefetch_l2(params.l1 + (int64_t{tile} * kRoles.tile_rows + thread) * row_bytes, bytes);
     }
 
     __device__ __forceinline__ static bool enter(const MegaMoeParams& params, Tables& tables, MegaMoeHeader& header,
                                                  uint32_t call) {
         const int ranks = params.shape.num_ranks;
         const int other = thread_index();
+        if (ranks == 1) {  // whose inputs the kernel before this one has written
+            if (other == 0) tables.tokens_of[0] = params.num_tokens;
+            __syncthreads();
+            return true;
+        }
         bool arrived = true;
         if (other < ranks) {
             if (blockIdx.x == 0) {
@@ -409,22 +467,20 @@ protected:
         const MegaMoeSource source = source_of(params, block, in_block);
         const int token = source.choice / params.shape.topk;
         const int64_t row_bytes = int64_t{params.shape.hidden} * params.shape.element_bytes();
-        const uint4* from = remote<const uint4>(params, source.rank, params.offsets.x + token * row_bytes);
-        uint4* to = local<uint4>(params, params.offsets.pool_x + row * row_bytes);
-        copy_row(from, to, static_cast<int>(row_bytes / 16), lane);
+        const uint8_t* from = remote<const uint8_t>(params, source.rank, params.offsets.x) + token * row_bytes;
+        uint8_t* pool = local<uint8_t>(params, params.offsets.pool_x);
+        const int groups = params.shape.hidden / kMegaMoeGranK;
+        const auto* scales = remote<const uint32_t>(params, source.rank, params.offsets.x_sf) + int64_t{token} * groups;
+        if constexpr (PoolTokens::kConverts) {
+            PoolTokens::template convert<kRoles.few_registers ? 2 : 4>(from, scales, pool + 2 * row * row_bytes, groups, lane);
+        } else {
+            copy_row(reinterpret_cast<const uint4*>(from), reinterpret_cast<uint4*>(pool + row * row_bytes),
+                     static_cast<int>(row_bytes / 16), lane);
+        }
         if constexpr (kRoles.has_scales) {
-            const int groups = params.shape.hidden / kMegaMoeGranK;
-            const uint32_t* scales =
-                remote<const uint32_t>(params, source.rank, params.offsets.x_sf) + int64_t{token} * groups;
-            uint32_t* pool = local<uint32_t>(params, params.offsets.pool_x_sf) + row;
+            uint32_t* pool_scales = local<uint32_t>(params, params.offsets.pool_x_sf) + row;
             const int64_t pitch = params.shape.pool_rows();
-            for (int i = lane; i < groups; i += 32) {
-                const uint32_t word = __ldcg(scales + i);
-#pragma unroll
-                for (int j = 0; j < PoolScales::kPerWord; ++j) {
-                    pool[(PoolScales::kPerWord * i + j) * pitch] = PoolScales::of_word(word, j);
-                }
-            }
+            for (int i = lane; i < groups; i += 32) pool_scales[i * pitch] = __ldcg(scales + i);
         }
         if (lane == 0) {
             local<float>(params, params.offsets.pool_weights)[row] =
@@ -556,10 +612,11 @@ protected:
     __device__ __forceinline__ static bool leave(const MegaMoeParams& params, MegaMoeHeader& header, uint32_t call) {
         if (thread_index() == 0) {
             // This CTA's results, which its other threads have written, before it counts as done; all CTAs' before the word
-            // to the ranks.
-            __threadfence_system();
+            // to the ranks. To this rank alone the counter tells it all.
+            const bool has_peers = params.shape.num_ranks > 1;
+            if (has_peers) __threadfence_system();
             if (is_last_cta(&header.computed)) {
-                __threadfence_system();
+                if (has_peers) __threadfence_system();
 #pragma unroll 1
                 for (int rank = 0; rank < params.shape.num_ranks; ++rank) {
                     store_release_sys(&remote<MegaMoeHeader>(params, rank, 0)->combined[params.rank], call);

@@ -38,7 +38,8 @@ struct LayerKernel {
     int threads;
     int shared_bytes;
     bool unpacks;        // FP4: TMA puts 16 elements into 16 bytes, as the tensor core wants them
-    int token_scales;    // of a token, in the pool for each K block of 128: words, or what they are expanded to
+    int pool_bytes;      // of an element of tokens in the pool; those of two have no scales
+    int box_tokens;      // that TMA loads at once
 };
 
 #if DG_WITH_SM90
@@ -53,7 +54,8 @@ LayerKernel sm90_kernel(int block_tokens, const MegaMoeShape& shape) {
             sm90::kMegaThreads,
             layout.shared_bytes(),
             false,
-            shape.is_fp4() ? 4 : 1};
+            shape.pool_element_bytes(),
+            layout.chunk_tokens()};
 }
 #else
 LayerKernel sm90_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_90a"); }
@@ -71,7 +73,8 @@ LayerKernel sm100_kernel(int block_tokens, const MegaMoeShape& shape) {
             sm100::kMegaThreads,
             layout.shared_bytes(),
             true,
-            1};
+            shape.element_bytes(),
+            block_tokens};
 }
 #else
 LayerKernel sm100_kernel(int, const MegaMoeShape&) { throw std::runtime_error("deep_gemm: built without sm_100a"); }
@@ -114,12 +117,11 @@ MegaMoeShape shape_of(const MegaMoeProblem& problem) {
     return shape;
 }
 
-int mega_moe_block_tokens(const MegaMoeProblem& problem, int arch) {
+int mega_moe_block_tokens(const MegaMoeProblem& problem) {
     if (const int tuned = mega_moe_tuning().block_tokens; tuned > 0) return tuned;
     const double mean = mean_tokens(problem);
     // Experts have more tokens than the mean or fewer, and one that needs a second block reads its weights from L2 again.
-    const int tallest = arch == 90 && problem.type == MegaMoeType::kFP8FP4 ? 64 : 128;
-    return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : tallest;
+    return mean <= 8 ? 16 : mean <= 20 ? 32 : mean <= 45 ? 64 : 128;
 }
 
 MegaMoeTuning& mega_moe_tuning() {
@@ -130,35 +132,35 @@ MegaMoeTuning& mega_moe_tuning() {
 void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int block_tokens, bool pdl, Backend& backend) {
     const MegaMoeShape shape = shape_of(problem);
     const MegaMoeOffsets offsets(shape);
-    if (block_tokens == 0) block_tokens = mega_moe_block_tokens(problem, arch);
+    if (block_tokens == 0) block_tokens = mega_moe_block_tokens(problem);
     const LayerKernel kernel = arch == 90 ? sm90_kernel(block_tokens, shape) : sm100_kernel(block_tokens, shape);
     uint8_t* const buffer = reinterpret_cast<uint8_t*>(problem.buffers[problem.rank]);
     const EncodeTiledFunction encode = backend.encode_tiled();
-    const CUtensorMapDataType type = shape.is_bf16() ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-    const int bytes = shape.element_bytes();
+    const auto type_of = [](int bytes) { return bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8; };
 
     MegaMoeParams params = {};
     params.offsets = offsets;
-    const auto operand_map = [&](const void* data, int64_t rows, int64_t k, int box_rows) {
-        return make_tensor_map(encode, MatrixView{data, rows, k, k, type, bytes}, box_rows, kernel.block_k);
+    const auto operand_map = [&](const void* data, int64_t rows, int64_t k, int bytes, int box_rows) {
+        constexpr int kBoxBytes = 128;  // of K
+        return make_tensor_map(encode, MatrixView{data, rows, k, k, type_of(bytes), bytes}, box_rows, kBoxBytes / bytes);
     };
     const int64_t experts = shape.local_experts(), pool_rows = shape.pool_rows();
     const auto weights_map = [&](const void* data, int64_t rows, int64_t k) {
-        if (!shape.is_fp4()) return operand_map(data, rows, k, kernel.tile_rows);
+        if (!shape.is_fp4()) return operand_map(data, rows, k, shape.element_bytes(), kernel.tile_rows);
         const int64_t packed = kernel.unpacks ? 1 : 2;  // values in an element of the map; strides are in bytes
         const MatrixView view{data, rows, k / packed, k / 2,
-                              kernel.unpacks ? CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B : type, 1};
+                              kernel.unpacks ? CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B : type_of(1), 1};
         return make_tensor_map(encode, view, kernel.tile_rows, static_cast<int>(kernel.block_k / packed));
     };
     params.l1_map = weights_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden);
     params.l2_map = weights_map(problem.l2, experts * shape.hidden, shape.intermediate);
-    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, block_tokens);
-    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, block_tokens);
-    if (!shape.is_bf16()) {
+    params.x_map = operand_map(buffer + offsets.pool_x, pool_rows, shape.hidden, kernel.pool_bytes, kernel.box_tokens);
+    params.h_map = operand_map(buffer + offsets.pool_h, pool_rows, shape.intermediate, kernel.pool_bytes, kernel.box_tokens);
+    if (kernel.pool_bytes == 1) {
         const auto scales_map = [&](int64_t offset, int64_t k) {
-            const MatrixView view{buffer + offset, k / kMegaMoeGranK * kernel.token_scales, pool_rows, pool_rows,
+            const MatrixView view{buffer + offset, k / kMegaMoeGranK, pool_rows, pool_rows,
                                   CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
-            return make_tensor_map(encode, view, kernel.token_scales, block_tokens, false);
+            return make_tensor_map(encode, view, 1, block_tokens, false);
         };
         params.x_sf_map = scales_map(offsets.pool_x_sf, shape.hidden);
         params.h_sf_map = scales_map(offsets.pool_h_sf, shape.intermediate);
@@ -192,11 +194,12 @@ void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int bloc
     params.lag = tuned_lag >= 0 ? std::max(tuned_lag, 1) : lag;
     // What a CTA can fetch while ranks meet and tokens are sorted, about a quarter of a megabyte. Where experts have several
     // blocks, the tensor cores bound it.
-    const int64_t row_bytes = int64_t{shape.hidden} * bytes / (shape.is_fp4() ? 2 : 1);
+    const int64_t row_bytes = int64_t{shape.hidden} * shape.element_bytes() / (shape.is_fp4() ? 2 : 1);
     const int64_t most_bytes = tuned_prefetch >= 0                    ? tuned_prefetch / 16 * 16
                                : mean_tokens(problem) <= block_tokens ? 1024
                                                                       : 0;
     params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
+    params.early_bytes = static_cast<int>(std::min<int64_t>(row_bytes, std::max(tuning.early_bytes.load(), 0) / 16 * 16));
     params.l1 = static_cast<const uint8_t*>(problem.l1);
     params.evicts_weights = tuning.evict_weights > 0;
     params.clamped = problem.clamped != 0;

@@ -40,7 +40,7 @@ struct MegaMoeProblem {
 MegaMoeShape shape_of(const MegaMoeProblem& problem);
 
 // Tokens of a block, by which the kernels differ.
-int mega_moe_block_tokens(const MegaMoeProblem& problem, int arch);
+int mega_moe_block_tokens(const MegaMoeProblem& problem);
 
 // What run_mega_moe chooses instead of its own, where it is not -1: for tests and tuning.
 struct MegaMoeTuning {
@@ -48,6 +48,7 @@ struct MegaMoeTuning {
     std::atomic<int> lag{-1};             // blocks by which the second linear is behind the first
     std::atomic<int> prefetch_bytes{-1};  // of each row of a CTA's first tile of weights, a multiple of 16
     std::atomic<int> evict_weights{-1};   // whether L2 is to drop weights first
+    std::atomic<int> early_bytes{-1};     // as prefetch_bytes, while the kernel before this one may still run
 };
 MegaMoeTuning& mega_moe_tuning();
 

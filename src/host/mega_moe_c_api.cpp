@@ -17,20 +17,20 @@ DG_EXPORT void dg_mega_moe_offsets(const MegaMoeProblem* problem, int64_t* offse
 }
 
 // -1 where run_mega_moe chooses.
-DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights) {
+DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights, int early_bytes) {
     MegaMoeTuning& tuning = mega_moe_tuning();
     tuning.block_tokens = block_tokens;
     tuning.lag = lag;
     tuning.prefetch_bytes = prefetch_bytes;
     tuning.evict_weights = evict_weights;
+    tuning.early_bytes = early_bytes;
 }
 
-// Tokens of a block for experts with so many each. `type`: MegaMoeType.
-DG_EXPORT int dg_mega_moe_block_tokens(int arch, int type, int64_t expected_m) {
+// Tokens of a block for experts with so many each.
+DG_EXPORT int dg_mega_moe_block_tokens(int64_t expected_m) {
     MegaMoeProblem problem;
-    problem.type = static_cast<MegaMoeType>(type);
     problem.expected_m = expected_m;
-    return mega_moe_block_tokens(problem, arch);
+    return mega_moe_block_tokens(problem);
 }
 
 // Runs a rank's layer on host memory through the callbacks. Returns 0, or 1 with the message in `error`.

@@ -9,14 +9,10 @@ namespace {
 
 template <MegaMoeType kType>
 const void* kernel_of(int tokens) {
-    const void* widest = nullptr;
-    if constexpr (kType != MegaMoeType::kFP8FP4) {
-        widest = reinterpret_cast<const void*>(&sm90_mega_moe<128, static_cast<int>(kType)>);
-    }
     return tokens == 16   ? reinterpret_cast<const void*>(&sm90_mega_moe<16, static_cast<int>(kType)>)
            : tokens == 32 ? reinterpret_cast<const void*>(&sm90_mega_moe<32, static_cast<int>(kType)>)
            : tokens == 64 ? reinterpret_cast<const void*>(&sm90_mega_moe<64, static_cast<int>(kType)>)
-                          : widest;
+                          : reinterpret_cast<const void*>(&sm90_mega_moe<128, static_cast<int>(kType)>);
 }
 
 }  // namespace

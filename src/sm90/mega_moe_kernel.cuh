@@ -4,11 +4,13 @@
 // then for the tokens of this rank y_t = sum_c combine[t, c], in the order of c. FP8 operands with FP32 scales, per token
 // and 128 elements or per 128 x 128 block of weights, or BF16. Sums are FP32; gates and ups are rounded to BF16 before
 // SwiGLU and combine[t, c] is BF16, as where every step is an operator of its own. Or tokens are FP8 and weights FP4, both
-// with UE8M0 scales per 32 of K: consumers expand the weights as those of single products do (fp4_rows.cuh).
+// with UE8M0 scales per 32 of K: BF16 holds either's values times their scales exactly. Tokens, and h, become BF16 on their
+// way to the pool, weights in the consumers' registers, as those of single products do (bf16_fp4_rows.cuh), and nothing is
+// left to scale.
 //
-// The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert. l1 holds
-// eight gates, then the eight ups that belong to them, and so on: a thread's accumulators are a gate and its up, in the
-// same column. A tile of the first linear is 128 of h's columns, which share a scale for each token.
+// The weights are the instruction's M side, 256 rows of a tile, and tokens its N side, kTokens of one expert, or 64 where a
+// block of 128 has no more. l1 holds eight gates, then the eight ups that belong to them, and so on: a thread's accumulators
+// are a gate and its up, in the same column. A tile of the first linear is 128 of h's columns.
 //
 // The protocol between ranks and between CTAs, and why it cannot deadlock: docs/mega_moe.md. In short, in this order:
 //   enter     CTA 0 tells all ranks that this one's inputs are there; every CTA waits for all ranks to say so
@@ -35,36 +37,32 @@
 
 #include "../device/mega_moe_protocol.cuh"
 #include "../device/ptx_tma.cuh"
-#include "fp4_rows.cuh"
+#include "bf16_fp4_rows.cuh"
 #include "mega_moe_traits.h"
 #include "wgmma.cuh"
 
 namespace deep_gemm::sm90 {
 
-// FP4: the word's four UE8M0 scales as FP32.
-struct MegaMoeExpandedWords {
-    static constexpr int kPerWord = 4;
-    __device__ __forceinline__ static uint32_t of_word(uint32_t word, int i) {
-        return __float_as_uint(ue8m0_to_float(word >> i * 8 & 0xff));
-    }
-};
-
-// Registers are given to the consumers where there are so many totals, or the accumulators of four times 32 of K beside
-// totals.
-constexpr bool mega_moe_sets_registers(int tokens, MegaMoeType type) {
-    return tokens > 64 || (type == MegaMoeType::kFP8FP4 && tokens == 32);
-}
+// Registers are given to the consumers where there are so many totals.
+constexpr bool mega_moe_sets_registers(int tokens) { return tokens > 64; }
 
 // Warp 3 dispatches until all is done, the consumers before they begin.
 constexpr MegaMoeRoles mega_moe_roles(int tokens, MegaMoeType type) {
-    const bool is_bf16 = type == MegaMoeType::kBF16;
-    const int block_k = kMegaBlockBytes / (is_bf16 ? 2 : 1);
-    return {tokens, kMegaTileRows, block_k, !is_bf16, kMegaThreads, 1 + 8, 1, mega_moe_sets_registers(tokens, type), 2};
+    const int block_k = type == MegaMoeType::kBF16 ? kMegaBlockBytes / 2 : kMegaBlockBytes;
+    const bool sets_registers = mega_moe_sets_registers(tokens);
+    return {tokens, kMegaTileRows, block_k, type == MegaMoeType::kFP8, kMegaThreads, 1 + 8, 1, sets_registers, 2};
 }
 
 template <int kTokens, MegaMoeType kType>
-using MegaMoeProtocolOf = MegaMoeProtocol<mega_moe_roles(kTokens, kType),
-                                          std::conditional_t<kType == MegaMoeType::kFP8FP4, MegaMoeExpandedWords, MegaMoeWords>>;
+using MegaMoeProtocolOf =
+    MegaMoeProtocol<mega_moe_roles(kTokens, kType),
+                    std::conditional_t<kType == MegaMoeType::kFP8FP4, MegaMoeBf16Tokens, MegaMoeSameTokens>>;
+
+// What Bf16Fp4Block asks for.
+template <int kTokens>
+struct MegaMoeFp4Traits {
+    static constexpr GemmLayout kLayout = MegaMoeLayout{kTokens, MegaMoeType::kFP8FP4}.fp4_layout();
+};
 
 template <int kTokens, MegaMoeType kType>
 class MegaMoeKernel : MegaMoeProtocolOf<kTokens, kType> {
@@ -79,7 +77,7 @@ public:
 private:
     static_assert(kLayout.invalid_reason() == nullptr);
     static constexpr bool kBF16 = kLayout.is_bf16(), kFP4 = kLayout.is_fp4();
-    static constexpr bool kBlockScales = kType == MegaMoeType::kFP8;
+    static constexpr bool kScaled = kType == MegaMoeType::kFP8;  // sums, by scales in the pool and of weights
     static constexpr int kStages = kLayout.num_stages();
     static constexpr int kBlockK = kMegaBlockBytes / (kBF16 ? 2 : 1);
     static constexpr int kWeightBlockK = kFP4 ? kPackedBlockK : kBlockK;  // elements of their tensor map
@@ -89,11 +87,14 @@ private:
     static constexpr int kConsumerWarps = 8;
     // Both parts' tiles need not fit into the registers beside the totals.
     static constexpr bool kPartsTogether = kTokens <= 64;
-    static constexpr bool kSetRegisters = mega_moe_sets_registers(kTokens, kType);
+    static constexpr bool kSetRegisters = mega_moe_sets_registers(kTokens);
     static constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
     static_assert(128 * 3 * kLaunchRegisters <= 65536 &&
                   128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 128 * 3 * kLaunchRegisters);
     static_assert(kStages >= 3);
+    static_assert(!kFP4 || (kLayout.fp4_layout().row_tile_bytes() == kLayout.weight_tile_bytes() &&
+                            kLayout.fp4_layout().row_scale_pitch() == kLayout.weight_scales() * 4 &&
+                            kLayout.fp4_layout().col_tile_bytes() == kLayout.token_tile_bytes()));
 
 public:
     struct alignas(1024) Storage {
@@ -129,9 +130,10 @@ public:
             shared.tables.queue.init(kConsumerWarps + 2);
             ptx::fence_mbarrier_init();
         }
+        const int64_t row_bytes = int64_t{params.shape.hidden} / kBlockK * (kFP4 ? kPackedBlockK : kMegaBlockBytes);
+        if (warp >= 4 && params.early_bytes > 0) Protocol::prefetch_early(params, row_bytes);
         ptx::grid_dependency_wait();
 
-        const int64_t row_bytes = int64_t{params.shape.hidden} / kBlockK * (kFP4 ? kPackedBlockK : kMegaBlockBytes);
         Protocol::run(params, shared.tables, warp, row_bytes, [&](MegaMoeHeader& header, const MegaTileList& tiles) {
             compute(params, shared, header, tiles, warp);
         });
@@ -151,7 +153,7 @@ private:
             } else if (warp == 2) {
                 PipelineState<kMegaScaleChunks> scale_state;
                 Protocol::take_tiles(params, shared.tables, header, tiles, [&](const MegaTile& tile) {
-                    if constexpr (kBlockScales) load_block_scales(params, shared, tile, tiles.first_tiles, scale_state);
+                    if constexpr (kScaled) load_block_scales(params, shared, tile, tiles.first_tiles, scale_state);
                 });
             } else {
                 Protocol::dispatch(params, shared.tables, tiles.num_blocks, 0, false);
@@ -197,6 +199,7 @@ private:
 
     __device__ __forceinline__ static void load_tokens(const MegaMoeParams& params, Storage& shared, int first_tiles) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
+        constexpr int kBoxesAlongK = kLayout.boxes_along_k();
         Reader reader(shared.tables.queue);
         State state;
         MegaTile tile;
@@ -205,14 +208,24 @@ private:
             const CUtensorMap& scales_map = tile.is_second ? params.h_sf_map : params.x_sf_map;
             Protocol::wait_for_tokens(params, tile, first_tiles);
             const int row = tile.block * kTokens;
+            const int boxes = is_short(tile.count) ? 1 : kTokens / kChunk;  // along tokens
+            const int bytes = boxes * kBoxesAlongK * kLayout.box_bytes() + kLayout.token_scale_bytes();
 #pragma unroll 1
             for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.token_tile_bytes() + kLayout.token_scale_bytes());
-                ptx::tma_load_2d(map, full, shared.tokens[state.stage_idx], k * kBlockK, row, kHint);
-                if constexpr (!kBF16) {
-                    ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, kFP4 ? 4 * k : k, kHint);
+                ptx::mbarrier_arrive_expect_tx(full, bytes);
+                uint8_t* to = shared.tokens[state.stage_idx];
+#pragma unroll
+                for (int along_k = 0; along_k < kBoxesAlongK; ++along_k) {
+                    const int x = (k * kBoxesAlongK + along_k) * (kBlockK / kBoxesAlongK);
+#pragma unroll 1
+                    for (int box = 0; box < boxes; ++box, to += kLayout.box_bytes()) {
+                        ptx::tma_load_2d(map, full, to, x, row + box * kChunk, kHint);
+                    }
+                }
+                if constexpr (kScaled) {
+                    ptx::tma_load_2d(scales_map, full, shared.token_scales[state.stage_idx], row, k, kHint);
                 }
             }
         }
@@ -257,12 +270,19 @@ private:
             if (num_k_blocks < 0) break;
             const bool is_second = shared.tables.queue.tiles[slot].is_second;
             float total[kParts][kTotals] = {};
-            if constexpr (kBF16) {
-                accumulate_unscaled(shared, state, num_k_blocks, warpgroup, lane, total);
-            } else if constexpr (kFP4) {
-                accumulate_fp4(shared, state, num_k_blocks, warpgroup, total);
+            const auto accumulate = [&]<int kCols>() {
+                if constexpr (kBF16) {
+                    accumulate_unscaled<kCols>(shared, state, num_k_blocks, warpgroup, lane, total);
+                } else if constexpr (kFP4) {
+                    accumulate_fp4<kCols>(shared, state, num_k_blocks, warpgroup, total);
+                } else {
+                    accumulate_scaled<kCols>(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
+                }
+            };
+            if (is_short(shared.tables.queue.tiles[slot].count)) {
+                accumulate.template operator()<kChunk>();
             } else {
-                accumulate(shared, state, scale_state, is_second, num_k_blocks, warpgroup, lane, total);
+                accumulate.template operator()<kTokens>();
             }
             const MegaTile tile = shared.tables.queue.tiles[slot];
             if (is_second) {
@@ -278,8 +298,18 @@ private:
         return Descriptor(shared.weights[stage_idx] + (part * 2 + warpgroup) * 64 * kMegaBlockBytes);
     }
 
-    // Sums all K blocks of a tile into `total`.
-    __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
+    // Of a block's tokens.
+    __device__ __forceinline__ static bool is_short(int count) { return kChunk < kTokens && count <= kChunk; }
+
+    // The registers of the first kCols tokens.
+    template <int kCols>
+    __device__ __forceinline__ static float (&first(float (&total)[kTotals]))[kCols / 2] {
+        return reinterpret_cast<float(&)[kCols / 2]>(total);
+    }
+
+    // Sums all K blocks of a tile's first kCols tokens into `total`.
+    template <int kCols>
+    __device__ __forceinline__ static void accumulate_scaled(Storage& shared, State& state,
                                                       PipelineState<kMegaScaleChunks>& scale_state, bool is_second,
                                                       int num_k_blocks, int warpgroup, int lane,
                                                       float (&total)[kParts][kTotals]) {
@@ -291,32 +321,33 @@ private:
 #pragma unroll 1
             for (int i = 0; i < count; ++i, state.advance()) {
                 const float blocks[2] = {shared.block_scales[chunk][0][i], shared.block_scales[chunk][1][i]};
-                add_k_block(shared, state.stage_idx, state.phase, is_second, blocks, warpgroup, lane, total);
+                add_k_block<kCols>(shared, state.stage_idx, state.phase, is_second, blocks, warpgroup, lane, total);
             }
             release(shared.scales_empty[chunk], lane);
         }
     }
 
     // Adds one K block: total += product * scale of the weights' block * scale of the token.
+    template <int kCols>
     __device__ __forceinline__ static void add_k_block(Storage& shared, int s, uint32_t phase, bool is_second,
                                                        const float (&blocks)[2], int warpgroup, int lane,
                                                        float (&total)[kParts][kTotals]) {
         constexpr int kSteps = kMegaBlockBytes / 32;
         const float2* token_scales = reinterpret_cast<const float2*>(shared.token_scales[s]) + lane % 4;
         const Descriptor cols(shared.tokens[s]);
-        const auto multiply = [&](int part, float (&accumulator)[kTotals]) {
+        const auto multiply = [&](int part, float (&accumulator)[kCols / 2]) {
             const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                wgmma<kTokens>(rows.at(step * 2), cols.at(step * 2), accumulator, step > 0);
+                wgmma<kCols>(rows.at(step * 2), cols.at(step * 2), accumulator, step > 0);
             }
         };
         // Rows of a thread, upper and lower: gates and ups, or both of the part's 128 rows of the result.
-        const auto promote = [&](int part, const float (&accumulator)[kTotals], auto&& scale_of) {
+        const auto promote = [&](int part, const float (&accumulator)[kCols / 2], auto&& scale_of) {
             const float upper = is_second ? blocks[part] : blocks[0];
             const float lower = is_second ? blocks[part] : blocks[1];
 #pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j) {
+            for (int j = 0; j < kCols / 8; ++j) {
                 const float2 scale = scale_of(j);
                 total[part][4 * j + 0] += accumulator[4 * j + 0] * (scale.x * upper);
                 total[part][4 * j + 1] += accumulator[4 * j + 1] * (scale.y * upper);
@@ -326,10 +357,10 @@ private:
         };
         ptx::mbarrier_wait(shared.full[s], phase);
         if constexpr (kPartsTogether) {
-            float2 scales[kTokens / 8];
+            float2 scales[kCols / 8];
 #pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j) scales[j] = token_scales[j * 4];
-            float accumulator[kParts][kTotals];
+            for (int j = 0; j < kCols / 8; ++j) scales[j] = token_scales[j * 4];
+            float accumulator[kParts][kCols / 2];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) pin_registers(accumulator[part]);
             wgmma_fence();
@@ -343,7 +374,7 @@ private:
 #pragma unroll
             for (int part = 0; part < kParts; ++part) promote(part, accumulator[part], [&](int j) { return scales[j]; });
         } else {
-            float accumulator[kTotals];
+            float accumulator[kCols / 2];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
                 pin_registers(accumulator);
@@ -358,23 +389,60 @@ private:
         }
     }
 
-    // FP4 weights: each 32 of K are a sum that is scaled.
+    // FP4 weights: the tensor core sums all K blocks, and has one half of a part's while the next one is expanded. Packed
+    // values are read a part ahead, since a load waits for the instructions that are in flight. A stage is given back half a
+    // part later than its last instructions are issued.
+    template <int kCols>
     __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, int num_k_blocks, int warpgroup,
                                                           float (&total)[kParts][kTotals]) {
+        using Block = Bf16Fp4Block<MegaMoeFp4Traits<kCols>>;
+        constexpr int kTiles = kTokens / kCols;  // of kCols tokens, for which a stage has room
         const int thread = thread_index() % 128;
-        const Fp4Block<MegaMoeKernel> block(shared.weights[0], shared.weight_scales[0], shared.tokens[0],
-                                            shared.token_scales[0], warpgroup * 64, thread);
+        const auto block_of = [&](int part) {
+            return Block(shared.weights[0], reinterpret_cast<const uint8_t*>(shared.weight_scales[0]), shared.tokens[0],
+                         nullptr, (part * 2 + warpgroup) * 64, thread);
+        };
+        const Block blocks[kParts] = {block_of(0), block_of(1)};
+        typename Block::Rows rows[kParts];
+        ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
+        blocks[0].load(state.stage_idx, rows[0]);
+        int before = -1;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
 #pragma unroll 1
-        for (int i = 0; i < num_k_blocks; ++i, state.advance()) {
+        for (int i = 0; i < num_k_blocks; ++i) {
             const int s = state.stage_idx;
-            ptx::mbarrier_wait(shared.full[s], state.phase);
-            block.add(s, total[0], [] {});
-            block.add(s, total[1], [&] { release(shared.empty[s], thread % 32); }, 128);
+            state.advance();
+            uint32_t fragments[2][Block::kHalf][4];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                if (part == 0) {
+                    blocks[1].load(s, rows[1]);
+                } else if (i + 1 < num_k_blocks) {
+                    ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
+                    blocks[0].load(state.stage_idx, rows[0]);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    Block::expand_half(half, rows[part], fragments[half]);
+                    blocks[part].multiply(s * kTiles, half, fragments[half], first<kCols>(total[part]), true);
+                    wgmma_wait<1>();
+                    if (part == 0 && half == 0 && before >= 0) release(shared.empty[before], thread % 32);
+                }
+            }
+            before = s;
         }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
+        wgmma_wait<0>();
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
+        release(shared.empty[before], thread % 32);
     }
 
     // BF16: the tensor core sums all K blocks. While a block's instructions run the next ones are issued, so a stage is
     // given back one block later.
+    template <int kCols>
     __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, int num_k_blocks,
                                                                int warpgroup, int lane, float (&total)[kParts][kTotals]) {
         constexpr int kSteps = kMegaBlockBytes / 32;
@@ -385,14 +453,14 @@ private:
             ptx::mbarrier_wait(shared.full[s], state.phase);
             const Descriptor cols(shared.tokens[s]);
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+            for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
             wgmma_fence();
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
                 const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    wgmma_bf16<kTokens, false, false>(rows.at(step * 2), cols.at(step * 2), total[part], true);
+                    wgmma_bf16<kCols, false, false>(rows.at(step * 2), cols.at(step * 2), first<kCols>(total[part]), true);
                 }
             }
             wgmma_commit();
@@ -401,7 +469,7 @@ private:
             before = s;
         }
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
         wgmma_wait<0>();
         release(shared.empty[before], lane);
     }
@@ -414,7 +482,7 @@ private:
                                                            float (&total)[kParts][kTotals]) {
         constexpr int kPairs = kChunk / 8;  // of neighbouring tokens, of a thread
         constexpr int kPitch = kLayout.activated_pitch();
-        constexpr int kBytes = kBF16 ? 2 : 1;
+        constexpr int kBytes = kLayout.token_bytes();
         const int thread = thread_index() % 128;
         const int lane = thread % 32, warp = thread / 32;
         const int row = tile.block * kTokens;
@@ -426,8 +494,9 @@ private:
         float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][scale][token]
         const int first_warp = kFP4 ? warpgroup * 4 : 0;  // of those with values under the same scale
         const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's 64
-        // Both warpgroups may still be storing results of the second linear from this memory.
-        ptx::named_barrier_sync(1, 256);
+        // Both warpgroups may still be storing results of the second linear from this memory; not from where maxima are, if they
+        // lie behind all of it.
+        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, 256);
 #pragma unroll
         for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
             if (chunk >= tile.count) break;
@@ -493,24 +562,31 @@ private:
                         }
                         first[k] = cast::quick_group_scale<cast::E4M3>(most.x, kFP4);
                         second[k] = cast::quick_group_scale<cast::E4M3>(most.y, kFP4);
-                        // One warp for each pair of tokens writes their scales.
-                        const int writer = kFP4 ? j % 4 : j % kConsumerWarps - warpgroup * 4;
-                        if (writer == warp && lane < 4) {
-                            const int64_t group = kFP4 ? tile.weights * 4 + k * 2 + warpgroup : tile.weights;
-                            float* scales = local<float>(params, params.offsets.pool_h_sf) + group * pool_rows + row +
-                                            chunk + token;
-                            *reinterpret_cast<float2*>(scales) = make_float2(first[k].sf, second[k].sf);
+                        if constexpr (kScaled) {
+                            // One warp for each pair of tokens writes their scales.
+                            if (j % kConsumerWarps - warpgroup * 4 == warp && lane < 4) {
+                                float* scales = local<float>(params, params.offsets.pool_h_sf) + tile.weights * pool_rows +
+                                                row + chunk + token;
+                                *reinterpret_cast<float2*>(scales) = make_float2(first[k].sf, second[k].sf);
+                            }
                         }
                     }
                     constexpr int kLast = kScales - 1;  // of the second part
                     const uint32_t bytes =
                         cast::to_e4m3x4(total[0][at] * first[0].inverse, total[1][at] * first[kLast].inverse,
                                         total[0][at + 1] * second[0].inverse, total[1][at + 1] * second[kLast].inverse);
-                    uint8_t* to = shared.staging + token * kPitch + column;
-                    to[0] = static_cast<uint8_t>(bytes);
-                    to[64] = static_cast<uint8_t>(bytes >> 8);
-                    to[kPitch] = static_cast<uint8_t>(bytes >> 16);
-                    to[kPitch + 64] = static_cast<uint8_t>(bytes >> 24);
+                    if constexpr (kFP4) {
+                        const float2 upper = e4m3_to_float2(bytes & 0xffff), lower = e4m3_to_float2(bytes >> 16);
+                        uint8_t* to = shared.staging + token * kPitch + bf16_token_position(column) * 2;
+                        store_pair(to, upper.x * first[0].sf, upper.y * first[kLast].sf);
+                        store_pair(to + kPitch, lower.x * second[0].sf, lower.y * second[kLast].sf);
+                    } else {
+                        uint8_t* to = shared.staging + token * kPitch + column;
+                        to[0] = static_cast<uint8_t>(bytes);
+                        to[64] = static_cast<uint8_t>(bytes >> 8);
+                        to[kPitch] = static_cast<uint8_t>(bytes >> 16);
+                        to[kPitch + 64] = static_cast<uint8_t>(bytes >> 24);
+                    }
                 }
             }
             ptx::named_barrier_sync(1, 256);
@@ -531,6 +607,13 @@ private:
         if (warpgroup == 0 && thread == 0) {
             add_release_gpu(local<uint32_t>(params, params.offsets.activated) + tile.block, 1);
         }
+    }
+
+    // BF16 values of a column of both parts, 64 columns apart, in the order of K for FP4 weights.
+    __device__ __forceinline__ static void store_pair(uint8_t* to, float first, float second) {
+        constexpr int kApart = 2 * (bf16_token_position(64) - bf16_token_position(0));
+        *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16_rn(first);
+        *reinterpret_cast<__nv_bfloat16*>(to + kApart) = __float2bfloat16_rn(second);
     }
 
     // ---- epilogue of the second linear ----

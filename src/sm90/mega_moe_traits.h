@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../device/mega_moe_params.h"
+#include "gemm_traits.h"
 
 namespace deep_gemm::sm90 {
 
@@ -22,42 +23,39 @@ struct MegaMoeLayout {
     // Why there is no such kernel, or null.
     constexpr const char* invalid_reason() const {
         const bool is_height = block_tokens == 16 || block_tokens == 32 || block_tokens == 64 || block_tokens == 128;
-        if (!is_height) return "a block has 16, 32, 64 or 128 tokens";
-        // A thread's totals, sums of 32 of K and expanded weights would not fit into registers.
-        return is_fp4() && block_tokens > 64 ? "a block has 64 tokens at most beside FP4 weights" : nullptr;
+        return is_height ? nullptr : "a block has 16, 32, 64 or 128 tokens";
     }
+    // Tokens in the pool are BF16, with FP4 weights, too.
+    constexpr bool has_bf16_tokens() const { return type != MegaMoeType::kFP8; }
+    constexpr int token_bytes() const { return has_bf16_tokens() ? 2 : 1; }
 
-    // Tokens whose results are in shared memory at a time.
+    // Tokens of a box of TMA, and of those whose results are in shared memory at a time. A block with no more tokens is a
+    // short one: of two boxes only the first is loaded and multiplied.
     constexpr int chunk_tokens() const { return std::min(block_tokens, 64); }
-    constexpr int token_tile_bytes() const { return block_tokens * kMegaBlockBytes; }
-    constexpr int weight_tile_bytes() const { return kMegaTileRows * kMegaBlockBytes / (is_fp4() ? 2 : 1); }
+    constexpr int box_bytes() const { return chunk_tokens() * kMegaBlockBytes; }
+    // Boxes side by side along K: FP4's stage has two, of 64 elements each.
+    constexpr int boxes_along_k() const { return is_fp4() ? 2 : 1; }
+    constexpr int token_tile_bytes() const { return boxes_along_k() * block_tokens * kMegaBlockBytes; }
+    constexpr int weight_tile_bytes() const { return kMegaTileRows * (is_fp4() ? kPackedBlockK : kMegaBlockBytes); }
     constexpr int weight_scales() const { return is_fp4() ? kMegaTileRows : 0; }  // words of four, in a stage
     // In a stage; TMA writes them to a multiple of 128 bytes.
-    constexpr int token_scales() const {
-        return is_bf16() ? 0 : is_fp4() ? 4 * block_tokens : std::max(block_tokens, 32);
+    constexpr int token_scales() const { return has_bf16_tokens() ? 0 : std::max(block_tokens, 32); }
+    constexpr int token_scale_bytes() const { return has_bf16_tokens() ? 0 : block_tokens * 4; }
+    // A stage with FP4 weights is one of single products.
+    constexpr GemmLayout fp4_layout() const {
+        return {{kMegaTileRows, block_tokens, 1, 1, 1, true, kUE8M0Scaling, 32, OperandType::kBF16FP4}};
     }
-    constexpr int token_scale_bytes() const { return is_bf16() ? 0 : block_tokens * (is_fp4() ? 16 : 4); }
-
-    // What Fp4Block asks of a layout.
-    constexpr int block_cols() const { return block_tokens; }
-    constexpr int row_tile_bytes() const { return weight_tile_bytes(); }
-    constexpr int col_tile_bytes() const { return token_tile_bytes(); }
-    constexpr bool folds_row_scales() const { return false; }
-    constexpr bool row_scales_are_words() const { return true; }
-    constexpr int row_scale_pitch() const { return weight_scales() * 4; }
-    constexpr int col_scale_pitch() const { return token_scales() * 4; }
-    constexpr int col_scale_box_cols() const { return block_tokens; }
-    constexpr int col_scale_slack() const { return 0; }
 
     // Results of the first linear, a row of 128 for each token. Rows are 16 bytes apart from a multiple of all banks, so
     // that neighbouring tokens lie in different ones.
-    constexpr int activated_pitch() const { return 128 * (is_bf16() ? 2 : 1) + 16; }
+    constexpr int activated_pitch() const { return 128 * token_bytes() + 16; }
     constexpr int activated_bytes() const { return chunk_tokens() * activated_pitch(); }
     // Of each consumer warp for each token; with FP4 those of its two eights of rows are in different 32.
     constexpr int amax_bytes() const { return is_bf16() ? 0 : 8 * (is_fp4() ? 2 : 1) * chunk_tokens() * 4; }
     // Those of the second one, [warpgroup][token][64 columns] in BF16.
+    constexpr int results_bytes() const { return 2 * chunk_tokens() * 128; }
     constexpr int staging_bytes() const {
-        const int bytes = std::max(activated_bytes() + amax_bytes(), 2 * chunk_tokens() * 128);
+        const int bytes = std::max(activated_bytes() + amax_bytes(), results_bytes());
         return (bytes + 127) / 128 * 128;
     }
     constexpr int stage_bytes() const {

@@ -64,10 +64,12 @@ def mega_records(
 
 #: What the kernel is tried with instead of its own choices.
 TUNING: list[dict[str, int]] = [
-    *({"block_tokens": tokens} for tokens in (16, 32, 64)),
+    *({"block_tokens": tokens} for tokens in (16, 32, 64, 128)),
     *({"lag": blocks} for blocks in (1, 5, 8, 24, 1000)),
     *({"prefetch_bytes": size} for size in (0, 512, 1536, 2048)),
     {"evict_weights": 1},
+    *({"early_bytes": size} for size in (512, 1024)),
+    {"early_bytes": 1024, "prefetch_bytes": 1536, "evict_weights": 1},
     {"lag": 7, "prefetch_bytes": 0},
 ]
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .. import _capi, mega_moe
+from .. import _capi
 from ..testing.cases import BENCH_M, BENCH_SHAPES
 
 NUM_SMS = 148
@@ -118,8 +118,7 @@ MEGA_EXPERTS, MEGA_HIDDEN, MEGA_INTERMEDIATE = 32, 7168, 2048
 def mega_moe_roofline(tokens: int, operands: str = "fp4") -> Roofline:
     """A rank's expert layer, ``tokens`` for each of its experts: ``operands`` are fp4 (the weights) or bf16."""
     bf16 = operands == "bf16"
-    mma_type = mega_moe.MMA_TYPES.index("bf16xbf16" if bf16 else "fp8xfp4")
-    block = _capi.mega_moe_block_tokens("sm_100a", mma_type, tokens)
+    block = _capi.mega_moe_block_tokens(tokens)
     rows = 256 if block == 128 else 128  # of weights: MegaMoeLayout of src/sm100/mega_moe_traits.h
     row = {"name": f"{rows} x {block}", "swap_ab": True, "block_m": block, "block_n": rows, "row_ctas": 1}
     row |= {"block_k": 64 if bf16 else 128, "split_k": 1, "grouping": "m_grouped"}
