@@ -35,7 +35,7 @@ struct CostModel {
     double combine = 300;           // clocks to add up what warpgroups that take turns at the K blocks have
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
-    double l2_bytes = 7000;         // ... from L2 to all SMs, M-grouped only: from 4 x 8192 rows with 192 x 128 tiles
+    double l2_bytes = 7000;         // ... from L2 to all SMs, by one measurement: 4 x 8192 rows, 192 x 128 tiles, no pairs
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
     // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
@@ -168,9 +168,11 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double bytes =
         (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
-    // From L2 each cluster has its panels, what its CTAs share once.
-    const double panel_bytes =
-        !is_m_grouped || row.has_fp4() ? 0 : static_cast<double>(k) * (tile_rows + tile_cols) * row.element_bytes();
+    // L2 sends each cluster its panels, what its CTAs share once. Large FP8 tiles of groups are fitted to that: smaller ones
+    // wait for device memory, and with BF16 it is a part of the K block.
+    const bool waits_for_l2 = is_m_grouped && row.operands == OperandType::kFP8 && !row.swap_ab &&
+                              row.block_rows * row.block_cols >= 128 * 128;
+    const double panel_bytes = waits_for_l2 ? static_cast<double>(k) * (tile_rows + tile_cols) : 0;
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
