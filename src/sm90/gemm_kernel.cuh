@@ -13,7 +13,8 @@
 //
 // Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
 // three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
-// tiles and hands them to the other roles in a queue.
+// tiles and hands them to the other roles in a queue. In a pair that shares the tokens each CTA's warp 2 does so, and comes
+// to the same rows and groups.
 //
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
