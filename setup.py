@@ -6,7 +6,7 @@ Environment:
     DG_NUM_SHARDS        translation units per GEMM table (default: CMakeLists.txt)
     DG_SKIP_CUDA_BUILD   1: no shared library, the CPU reference alone
     DG_BUILD_DIR         where CMake works (default: build/cmake)
-    CUDA_HOME, CXX, DG_CUTLASS_DIR   tools to use instead of those found (tools/toolchain.py)
+    CUDA_HOME, CXX       tools to use instead of those found (tools/toolchain.py)
 """
 
 from __future__ import annotations

@@ -312,12 +312,6 @@ or build the CPU reference alone with DG_SKIP_CUDA_BUILD=1.""",
         """CUDA_HOME is '/nonexistent', but there is no /nonexistent/bin/nvcc. Point CUDA_HOME at a CUDA toolkit of version 12.9 or later, or unset it to use nvcc from PATH or from PyPI.""",  # noqa: E501
     )
     assert_expected_inline(
-        tool_error(toolchain.find_cutlass, {}, roots=[]),
-        """\
-no CUTLASS headers: neither in DG_CUTLASS_DIR nor installed from PyPI. Install them with
-    pip install --no-deps -r requirements-cutlass.txt""",
-    )
-    assert_expected_inline(
         tool_error(toolchain.find_torch, roots=[]).replace(sys.executable, "PYTHON"),
         """\
 no PyTorch: this interpreter (PYTHON) has none. Install it with

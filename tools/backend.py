@@ -16,7 +16,7 @@ from setuptools.build_meta import *  # noqa: F403
 def _extra_requirements() -> list[str]:
     if toolchain.skip_cuda_build():
         return []
-    names = ["build", "torch", "cutlass"]
+    names = ["build", "torch"]
     try:
         toolchain.find_nvcc()
     except toolchain.ToolchainError:

@@ -71,9 +71,7 @@ def install(python: Path, groups: list[str]) -> None:
         lines = toolchain.requirements(group)
         if group == "torch" and "torch" in have:
             lines = [line for line in lines if line.split("==")[0] not in have]
-        if group == "cutlass":
-            pip("--no-deps", *lines)
-        elif group == "cuda":
+        if group == "cuda":
             # All of the toolkit has to lie in one folder, also where a CUDA PyTorch has brought a part of it.
             pip("--no-deps", "--ignore-installed", *lines)
         elif lines:
@@ -89,10 +87,8 @@ def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(f"Python is {sys.version.split()[0]}, expected 3.10 or later: make PYTHON=python3.11 ...")
     groups = ["build", "torch", *args.groups]
-    if not toolchain.skip_cuda_build():
-        groups.append("cutlass")
-        if not os.environ.get("CUDA_HOME") and not shutil.which("nvcc"):
-            groups.append("cuda")
+    if not toolchain.skip_cuda_build() and not os.environ.get("CUDA_HOME") and not shutil.which("nvcc"):
+        groups.append("cuda")
 
     python = create(Path(args.venv)) if args.venv else Path(sys.executable)
     wanted = "\n".join(line for group in groups for line in toolchain.requirements(group))

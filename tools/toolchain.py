@@ -1,4 +1,4 @@
-"""Finds what a build needs: nvcc, CUTLASS headers, PyTorch, CMake, Ninja and a C++ compiler.
+"""Finds what a build needs: nvcc, PyTorch, CMake, Ninja and a C++ compiler.
 
 Standard library only, because it also runs before anything is installed (``tools/make_env.py``, ``tools/backend.py``).
 Every function raises ``ToolchainError`` with one message that names what is missing and the command that installs it.
@@ -35,7 +35,6 @@ class Toolchain:
 
     nvcc: Path
     cuda_home: Path
-    cutlass_include: Path
     torch_dir: Path
     cmake: Path
     ninja: Path
@@ -48,7 +47,6 @@ class Toolchain:
             f"-DCMAKE_CUDA_HOST_COMPILER={self.cxx}",
             f"-DCMAKE_MAKE_PROGRAM={self.ninja}",
             f"-DDG_CUDA_HOME={self.cuda_home}",
-            f"-DDG_CUTLASS_INCLUDE_DIR={self.cutlass_include}",
             f"-DDG_TORCH_DIR={self.torch_dir}",
         ]
 
@@ -165,21 +163,6 @@ def check_nvcc_version(nvcc: Path) -> None:
         )
 
 
-def find_cutlass(environ: Mapping[str, str] = os.environ, roots: Sequence[Path] | None = None) -> Path:
-    """CUTLASS headers: ``DG_CUTLASS_DIR`` (a checkout), else the ``nvidia-cutlass`` wheel."""
-    checkout = environ.get("DG_CUTLASS_DIR", "")
-    candidates = [Path(checkout) / "include"] if checkout else []
-    for root in site_roots() if roots is None else roots:
-        candidates.append(root / "cutlass_library" / "source" / "include")
-    for include in candidates:
-        if (include / "cute" / "arch" / "mma_sm90_gmma.hpp").is_file():
-            return include
-    raise ToolchainError(
-        "no CUTLASS headers: neither in DG_CUTLASS_DIR nor installed from PyPI. Install them with\n"
-        "    pip install --no-deps -r requirements-cutlass.txt"
-    )
-
-
 def find_torch(roots: Sequence[Path] | None = None) -> Path:
     """The torch package's folder, found without importing it (an import costs seconds)."""
     for root in site_roots() if roots is None else roots:
@@ -244,7 +227,6 @@ def find_all(environ: Mapping[str, str] = os.environ) -> Toolchain:
     return Toolchain(
         nvcc=nvcc,
         cuda_home=cuda_home_of(nvcc),
-        cutlass_include=find_cutlass(environ),
         torch_dir=find_torch(),
         cmake=cmake,
         ninja=find_program("ninja", environ),

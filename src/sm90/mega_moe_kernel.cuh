@@ -392,7 +392,7 @@ private:
                 const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    wgmma_bf16<kTokens, false, false>(rows.at(step * 2), cols.at(step * 2), total[part], true);
+                    wgmma_bf16<kTokens, false, false>(rows.at(step * 2), cols.at(step * 2), total[part]);
                 }
             }
             wgmma_commit();
