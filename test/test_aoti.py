@@ -166,7 +166,7 @@ class Dense(nn.Module):
         return torch.ops.deep_gemm.fp8_gemm_nt(*operands)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch 2.11 ends with a segmentation fault instead of an error")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch 2.11 ends with a segmentation fault instead")
 def test_packages_need_dtypes_written_out(tmp_path: Path) -> None:
     """Should PyTorch's own function become enough, this fails, and ``deep_gemm_ops.export`` can go."""
     compiler()

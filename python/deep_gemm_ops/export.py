@@ -4,15 +4,21 @@
 as that default is stored, and of a dtype a number is stored. The loader refuses a number where it expects a dtype, so
 programs with operators of this library are compiled, but do not load (PyTorch 2.13).
 :func:`aoti_compile_and_package` writes such arguments out before.
+
+PyTorch 2.11's loader takes the number of a dtype in the package, which is that of ``torch.export``'s schema, for the
+number that C++ has for it: bfloat16 became quint8. There the package gets C++'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from torch._export.serde import serialize
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ._library import NAMESPACE
@@ -20,6 +26,16 @@ from ._library import NAMESPACE
 __all__ = ["aoti_compile_and_package"]
 
 _OPTION = "post_grad_custom_post_pass"
+
+# c10::ScalarType of the operators' results.
+_CPP_DTYPES = {torch.float32: 6, torch.bfloat16: 15}
+
+
+def _dtypes_as_loaded() -> contextlib.AbstractContextManager[Any]:
+    """While packages are written: numbers of dtypes as this PyTorch's loader takes them."""
+    if torch.__version__ >= (2, 12):
+        return contextlib.nullcontext()
+    return mock.patch.dict(serialize._TORCH_TO_SERIALIZE_DTYPE, _CPP_DTYPES)
 
 
 class _WriteOutDtypes(CustomGraphPass):
@@ -64,4 +80,5 @@ def aoti_compile_and_package(
     configs = dict(inductor_configs or {})
     configs[_OPTION] = _WriteOutDtypes(configs.get(_OPTION))
     path = None if package_path is None else os.fspath(package_path)
-    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    with _dtypes_as_loaded():
+        return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)

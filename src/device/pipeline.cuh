@@ -11,8 +11,9 @@ struct PipelineState {
     uint32_t phase = 0;  // flips each time the ring wraps; a consumer waits for `phase`, a producer for `phase ^ 1`
 
     __device__ __forceinline__ void advance() {
-        stage_idx = stage_idx + 1 == kNumStages ? 0 : stage_idx + 1;
-        phase ^= stage_idx == 0;
+        const bool wraps = stage_idx + 1 == kNumStages;
+        stage_idx = wraps ? 0 : stage_idx + 1;
+        phase ^= wraps;
     }
 
     // By any number of stages: for steps that happen once per tile.

@@ -12,6 +12,21 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// base + index * kPitch: where element `index` of an array in shared memory is, or a part of a descriptor that says so. One
+// instruction of PTX, as it is one of SASS; the compiler makes a shift and an addition if kPitch is a power of two.
+template <uint32_t kPitch>
+__device__ __forceinline__ uint32_t element_address(uint32_t base, uint32_t index) {
+    uint32_t address;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(index), "n"(kPitch), "r"(base));
+    return address;
+}
+
+// Keeps the compiler from computing a value anew in each round of a loop, which takes no register but an instruction.
+__device__ __forceinline__ uint32_t computed_once(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 __device__ __forceinline__ void mbarrier_init(Barrier& barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&barrier)), "r"(arrivals) : "memory");
 }
@@ -21,9 +36,13 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(Barrier& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
+// At `kOffset` bytes behind an address.
+template <uint32_t kOffset = 0>
+__device__ __forceinline__ void mbarrier_arrive(uint32_t address) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0 + %1];" ::"r"(address), "n"(kOffset) : "memory");
 }
+
+__device__ __forceinline__ void mbarrier_arrive(Barrier& barrier) { mbarrier_arrive(smem_address(&barrier)); }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(&barrier)), "r"(bytes)
@@ -33,18 +52,23 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier& barrier, uint
 // Arrives on the barrier at the same offset in the CTA `rank` of this cluster (which may be this one). Says that this
 // CTA is done with something; it does not publish writes to the other CTA. (Publishing them takes arrive.release.cluster,
 // a memory barrier: 0.65 us on an H200.)
-__device__ __forceinline__ void mbarrier_arrive_remote(Barrier& barrier, uint32_t rank) {
+template <uint32_t kOffset = 0>
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t address, uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(smem_address(&barrier)),
-        "r"(rank)
+        "mbarrier.arrive.shared::cluster.b64 _, [remote + %2];\n"
+        "}\n" ::"r"(address),
+        "r"(rank), "n"(kOffset)
         : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t phase) {
+__device__ __forceinline__ void mbarrier_arrive_remote(Barrier& barrier, uint32_t rank) {
+    mbarrier_arrive_remote(smem_address(&barrier), rank);
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t address, uint32_t phase) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -53,9 +77,13 @@ __device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t phase) 
         "@done bra DONE;\n"
         "bra WAIT;\n"
         "DONE:\n"
-        "}\n" ::"r"(smem_address(&barrier)),
+        "}\n" ::"r"(address),
         "r"(phase)
         : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t phase) {
+    mbarrier_wait(smem_address(&barrier), phase);
 }
 
 // Barrier of `threads` threads of this CTA; ids 1 to 15 (0 is __syncthreads).

@@ -443,20 +443,45 @@ private:
         sum[3] += addend.w;
     }
 
-    // accumulator = rows * cols^T over `kSteps` instructions from `first_step` of the stage on.
+    // What a thread of a consumer warpgroup needs of stage 0, as addresses in shared memory; other stages are at multiples of
+    // a pitch behind it.
+    struct FirstStage {
+        uint32_t full;        // the barrier
+        uint32_t row_scales;  // of the thread's first row, where each row has one
+        uint32_t col_scales;  // of the thread's first column, likewise
+        uint32_t rows, cols;  // low words of descriptors, of the warpgroup's first row
+
+        __device__ __forceinline__ FirstStage(Storage& shared, int warpgroup, int thread, int scale_start) {
+            const int row = part_row<Traits>(0, warpgroup);
+            const int scale_row = row + thread % 128 / 32 * 16 + thread % 32 / 4;
+            const int row_start = kLayout.row_scale_slack() > 0 ? scale_start : 0;
+            const int col_start = kLayout.col_scale_slack() > 0 ? scale_start : 0;
+            full = ptx::computed_once(ptx::smem_address(&shared.full[0]));
+            row_scales = ptx::computed_once(ptx::smem_address(shared.row_scales[0]) + 4 * (scale_row + row_start));
+            col_scales = ptx::computed_once(ptx::smem_address(shared.col_scales[0]) + 4 * (thread % 4 * 2 + col_start));
+            rows = ptx::computed_once(Descriptor(shared.rows[0] + row * kBlockK).low);
+            cols = ptx::computed_once(Descriptor(shared.cols[0]).low);
+        }
+    };
+    // From a stage's barrier that says it is full to the one that says it is empty.
+    static constexpr uint32_t kFullToEmpty = kNumStages * sizeof(ptx::Barrier);
+
+    // Scales in shared memory at an address.
+    __device__ __forceinline__ static const float* scales_at(uint32_t address) {
+        return static_cast<const float*>(__cvta_shared_to_generic(address));
+    }
+
+    // accumulator = rows * cols^T over `kSteps` instructions from `first_step` of a stage on.
     template <int kSteps>
-    __device__ __forceinline__ static void multiply(Storage& shared, int stage_idx, int first_row, int first_step,
+    __device__ __forceinline__ static void multiply(Descriptor rows, Descriptor cols, int part, int first_step,
                                                     float (&accumulator)[kAccumulators]) {
-        const Descriptor rows(shared.rows[0] + first_row * kBlockK);
-        const Descriptor cols(shared.cols[0]);
-        const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
-        const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
+        const uint32_t first_row = part_row<Traits>(part, 0) * (kBlockK / 16);
         pin_registers(accumulator);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             const uint32_t advance = (first_step + step) * (32 / 16);
-            wgmma<kBlockCols>(rows.at(row_stage + advance), cols.at(col_stage + advance), accumulator, step > 0);
+            wgmma<kBlockCols>(rows.at(first_row + advance), cols.at(advance), accumulator, step > 0);
         }
         wgmma_commit();
     }
@@ -478,22 +503,23 @@ private:
         const int col_offset = work.col % 128;
         // Where the tile's scales begin in their boxes.
         const int scale_start = kLayout.token_scale_slack() == 0 ? 0 : (kRow.swap_ab ? work.col : work.row) % 4;
+        const FirstStage first_stage(shared, warpgroup, thread, scale_start);
         const State first_state = state;
         const int first = first_k_block(state, helper);
         if constexpr (kKWarpgroups > 1) state.advance_by(first);
         if constexpr (kBlockScales == 0) {
             for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
-                add_k_block(shared, state, nullptr, warpgroup, thread, col_offset, scale_start, total);
+                add_k_block(first_stage, state, nullptr, thread % 32, col_offset, total);
             }
         } else {
             for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
                 const int chunk = scale_state.stage_idx;
                 ptx::mbarrier_wait(shared.scales_full[chunk], scale_state.phase);
-                const float* blocks = shared.block_scales[chunk][0];
+                uint32_t blocks = ptx::smem_address(shared.block_scales[chunk][0] + first);
                 const int count = min(left, kScaleChunk);
 #pragma unroll(kUnrollKBlocks)
-                for (int i = first; i < count; i += kKWarpgroups) {
-                    add_k_block(shared, state, blocks + i, warpgroup, thread, col_offset, scale_start, total);
+                for (int i = first; i < count; i += kKWarpgroups, blocks += kKWarpgroups * sizeof(float)) {
+                    add_k_block(first_stage, state, scales_at(blocks), thread % 32, col_offset, total);
                 }
                 __syncwarp();
                 if (thread % 32 == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
@@ -565,65 +591,68 @@ private:
     }
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.
-    __device__ __forceinline__ static void add_k_block(Storage& shared, State& state, const float* blocks,
-                                                       int warpgroup, int thread, int col_offset, int scale_start,
+    __device__ __forceinline__ static void add_k_block(const FirstStage& first_stage, State& state, const float* blocks,
+                                                       int lane, int col_offset,
                                                        float (&total)[kRowParts][kAccumulators]) {
         constexpr int kSteps = kRow.gran_k / 32;  // instructions per scale
         constexpr bool kColVector = kLayout.col_scales_are_vector();
-        const int lane = thread % 32;
-        const int s = state.stage_idx;
-        ptx::mbarrier_wait(shared.full[s], state.phase);
+        const uint32_t s = state.stage_idx;
+        const uint32_t full = ptx::element_address<sizeof(ptx::Barrier)>(first_stage.full, s);
+        ptx::mbarrier_wait(full, state.phase);
 
         // Scales are read before the tensor core's instructions are issued, those of a further part during the promotion
         // before: a load behind the instructions waits until they are done, which cost 13 % of a large product.
         float block_scales[kBlockScales + (kBlockScales == 0)];
 #pragma unroll
         for (int j = 0; j < kBlockScales; ++j) block_scales[j] = blocks[j * kScaleChunk];
-        float rows[kRowParts][kKGroups][2];  // of the thread's two rows
+        float row_scales[kRowParts][kKGroups][2];  // of the thread's two rows
         const auto read_rows = [&](int part) {
 #pragma unroll
             for (int group = 0; group < kKGroups; ++group) {
                 if constexpr (kLayout.row_scales_are_vector()) {
                     const int box = kLayout.row_scale_boxes() > 1 ? part : 0;  // of 128 rows, as a part
                     const float* scales =
-                        reinterpret_cast<const float*>(shared.row_scales[s] + box * kLayout.row_scale_box_pitch()) +
-                        group * kLayout.row_scale_box_rows() + part_row<Traits>(part, warpgroup) - box * 128 +
-                        (kLayout.row_scale_slack() > 0 ? scale_start : 0) + thread / 32 * 16 + lane / 4;
-                    rows[part][group][0] = scales[0];
-                    rows[part][group][1] = scales[8];
+                        scales_at(ptx::element_address<kLayout.row_scale_pitch()>(first_stage.row_scales, s)) +
+                        box * (kLayout.row_scale_box_pitch() / 4 - 128) + group * kLayout.row_scale_box_rows() +
+                        part_row<Traits>(part, 0);
+                    row_scales[part][group][0] = scales[0];
+                    row_scales[part][group][1] = scales[8];
                 } else {
-                    rows[part][group][0] = rows[part][group][1] = block_scales[0];
+                    row_scales[part][group][0] = row_scales[part][group][1] = block_scales[0];
                 }
             }
         };
         read_rows(0);
 
+        const Descriptor rows = Descriptor(first_stage.rows).template of_stage<kLayout.row_tile_bytes()>(s);
+        const Descriptor cols = Descriptor(first_stage.cols).template of_stage<kLayout.col_tile_bytes()>(s);
         float accumulator[kAccumulators];
 #pragma unroll
         for (int part = 0; part < kRowParts; ++part) {
 #pragma unroll
             for (int group = 0; group < kKGroups; ++group) {
-                multiply<kSteps>(shared, s, part_row<Traits>(part, warpgroup), group * kSteps, accumulator);
+                multiply<kSteps>(rows, cols, part, group * kSteps, accumulator);
                 pin_registers(accumulator);
                 wgmma_wait<0>();
                 const bool part_done = group == kKGroups - 1;
                 const bool all_done = part_done && part == kRowParts - 1;
                 if (part_done && !all_done) read_rows(part + 1);
-                const float upper = rows[part][group][0], lower = rows[part][group][1];
+                const float upper = row_scales[part][group][0], lower = row_scales[part][group][1];
                 if constexpr (kColVector) {
-                    const float* cols = reinterpret_cast<const float*>(shared.col_scales[s]) +
-                                        group * kLayout.col_scale_box_cols() + lane % 4 * 2;
+                    const float* scales =
+                        scales_at(ptx::element_address<kLayout.col_scale_pitch()>(first_stage.col_scales, s)) +
+                        group * kLayout.col_scale_box_cols();
                     const auto col_scales = [&](int j) {
-                        if constexpr (kLayout.col_scale_slack() > 0) {
-                            return make_float2(cols[scale_start + j * 8], cols[scale_start + j * 8 + 1]);
+                        if constexpr (kLayout.col_scale_slack() > 0) {  // they start anywhere
+                            return make_float2(scales[j * 8], scales[j * 8 + 1]);
                         } else {
-                            return reinterpret_cast<const float2*>(cols)[j * 4];
+                            return reinterpret_cast<const float2*>(scales)[j * 4];
                         }
                     };
                     Promotion<Traits>::by_column(upper, lower, col_scales, accumulator, total[part]);
-                    if (all_done) release(shared.empty[s], lane);
+                    if (all_done) release<kFullToEmpty>(full, lane);
                 } else {
-                    if (all_done) release(shared.empty[s], lane);
+                    if (all_done) release<kFullToEmpty>(full, lane);
                     Promotion<Traits>::by_block(upper, lower, block_scales, col_offset, accumulator, total[part]);
                 }
             }
@@ -697,22 +726,26 @@ private:
 #pragma unroll
             for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
                 wgmma_bf16<kBlockCols, kRowsMnMajor, kColsMnMajor>(rows.at(row_stage + step * kRowStep),
-                                                                   cols.at(col_stage + step * kColStep), total[part],
-                                                                   true);
+                                                                   cols.at(col_stage + step * kColStep), total[part]);
             }
         }
         wgmma_commit();
     }
 
-    // This warp is done with a stage: tells every CTA that fills it.
-    __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
+    // This warp is done with a stage: tells every CTA that fills it. The barrier is `kOffset` bytes behind an address.
+    template <uint32_t kOffset>
+    __device__ __forceinline__ static void release(uint32_t address, int lane) {
         __syncwarp();
         if constexpr (kMulticastCtas > 1) {
             const uint32_t first = kSplitK == 1 ? 0 : ptx::cluster_rank() / kMulticastCtas * kMulticastCtas;
-            if (lane < kMulticastCtas) ptx::mbarrier_arrive_remote(empty, first + lane);
+            if (lane < kMulticastCtas) ptx::mbarrier_arrive_remote<kOffset>(address, first + lane);
         } else {
-            if (lane == 0) ptx::mbarrier_arrive(empty);
+            if (lane == 0) ptx::mbarrier_arrive<kOffset>(address);
         }
+    }
+
+    __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
+        release<0>(ptx::smem_address(&empty), lane);
     }
 
     // Split K: how many of the tile's other CTAs finish a slice of its columns.

@@ -460,7 +460,7 @@ private:
                 const Descriptor rows = weights_of(shared, s, part, warpgroup);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    wgmma_bf16<kCols, false, false>(rows.at(step * 2), cols.at(step * 2), first<kCols>(total[part]), true);
+                    wgmma_bf16<kCols, false, false>(rows.at(step * 2), cols.at(step * 2), first<kCols>(total[part]));
                 }
             }
             wgmma_commit();

@@ -40,28 +40,6 @@
 
 namespace deep_gemm::sm90 {
 
-// accumulator += rows * cols^T: 64 rows of BF16 in registers, kN columns K-major in shared memory, 16 elements of K.
-template <int kN>
-struct WgmmaRegisterShape;
-
-#define DG_WGMMA_REGISTER_SHAPE(N)                                                                              \
-    template <>                                                                                                 \
-    struct WgmmaRegisterShape<N> {                                                                              \
-        using Instruction =                                                                                     \
-            cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-    };
-DG_WGMMA_REGISTER_SHAPE(64)
-DG_WGMMA_REGISTER_SHAPE(128)
-DG_WGMMA_REGISTER_SHAPE(256)
-#undef DG_WGMMA_REGISTER_SHAPE
-
-template <int kN, size_t... kIndex>
-__device__ __forceinline__ void wgmma_registers(const uint32_t (&rows)[4], uint64_t cols, float (&accumulator)[kN / 2],
-                                                std::index_sequence<kIndex...>) {
-    WgmmaRegisterShape<kN>::Instruction::fma(rows[0], rows[1], rows[2], rows[3], cols, accumulator[kIndex]...,
-                                             cute::SM90::GMMA::ScaleOut::One);
-}
-
 template <int kRows, int kColGroups>
 class PrenormGemmKernel {
     static constexpr PrenormLayout kLayout{kRows, kColGroups};
@@ -257,8 +235,7 @@ private:
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                wgmma_registers<kRows>(rows[step], cols.at(step * (32 / 16)), accumulator,
-                                       std::make_index_sequence<kRows / 2>());
+                wgmma_bf16_from_registers<kRows>(rows[step], cols.at(step * (32 / 16)), accumulator, true);
             }
             wgmma_commit();
             wgmma_wait<0>();

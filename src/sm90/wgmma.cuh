@@ -8,82 +8,9 @@
 #include <utility>
 
 #include "../device/ptx_mbarrier.cuh"
+#include "wgmma_instruction.cuh"
 
 namespace deep_gemm::sm90 {
-
-template <int kN, bool kBF16 = false, bool kRowsMnMajor = false, bool kColsMnMajor = false>
-struct WgmmaShape;
-
-#define DG_WGMMA_SHAPE(N)                                                                                             \
-    template <>                                                                                                       \
-    struct WgmmaShape<N> {                                                                                            \
-        using Instruction = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<cute::SM90::GMMA::ScaleIn::One,      \
-                                                                                cute::SM90::GMMA::ScaleIn::One>;     \
-    };
-DG_WGMMA_SHAPE(8)
-DG_WGMMA_SHAPE(16)
-DG_WGMMA_SHAPE(24)
-DG_WGMMA_SHAPE(32)
-DG_WGMMA_SHAPE(48)
-DG_WGMMA_SHAPE(64)
-DG_WGMMA_SHAPE(80)
-DG_WGMMA_SHAPE(96)
-DG_WGMMA_SHAPE(112)
-DG_WGMMA_SHAPE(128)
-DG_WGMMA_SHAPE(144)
-DG_WGMMA_SHAPE(160)
-DG_WGMMA_SHAPE(176)
-DG_WGMMA_SHAPE(192)
-DG_WGMMA_SHAPE(256)
-#undef DG_WGMMA_SHAPE
-
-#define DG_WGMMA_SHAPE(N)                                                                                             \
-    template <bool kRowsMnMajor, bool kColsMnMajor>                                                                   \
-    struct WgmmaShape<N, true, kRowsMnMajor, kColsMnMajor> {                                                          \
-        static constexpr auto kRows = kRowsMnMajor ? cute::SM90::GMMA::Major::MN : cute::SM90::GMMA::Major::K;        \
-        static constexpr auto kCols = kColsMnMajor ? cute::SM90::GMMA::Major::MN : cute::SM90::GMMA::Major::K;        \
-        using Instruction = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<kRows, kCols>;                           \
-    };
-DG_WGMMA_SHAPE(8)
-DG_WGMMA_SHAPE(16)
-DG_WGMMA_SHAPE(32)
-DG_WGMMA_SHAPE(64)
-DG_WGMMA_SHAPE(96)
-DG_WGMMA_SHAPE(128)
-DG_WGMMA_SHAPE(160)
-DG_WGMMA_SHAPE(192)
-DG_WGMMA_SHAPE(256)
-#undef DG_WGMMA_SHAPE
-
-template <int kN, bool kBF16 = false>
-struct WgmmaFromRegisters;
-
-#define DG_WGMMA_SHAPE(N)                                                                                             \
-    template <>                                                                                                       \
-    struct WgmmaFromRegisters<N> {                                                                                    \
-        using Instruction = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<cute::SM90::GMMA::ScaleIn::One,      \
-                                                                                cute::SM90::GMMA::ScaleIn::One>;     \
-    };
-DG_WGMMA_SHAPE(8)
-DG_WGMMA_SHAPE(16)
-DG_WGMMA_SHAPE(32)
-DG_WGMMA_SHAPE(64)
-DG_WGMMA_SHAPE(96)
-DG_WGMMA_SHAPE(128)
-#undef DG_WGMMA_SHAPE
-
-#define DG_WGMMA_SHAPE(N)                                                                                             \
-    template <>                                                                                                       \
-    struct WgmmaFromRegisters<N, true> {                                                                              \
-        static constexpr auto kMajor = cute::SM90::GMMA::Major::K;                                                    \
-        using Instruction = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<kMajor, kMajor>;                         \
-    };
-DG_WGMMA_SHAPE(8)
-DG_WGMMA_SHAPE(16)
-DG_WGMMA_SHAPE(32)
-DG_WGMMA_SHAPE(64)
-DG_WGMMA_SHAPE(128)
-#undef DG_WGMMA_SHAPE
 
 // Descriptor of a tile of 128-byte rows with 128-byte swizzle, which starts on a multiple of 1024 bytes: groups of 8 rows
 // are 1024 bytes apart. K-major, a row holds 128 bytes of K; MN-major it holds 64 values along MN of one k, and further
@@ -95,6 +22,8 @@ struct Descriptor {
 
     uint32_t low;
 
+    __device__ __forceinline__ explicit Descriptor(uint32_t low) : low(low) {}
+
     // The field for the address has 14 bits. In a cluster the shared window of a CTA may begin at a multiple of 16 MB, which
     // would else change the stride.
     __device__ __forceinline__ Descriptor(const void* tile, uint32_t leading_bytes)
@@ -102,6 +31,12 @@ struct Descriptor {
 
     __device__ __forceinline__ explicit Descriptor(const void* tile)
         : low(kLeadingStride | ptx::smem_address(tile) >> 4) {}
+
+    // The tile of stage `stage_idx` of a ring whose first one this is, `kPitch` bytes apart.
+    template <uint32_t kPitch>
+    __device__ __forceinline__ Descriptor of_stage(uint32_t stage_idx) const {
+        return Descriptor(ptx::element_address<kPitch / 16>(low, stage_idx));
+    }
 
     // `offset` in units of 16 bytes. A move of two words in PTX, as it is two registers in SASS: the compiler makes a
     // conversion and an or of a shift, which nothing but a count of PTX instructions would notice.
@@ -112,28 +47,16 @@ struct Descriptor {
     }
 };
 
-template <class Shape, size_t... kIndex>
-__device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[sizeof...(kIndex)],
-                                      bool accumulate, std::index_sequence<kIndex...>) {
-    Shape::Instruction::fma(
-        rows, cols, accumulator[kIndex]...,
-        accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
-
 // accumulator = rows * cols^T (+ accumulator), asynchronously; thread layout as in the PTX ISA, "wgmma D fragment":
 // element 4 j + {0, 1} is (row t / 4 of the warp's 16, column 8 j + 2 (t % 4) + {0, 1}), 4 j + {2, 3} is 8 rows below.
+// `accumulate` is a constant once loops are unrolled.
 template <int kN>
 __device__ __forceinline__ void wgmma(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2], bool accumulate) {
-    wgmma<WgmmaShape<kN>>(rows, cols, accumulator, accumulate, std::make_index_sequence<kN / 2>());
-}
-
-template <class Shape, size_t... kIndex>
-__device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], uint64_t cols,
-                                                     float (&accumulator)[sizeof...(kIndex)], bool accumulate,
-                                                     std::index_sequence<kIndex...>) {
-    Shape::Instruction::fma(
-        rows[0], rows[1], rows[2], rows[3], cols, accumulator[kIndex]...,
-        accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+    if (accumulate) {
+        WgmmaInstruction<kN>::template run<true>(accumulator, rows, cols);
+    } else {
+        WgmmaInstruction<kN>::template run<false>(accumulator, rows, cols);
+    }
 }
 
 // As above, with the rows' E4M3 values in registers: those of row t / 4 of the warp's 16 at k = 4 (t % 4) + {0 .. 3}, of the
@@ -141,24 +64,57 @@ __device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], 
 template <int kN>
 __device__ __forceinline__ void wgmma_from_registers(const uint32_t (&rows)[4], uint64_t cols,
                                                      float (&accumulator)[kN / 2], bool accumulate) {
-    wgmma_from_registers<WgmmaFromRegisters<kN>>(rows, cols, accumulator, accumulate,
-                                                 std::make_index_sequence<kN / 2>());
+    if (accumulate) {
+        WgmmaInstruction<kN>::template run<true>(accumulator, rows, cols);
+    } else {
+        WgmmaInstruction<kN>::template run<false>(accumulator, rows, cols);
+    }
 }
 
-// The same with BF16: two values of row t / 4 at k = 2 (t % 4) + {0, 1}, of the row 8 below, and of both 8 further along K.
+// BF16's instructions, from CUTLASS.
+template <int kN, bool kRowsMnMajor, bool kColsMnMajor>
+struct WgmmaBf16;
+
+#define DG_WGMMA_BF16(N)                                                                                              \
+    template <bool kRowsMnMajor, bool kColsMnMajor>                                                                   \
+    struct WgmmaBf16<N, kRowsMnMajor, kColsMnMajor> {                                                                 \
+        using Major = cute::SM90::GMMA::Major;                                                                        \
+        static constexpr Major kRows = kRowsMnMajor ? Major::MN : Major::K, kCols = kColsMnMajor ? Major::MN : Major::K; \
+        using FromShared = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<kRows, kCols>;                            \
+        using FromRegisters = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<kRows, kCols>;                         \
+    };
+DG_WGMMA_BF16(8)
+DG_WGMMA_BF16(16)
+DG_WGMMA_BF16(32)
+DG_WGMMA_BF16(64)
+DG_WGMMA_BF16(96)
+DG_WGMMA_BF16(128)
+DG_WGMMA_BF16(160)
+DG_WGMMA_BF16(192)
+DG_WGMMA_BF16(256)
+#undef DG_WGMMA_BF16
+
+template <class Instruction, class... Operands, size_t... kIndex>
+__device__ __forceinline__ void wgmma_bf16(float (&accumulator)[sizeof...(kIndex)], bool accumulate,
+                                           std::index_sequence<kIndex...>, Operands... operands) {
+    using cute::SM90::GMMA::ScaleOut;
+    Instruction::fma(operands..., accumulator[kIndex]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+}
+
+// accumulator = rows * cols^T (+ accumulator). Two values of row t / 4 at k = 2 (t % 4) + {0, 1}, of the row 8 below, and of both 8 further along
+// K are in the thread's registers; columns are K-major.
 template <int kN>
 __device__ __forceinline__ void wgmma_bf16_from_registers(const uint32_t (&rows)[4], uint64_t cols,
                                                           float (&accumulator)[kN / 2], bool accumulate) {
-    wgmma_from_registers<WgmmaFromRegisters<kN, true>>(rows, cols, accumulator, accumulate,
-                                                       std::make_index_sequence<kN / 2>());
+    wgmma_bf16<typename WgmmaBf16<kN, false, false>::FromRegisters>(
+        accumulator, accumulate, std::make_index_sequence<kN / 2>(), rows[0], rows[1], rows[2], rows[3], cols);
 }
 
-// As above, with BF16 operands of either major order.
+// accumulator += rows * cols^T, both in shared memory, of either major order.
 template <int kN, bool kRowsMnMajor, bool kColsMnMajor>
-__device__ __forceinline__ void wgmma_bf16(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2],
-                                           bool accumulate) {
-    wgmma<WgmmaShape<kN, true, kRowsMnMajor, kColsMnMajor>>(rows, cols, accumulator, accumulate,
-                                                            std::make_index_sequence<kN / 2>());
+__device__ __forceinline__ void wgmma_bf16(uint64_t rows, uint64_t cols, float (&accumulator)[kN / 2]) {
+    wgmma_bf16<typename WgmmaBf16<kN, kRowsMnMajor, kColsMnMajor>::FromShared>(
+        accumulator, true, std::make_index_sequence<kN / 2>(), rows, cols);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
