@@ -46,15 +46,6 @@ __device__ __forceinline__ void tma_load_2d_multicast(const CUtensorMap& map, Ba
         : "memory");
 }
 
-__device__ __forceinline__ void tma_load_3d_multicast(const CUtensorMap& map, Barrier& barrier, void* destination,
-                                                      int x, int y, int z, uint16_t ranks, CacheHint hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(smem_address(destination)),
-        "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "h"(ranks), "l"(static_cast<uint64_t>(hint))
-        : "memory");
-}
-
 // Stores a box; parts outside the tensor are not written.
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* source, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),

@@ -297,13 +297,12 @@ using QueueReader = QueueReaderOf<WorkTile>;
 // tiles, 32 at a time, and queues them; all other roles read the queue.
 //
 // Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... (kCtas of a cluster share
-// a tile, and each finds the same ones: nothing but the layout decides which). Inside a group tiles along M vary fastest,
-// `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one group in this respect, and
-// a tile whose first row is padding is passed over. Otherwise 32 groups at a time are in shared memory, and of all others
-// what lies before each 32 of them, so that they can be loaded again.
+// a tile, and each finds the same ones). Inside a group tiles along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
+// group in this respect, and a tile whose first row is padding is passed over. Otherwise 32 groups at a time are in shared
+// memory, and of all others what lies before each 32 of them, so that they can be loaded again.
 //
-// Whatever the layout holds, all coordinates along M lie inside the matrices, no row is in two tiles, and the walk is at most
-// as long as with a layout that makes sense. Of a cluster's last tile along N some CTAs' part may lie behind the end.
+// Whatever the layout holds, all coordinates lie inside the matrices, no row is in two tiles, and the walk is at most as
+// long as with a layout that makes sense.
 template <int kBlockM, int kBlockN, bool kSwapAB, int kCtas = 1>
 class MGroupedScheduler {
     // What lies before a group: tiles along M, and the largest end.
@@ -328,8 +327,8 @@ public:
         Group groups[32];                // of one chunk
     };
 
-    // A whole warp. `first_n`: where this CTA's part of a cluster's tile begins along N.
-    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, Storage& shared, int first_n = 0) {
+    // A whole warp.
+    __device__ __forceinline__ static void run(const MGroupSchedule& schedule, Storage& shared) {
         const int lane = threadIdx.x % 32;
         const bool by_row = schedule.table == kGroupOfRow;
         const int num_chunks = by_row ? 0 : (schedule.num_groups + 31) / 32;
@@ -390,7 +389,6 @@ public:
                     left &= ~__ballot_sync(0xffffffff, chunk == wanted);
                 }
             }
-            if (is_tile) (kSwapAB ? work.row : work.col) += first_n;
 #pragma unroll 1
             for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0; left &= left - 1) {
                 push(shared.queue, state, lane == __ffs(left) - 1, work);

@@ -35,7 +35,6 @@ struct CostModel {
     double combine = 300;           // clocks to add up what warpgroups that take turns at the K blocks have
     double combine_column = 6;      // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
-    double l2_bytes = 7000;         // ... from L2 to all SMs, by one measurement: 4 x 8192 rows, 192 x 128 tiles, no pairs
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
     // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
@@ -168,20 +167,13 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double bytes =
         (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
-    // L2 sends each cluster its panels, what its CTAs share once. Large FP8 tiles of groups are fitted to that: smaller ones
-    // wait for device memory, and with BF16 it is a part of the K block.
-    const bool waits_for_l2 = is_m_grouped && row.operands == OperandType::kFP8 && !row.swap_ab &&
-                              row.block_rows * row.block_cols >= 128 * 128;
-    const double panel_bytes = waits_for_l2 ? static_cast<double>(k) * (tile_rows + tile_cols) : 0;
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
         if (row.cluster_size() > 2) {  // few large clusters load slower, as if they filled one GPC after the other
             share = std::min(share, static_cast<double>(ceil_div(clusters * row.cluster_size(), kGpcSms)) / kGpcs);
         }
-        const double memory = together(bytes / tiles * clusters / (share * model.memory_bytes),
-                                       panel_bytes * clusters / model.l2_bytes);
-        return together(tile, memory);
+        return together(tile, bytes / tiles * clusters / (share * model.memory_bytes));
     };
     double clocks = model.launch + (row.cluster_size() > 1 ? model.cluster_launch : 0);
     if (full_waves > 0) clocks += full_waves * wave(resident);

@@ -99,8 +99,7 @@ inline constexpr GemmRow kGemmRows[] = {
     {64, 64, 1, 1, 1, false, kScaling1D1D, 32},
     {64, 16, 1, 1, 4, true, kScaling1D1D, 32},
 
-    // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side. Pairs of
-    // CTAs share the tokens.
+    // M-grouped: large groups, medium ones, and those of a few rows with the weights on the instruction's M side.
     {256, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {192, 128, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
@@ -118,9 +117,6 @@ inline constexpr GemmRow kGemmRows[] = {
     k_warpgroups(2, {64, 32, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped}),
     k_warpgroups(2, {64, 16, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped}),
     k_warpgroups(2, {64, 8, 1, 1, 1, true, kScaling1D2D, 128, kFP8, kMGrouped}),
-    {256, 128, 1, 2, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
-    {192, 128, 1, 2, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
-    {128, 192, 1, 2, 1, false, kScaling1D2D, 128, kFP8, kMGrouped},
     {128, 128, 1, 1, 1, false, kScaling1D1D, 128, kFP8, kMGrouped},
     {64, 16, 1, 1, 1, true, kScaling1D1D, 128, kFP8, kMGrouped},
     {128, 128, 1, 1, 1, false, kScaling1D1D, 32, kFP8, kMGrouped},
@@ -202,7 +198,6 @@ inline constexpr GemmRow kGemmRows[] = {
     // M-grouped and batched BF16, with B as it is stored: [N, K] or [K, N].
     {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped},
     {128, 192, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped},
-    {256, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, kMGrouped},
     {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped},
     {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped},
     {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped},
@@ -211,7 +206,6 @@ inline constexpr GemmRow kGemmRows[] = {
     {64, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, kMGrouped},
     {128, 16, 1, 1, 1, true, kNoScaling, 0, kBF16, kMGrouped},
     {128, 256, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped, false, true},
-    {256, 128, 1, 2, 1, false, kNoScaling, 0, kBF16, kMGrouped, false, true},
     {128, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped, false, true},
     {64, 128, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped, false, true},
     {64, 64, 1, 1, 1, false, kNoScaling, 0, kBF16, kMGrouped, false, true},

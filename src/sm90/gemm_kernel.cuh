@@ -13,8 +13,7 @@
 //
 // Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
 // three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
-// tiles and hands them to the other roles in a queue. In a pair that shares the tokens each CTA's warp 2 does so, and comes
-// to the same rows and groups.
+// tiles and hands them to the other roles in a queue.
 //
 // barrier        arrivals                                             guards
 // full[s]        1 (TMA warp), and the bytes                          stage s is filled
@@ -51,8 +50,6 @@ struct GemmTraits {
     // Groups of FP8 start where a K block does, BF16 ones anywhere.
     using KGroups = KGroupedScheduler<kLayout.row.block_rows, kLayout.row.block_cols, kLayout.row.row_ctas,
                                       kLayout.row.col_ctas, kLayout.row.block_k(), !kLayout.is_bf16()>;
-    using MGroups = MGroupedScheduler<kLayout.row.tile_m(), kLayout.row.tile_n(), kLayout.row.swap_ab,
-                                      kLayout.row.cluster_size()>;
 };
 
 template <class Traits>
@@ -81,7 +78,7 @@ class GemmKernel {
     static constexpr bool kKGrouped = kLayout.is_k_grouped();
     static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
     static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
-    using GroupScheduler = typename Traits::MGroups;
+    using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
     using Scheduler = std::conditional_t<
         kRow.grouping == Grouping::kMGrouped, QueueReader,
         std::conditional_t<
@@ -141,7 +138,7 @@ public:
                 if (warp == 1) load_block_scales(params, shared, scheduler);
             }
             if constexpr (kLayout.has_work_queue()) {
-                if (warp == 2) GroupScheduler::run(params.groups, shared.groups, rank * kRow.block_n());
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
@@ -243,7 +240,7 @@ private:
                     continue;
                 }
                 if constexpr (kLayout.has_groups()) {
-                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group, part, sharers);
+                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
                     continue;
                 }
                 load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows,
@@ -282,9 +279,7 @@ private:
             mn += part * kPart;
         }
         const auto load = [&](uint8_t* destination, int x, int y) {
-            if constexpr (kHasGroups && kShared) {
-                ptx::tma_load_3d_multicast(map, full, destination, x, y, group, sharers, kHint);
-            } else if constexpr (kHasGroups) {
+            if constexpr (kHasGroups) {
                 ptx::tma_load_3d(map, full, destination, x, y, group, kHint);
             } else if constexpr (kShared) {
                 ptx::tma_load_2d_multicast(map, full, destination, x, y, sharers, kHint);
@@ -302,16 +297,15 @@ private:
 
     // With the group as a third coordinate.
     __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
-                                                               const WorkTile& work, int k, int k_group, int part,
-                                                               uint16_t sharers) {
+                                                               const WorkTile& work, int k, int k_group) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int row_group = kRow.swap_ab ? work.group : work.token_group;
         const int col_group = kRow.swap_ab ? work.token_group : work.group;
         ptx::Barrier& full = shared.full[stage_idx];
-        load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1), true>(
-            params.rows_map, full, shared.rows[stage_idx], k / kRowElements, work.row, part, sharers, row_group);
-        load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1), true>(
-            params.cols_map, full, shared.cols[stage_idx], k, work.col, part, sharers, col_group);
+        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx],
+                                                                          k / kRowElements, work.row, 0, 0, row_group);
+        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
+                                                                     work.col, 0, 0, col_group);
         if constexpr (kLayout.has_bf16_tokens()) {
             ptx::tma_load_3d(params.cols_map, full, shared.cols[stage_idx] + kLayout.col_tile_bytes() / 2, k + kStageK / 2,
                              work.col, col_group, kHint);

@@ -190,10 +190,7 @@ constexpr const char* invalid_reason(GemmRow row) {
         return "K warpgroups take FP8 and one part of 64 rows";
     }
     if (!row.swap_ab && layout.store_cols() % 16 != 0) return "stores need 16 columns at a time";
-    if (layout.has_groups() && row.cluster_size() > 1 &&
-        (row.grouping != Grouping::kMGrouped || row.split_k > 1 || row.tile_m() != row.block_m())) {
-        return "CTAs of batched products work alone, those of M-grouped ones share tokens";
-    }
+    if (layout.has_groups() && row.cluster_size() > 1) return "CTAs of grouped and batched products work alone";
     if (layout.stages_float() && (row.swap_ab || row.block_cols % 64 != 0 || row.split_k > 1)) {
         return "K-grouped products have neither swapped operands nor split K, and columns in boxes of 64";
     }

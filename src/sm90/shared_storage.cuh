@@ -46,7 +46,8 @@ struct alignas(1024) SharedStorage {
 
     // M-grouped: tiles for all roles, and what is needed to find them. K-grouped: each group's part of K.
     struct Nothing {};
-    std::conditional_t<kLayout.has_work_queue(), typename Traits::MGroups::Storage, Nothing> groups;
+    using Groups = typename MGroupedScheduler<kLayout.row.block_m(), kLayout.row.block_n(), kLayout.row.swap_ab>::Storage;
+    std::conditional_t<kLayout.has_work_queue(), Groups, Nothing> groups;
     std::conditional_t<kLayout.is_k_grouped(), typename Traits::KGroups::Storage, Nothing> k_groups;
 };
 
