@@ -51,7 +51,11 @@ struct MqaLogitsParams {
     int table_rows;
     int max_blocks;
     int block_kv;            // 64 or 32
-    int next_n;
+    int next_n;              // 1 with `indices`
+    // What would take a division, or several instructions, in front of a call's first loads.
+    int block_kv_log2;
+    int num_atoms;           // sequences, or tokens with `indices`
+    int max_length;          // keys that the table and the width have room for
     IntSource indices;       // data is null without it
     const int32_t* schedule;  // [CTAs + 1, 2]
 

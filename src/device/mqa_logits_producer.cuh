@@ -5,6 +5,7 @@
 #include "mqa_logits_schedule.cuh"
 #include "pipeline.cuh"
 #include "ptx_mbarrier.cuh"
+#include "ptx_memory.cuh"
 
 namespace deep_gemm {
 
@@ -17,24 +18,26 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
     PipelineState<kMqaQueryStages> state;
     MqaGroup group = {};
     KeyRange range;
-    bool more;
-    do {
-        more = walk.next(group, range);
-        float weights[kLoads];
-        uint32_t scales[kLoads];
+    float weights[kLoads] = {};
+    uint32_t scales[kLoads] = {};
+    const auto load = [&](int first_token, int num_tokens) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             const int col = i * 32 + lane, token = col / kHeads;
             weights[i] = 0;
             scales[i] = 0;
-            if (more && token < group.num_tokens) {
-                const int64_t row = group.first_token + token;
+            if (token < num_tokens) {
+                const int64_t row = first_token + token;
                 weights[i] = params.weights[row * params.weights_stride + col % kHeads];
                 if constexpr (Storage::kQueryScales) {
                     scales[i] = params.q_sf[row * params.q_sf_stride + col % kHeads] & params.used_scales;
                 }
             }
         }
+    };
+    bool more;
+    do {
+        more = walk.next(group, range, load);
         if (!more) group.num_tiles = 0;
         const int s = state.stage_idx;
         ptx::mbarrier_wait(shared.q_empty[s], state.phase ^ 1);
@@ -52,11 +55,12 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
     } while (more);
 }
 
-// A warp that hands the groups of this CTA to the other roles: what they are, their weights and ranges, in a ring.
+// A warp that hands the groups of this CTA to the other roles: what they are, their weights and ranges, in a ring. `share` is
+// for paged keys.
 template <bool kPaged, int kHeads, int kTokens, class Storage>
-__device__ __forceinline__ void stage_mqa_groups(const MqaLogitsParams& params, Storage& shared) {
+__device__ __forceinline__ void stage_mqa_groups(const MqaLogitsParams& params, Storage& shared, const PagedShare& share) {
     if constexpr (kPaged) {
-        PagedWalk<kTokens> walk(params);
+        PagedWalk<kTokens> walk(params, share);
         stage_walked_groups<kHeads, kTokens>(params, shared, walk);
     } else {
         DenseWalk<kTokens> walk(params, shared.dense_work.work);
@@ -78,13 +82,36 @@ struct MqaTableEntries {
     }
 
     // Those that the CTA starts with, by its schedule: before the lengths are known, which take as long to read.
-    __device__ __forceinline__ void load_first(const MqaLogitsParams& params, int lane) {
-        const int index = params.schedule[2 * blockIdx.x], tile = params.schedule[2 * blockIdx.x + 1];
+    __device__ __forceinline__ void load_first(const MqaLogitsParams& params, const PagedShare& share, int lane) {
         if (params.indices.data != nullptr || params.max_blocks == 0) return;
-        if (index < 0 || index >= params.table_rows || tile < 0 || tile >= params.max_blocks) return;
-        load(params, index, tile * (kMqaTileKeys / params.block_kv), lane);
+        if (share.index < 0 || share.index >= params.table_rows || share.tile < 0 || share.tile >= params.max_blocks) return;
+        load(params, share.index, share.tile * (kMqaTileKeys >> params.block_kv_log2), lane);
     }
 };
+
+// Brings to L2 what a call with a cache reads first, one after the other: schedule, lengths, block table, weights. All CTAs
+// together, kThreads each, while the previous kernel may still be running: what that one writes replaces what has been
+// fetched.
+template <int kThreads>
+__device__ __forceinline__ void prefetch_paged_inputs(const MqaLogitsParams& params, int num_heads, int thread) {
+    constexpr int kMostRounds = 4;  // of a thread, for each tensor
+    constexpr int kLine = 128 / 4;  // elements
+    const int threads = gridDim.x * kThreads, first = blockIdx.x * kThreads + thread;
+    const auto prefetch = [&](const void* data, int64_t stride, int rows, int cols) {
+        const int lines = (cols + kLine - 1) / kLine;
+        const int64_t count = min(static_cast<int64_t>(rows) * lines, static_cast<int64_t>(kMostRounds) * threads);
+        for (int i = first; i < count; i += threads) {
+            const int row = i / lines;
+            ptx::prefetch_l2(static_cast<const uint32_t*>(data) + row * stride + (i - row * lines) * kLine);
+        }
+    };
+    if (thread == 0) ptx::prefetch_l2(params.schedule + 2 * blockIdx.x);
+    const IntSource& lens = params.context_lens;
+    const IntSource& table = params.block_table;
+    prefetch(lens.data, lens.stride, params.num_atoms, 1);
+    if (table.inner_stride == 1) prefetch(table.data, table.stride, params.table_rows, params.max_blocks);
+    prefetch(params.weights, params.weights_stride, params.num_tokens, num_heads);
+}
 
 // Element stores up to a multiple of 16 bytes and from the last one on.
 template <int kThreads, class T>
@@ -124,7 +151,7 @@ __device__ __forceinline__ void clean_mqa_logits(const MqaLogitsParams& params, 
         const int to = min(params.width - from, kPiece) + from;
         KeyRange range;
         if constexpr (kPaged) {
-            range = paged_range(params, token);
+            range = paged_range(params, token, token / params.next_n);
         } else {
             range = dense_range(params, token);
             if (params.compressed) range = {0, range.end - range.begin};

@@ -130,18 +130,22 @@ __device__ __forceinline__ void find_dense_work(const MqaLogitsParams& params, D
     __syncthreads();
 }
 
-// Walks a CTA's groups; all lanes of a warp together. `range` is that of the group's token `lane`.
+// Walks a CTA's groups; all lanes of a warp together. `range` is that of the group's token `lane`. `begin` is called with a
+// group's first token and their number before their ranges are known, also where it turns out to have no tiles: what else
+// is read of these tokens need not wait for the ranges.
 template <int kTokens>
 class DenseWalk {
 public:
     __device__ __forceinline__ DenseWalk(const MqaLogitsParams& params, const DenseWork& work)
         : params_(params), at_(work.begin), end_(work.end) {}
 
-    __device__ __forceinline__ bool next(MqaGroup& group, KeyRange& range) {
+    template <class Begin>
+    __device__ __forceinline__ bool next(MqaGroup& group, KeyRange& range, Begin&& begin) {
         const int lane = threadIdx.x % 32;
         while (at_.group < end_.group || (at_.group == end_.group && at_.tile < end_.tile)) {
             const int first_token = at_.group * kTokens;
             group.num_tokens = min(kTokens, params_.num_tokens - first_token);
+            begin(first_token, group.num_tokens);
             range = {0, 0};
             if (lane < group.num_tokens) range = dense_range(params_, first_token + lane);
             const KeyRange mine = join(kNoKeys, range);
@@ -173,10 +177,6 @@ struct PagedAtom {
     int table_row;
 };
 
-__device__ __forceinline__ int num_paged_atoms(const MqaLogitsParams& params) {
-    return params.indices.data != nullptr ? params.num_tokens : params.num_tokens / params.next_n;
-}
-
 // The atom at `index`: a sequence, or, with `indices`, the token that it starts with. All lanes together.
 __device__ __forceinline__ PagedAtom paged_atom(const MqaLogitsParams& params, int index) {
     if (params.indices.data == nullptr) return {index * params.next_n, params.next_n, index};
@@ -191,43 +191,53 @@ __device__ __forceinline__ PagedAtom paged_atom(const MqaLogitsParams& params, i
 
 // Keys [0, length) of a token. Where a sequence has one length its last token sees all keys, each one before it one less:
 // `clean` sets what a token does not see to -inf, without it these logits are left as they come.
-__device__ __forceinline__ int paged_length(const MqaLogitsParams& params, int token) {
-    const int limit =
-        static_cast<int>(min(static_cast<long long>(params.width),
-                             static_cast<long long>(params.max_blocks) * params.block_kv));
-    const int sequence = token / params.next_n, in_sequence = token - sequence * params.next_n;
+__device__ __forceinline__ int paged_length(const MqaLogitsParams& params, int sequence, int in_sequence) {
     const int32_t* lens = params.context_lens.data + sequence * params.context_lens.stride;
-    if (params.lens_per_token) return clamp(lens[in_sequence * params.context_lens.inner_stride], 0, limit);
+    if (params.lens_per_token) return clamp(lens[in_sequence * params.context_lens.inner_stride], 0, params.max_length);
     const int length = max(*lens, 0);
-    return clamp(params.clean ? length - (params.next_n - 1 - in_sequence) : length, 0, limit);
+    return clamp(params.clean ? length - (params.next_n - 1 - in_sequence) : length, 0, params.max_length);
 }
 
-// The same, 0 where the sequence of the token has no row in the block table.
-__device__ __forceinline__ KeyRange paged_range(const MqaLogitsParams& params, int token) {
+// The same, 0 where the sequence of the token has no row in the block table. `sequence`: of the token, in the lengths; with
+// `indices` these name no sequences, but tokens.
+__device__ __forceinline__ KeyRange paged_range(const MqaLogitsParams& params, int token, int sequence) {
     if (params.indices.data != nullptr) {
         const int row = params.indices.data[token * params.indices.stride];
         if (row < 0 || row >= params.table_rows) return {0, 0};
     }
-    return {0, paged_length(params, token)};
+    return {0, paged_length(params, sequence, token - sequence * params.next_n)};
 }
 
-// Walks a CTA's groups; all lanes of a warp together. `range` is that of the group's token `lane`.
+// What the schedule says of a CTA: at which tile of which atom it begins, and where the next one does.
+struct PagedShare {
+    int index;
+    int tile;
+    int last_index;
+    int last_tile;
+};
+
+__device__ __forceinline__ PagedShare paged_share(const MqaLogitsParams& params) {
+    const int32_t* entry = params.schedule + 2 * blockIdx.x;
+    return {entry[0], entry[1], entry[2], entry[3]};
+}
+
+// The same for paged keys.
 template <int kTokens>
 class PagedWalk {
 public:
-    __device__ __forceinline__ explicit PagedWalk(const MqaLogitsParams& params) : params_(params) {
-        const int32_t* entry = params.schedule + 2 * blockIdx.x;
-        const int num_atoms = num_paged_atoms(params);
-        index_ = clamp(entry[0], 0, num_atoms);
-        tile_ = max(entry[1], 0);
-        last_index_ = clamp(entry[2], 0, num_atoms);
-        last_tile_ = max(entry[3], 0);
+    __device__ __forceinline__ PagedWalk(const MqaLogitsParams& params, const PagedShare& share) : params_(params) {
+        const int num_atoms = params.num_atoms;
+        index_ = clamp(share.index, 0, num_atoms);
+        tile_ = max(share.tile, 0);
+        last_index_ = clamp(share.last_index, 0, num_atoms);
+        last_tile_ = max(share.last_tile, 0);
         load();
     }
 
-    __device__ __forceinline__ bool next(MqaGroup& group, KeyRange& range) {
+    template <class Begin>
+    __device__ __forceinline__ bool next(MqaGroup& group, KeyRange& range, Begin&& begin) {
         const int lane = threadIdx.x % 32;
-        while (index_ < last_index_ || (index_ == last_index_ && tile_ < last_tile_ && index_ < num_paged_atoms(params_))) {
+        while (index_ < last_index_ || (index_ == last_index_ && tile_ < last_tile_ && index_ < params_.num_atoms)) {
             if (done_tokens_ >= atom_.num_tokens) {
                 index_ += params_.indices.data != nullptr ? atom_.num_tokens : 1;
                 tile_ = 0;
@@ -237,8 +247,12 @@ public:
             group.first_token = atom_.first_token + done_tokens_;
             group.num_tokens = min(kTokens, atom_.num_tokens - done_tokens_);
             done_tokens_ += group.num_tokens;
+            begin(group.first_token, group.num_tokens);
             range = {0, 0};
-            if (lane < group.num_tokens) range = paged_range(params_, group.first_token + lane);
+            if (lane < group.num_tokens) {
+                const int token = group.first_token + lane;
+                range = paged_range(params_, token, params_.indices.data != nullptr ? token : atom_.table_row);
+            }
             const int length = __reduce_max_sync(kAllLanes, range.end);
             int tiles = (length + kMqaTileKeys - 1) / kMqaTileKeys;
             if (index_ == last_index_) tiles = min(tiles, last_tile_);
@@ -254,7 +268,7 @@ public:
 private:
     __device__ __forceinline__ void load() {
         done_tokens_ = 0;
-        if (index_ < num_paged_atoms(params_)) atom_ = paged_atom(params_, index_);
+        if (index_ < params_.num_atoms) atom_ = paged_atom(params_, index_);
     }
 
     const MqaLogitsParams& params_;

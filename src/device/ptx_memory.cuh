@@ -10,6 +10,11 @@ __device__ __forceinline__ void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Brings the 128 bytes around an address in global memory to L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Loads from addresses that the caller has computed.
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
     uint16_t value;

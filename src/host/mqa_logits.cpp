@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdio>
 #include <mutex>
 #include <set>
@@ -210,6 +211,11 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
     params.next_n = static_cast<int>(problem.next_n);
     params.indices = problem.indices;
     params.schedule = problem.schedule;
+    if (problem.paged) {
+        params.block_kv_log2 = std::countr_zero(static_cast<unsigned>(problem.block_kv));
+        params.num_atoms = static_cast<int>(problem.num_tokens / problem.next_n);
+        params.max_length = static_cast<int>(std::min<int64_t>(problem.width, int64_t{params.max_blocks} * problem.block_kv));
+    }
 
     KernelLaunch launch;
     launch.kernel = arch == 100 ? sm100_kernel(row_idx) : sm90_kernel(row_idx);

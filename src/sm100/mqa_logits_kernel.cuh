@@ -151,7 +151,7 @@ public:
         if (warp == kLoadWarp) {
             load_tiles(params, shared);
         } else if (warp == kGroupWarp) {
-            stage_mqa_groups<kPaged, kHeads, kTokens>(params, shared);
+            stage_mqa_groups<kPaged, kHeads, kTokens>(params, shared, kPaged ? paged_share(params) : PagedShare{});
         } else if (warp == kCleanWarp) {
             if (params.clean) clean_mqa_logits<kPaged, 32>(params, threadIdx.x % 32);
         } else if (warp == kMultiplyWarp) {
@@ -180,7 +180,7 @@ private:
         QueryState q_state;
         KeyState kv_state;
         MqaTableEntries entries;
-        if constexpr (kPaged) entries.load_first(params, lane);
+        if constexpr (kPaged) entries.load_first(params, paged_share(params), lane);
         while (true) {
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
@@ -226,8 +226,8 @@ private:
                                                       const MqaGroup& group, MqaTableEntries& entries, KeyState& state) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
-        const int tile_blocks = kMqaKeys / params.block_kv;
-        const int first = group.first_key / params.block_kv;
+        const int tile_blocks = kMqaKeys >> params.block_kv_log2;
+        const int first = group.first_key >> params.block_kv_log2;
         const int num_blocks = tiles_of(group) * tile_blocks;
         if (entries.row != group.table_row || entries.first != first) entries.load(params, group.table_row, first, lane);
 #pragma unroll 1

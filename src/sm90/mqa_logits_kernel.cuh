@@ -14,7 +14,8 @@
 // then reduces across the quad and stores.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads, warp 1 walks the groups and stages weights and ranges, warps 2 and 3
-// set logits outside of the ranges to -inf. They write what the consumers do not, so nobody waits for them.
+// set logits outside of the ranges to -inf. They write what the consumers do not, so nobody waits for them. Before that, with
+// a cache, they fetch into L2 what the others read first: a call of few keys is as long as its chain of loads.
 //
 // barrier        arrivals                      guards
 // group_full[g]  1 (warp 1)                    query stage g says which group it is for, to warp 0
@@ -117,15 +118,19 @@ public:
             }
             ptx::fence_mbarrier_init();
         }
-        __syncthreads();
+        if (kRow.paged && warp >= 2 && warp < 4) prefetch_paged_inputs<64>(params, kHeads, threadIdx.x - 64);
         ptx::grid_dependency_launch();
         ptx::grid_dependency_wait();
+        // On its way while the barriers are set up, where this CTA is the last to start.
+        PagedShare share = {};
+        if constexpr (kRow.paged) share = paged_share(params);
+        __syncthreads();
         if constexpr (!kRow.paged) find_dense_work<kLayout.num_threads(), kTokens>(params, shared.dense_work);
 
         if (warp < 4) {
             shrink_registers<kLayout.producer_registers()>();
-            if (warp == 0) load_tiles(params, shared);
-            if (warp == 1) stage_mqa_groups<kRow.paged, kHeads, kTokens>(params, shared);
+            if (warp == 0) load_tiles(params, shared, share);
+            if (warp == 1) stage_mqa_groups<kRow.paged, kHeads, kTokens>(params, shared, share);
             if (warp >= 2 && params.clean) clean_mqa_logits<kRow.paged, 64>(params, threadIdx.x - 64);
         } else {
             grow_registers<kLayout.consumer_registers()>();
@@ -136,13 +141,13 @@ public:
 private:
     // ---- producer, warp 0 ----
 
-    __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared) {
+    __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared, const PagedShare& share) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
         QueryState q_state;
         PipelineState<kStages> kv_state;
         MqaTableEntries entries;
-        if constexpr (kRow.paged) entries.load_first(params, lane);
+        if constexpr (kRow.paged) entries.load_first(params, share, lane);
         while (true) {
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
@@ -185,9 +190,9 @@ private:
                                                       PipelineState<kStages>& state) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
-        const int tile_blocks = kMqaTileKeys / params.block_kv;
+        const int tile_blocks = kMqaTileKeys >> params.block_kv_log2;
         const int block_bytes = params.block_kv * kHeadDim;
-        const int first = group.first_key / params.block_kv;
+        const int first = group.first_key >> params.block_kv_log2;
         const int num_blocks = group.num_tiles * tile_blocks;
         if (entries.row != group.table_row || entries.first != first) entries.load(params, group.table_row, first, lane);
 #pragma unroll 1
