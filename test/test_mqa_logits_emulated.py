@@ -358,6 +358,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st)\b.*\.shared", line) for line in before[met:]):
             return "the warp has met since it last touched what the arrive that follows frees"
+    if mutant.kind == "mbarrier wait":
+        steps = r"mbarrier\.|\b(ld|st)\.shared|cp\.async|wgmma|shfl"
+        if "mbarrier.try_wait" in next(line for line in after if re.search(steps, line)):
+            return "a producer waits for keys to come only so that not too many are on their way"
     if mutant.kind == "tcgen05 fence":
         # The first two are around the allocation, the last one is in front of the end.
         near = [line for line in (*before[-8:], *after[:8]) if re.search(r"tcgen05\.(alloc|dealloc|relinquish)", line)]

@@ -141,18 +141,44 @@ public:
 private:
     // ---- producer, warp 0 ----
 
+    // Where the next tile of keys goes. No more than kMostInFlight tiles are on their way at a time, about twice what hides the
+    // latency of memory. Were it all stages, 26 MB of keys of all SMs would be asked for at the start, and what a CTA that
+    // starts a little later reads before its keys, the schedule, lengths and weights, would wait behind them.
+    struct KeyRing {
+        static constexpr int kMostInFlight = 8;
+        static_assert(kStages > kMostInFlight);
+        PipelineState<kStages> next;
+        PipelineState<kStages> oldest;   // of those that are on their way
+        int free_places = kMostInFlight;
+
+        // All lanes, for the next tile's stage.
+        __device__ __forceinline__ void wait(Storage& shared) {
+            if (free_places > 0) {
+                --free_places;
+            } else {
+                ptx::mbarrier_wait(shared.kv_full[oldest.stage_idx], oldest.phase);
+                oldest.advance();
+            }
+            ptx::mbarrier_wait(shared.kv_empty[next.stage_idx], next.phase ^ 1);
+        }
+
+        __device__ __forceinline__ void advance() { next.advance(); }
+    };
+
     __device__ __forceinline__ static void load_tiles(const MqaLogitsParams& params, Storage& shared, const PagedShare& share) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
         QueryState q_state;
-        PipelineState<kStages> kv_state;
+        KeyRing kv_ring;
         MqaTableEntries entries;
         if constexpr (kRow.paged) entries.load_first(params, share, lane);
         while (true) {
             const int g = q_state.stage_idx;
             ptx::mbarrier_wait(shared.group_full[g], q_state.phase);
             const MqaGroup group = shared.groups[g];
-            if (lane == 0) {
+            // The election also sees to it that all lanes have read the group before the keys come that let consumers give
+            // it back.
+            if (ptx::elect_one()) {
                 if (group.num_tiles == 0) {
                     ptx::mbarrier_arrive(shared.q_full[g]);
                 } else {
@@ -162,21 +188,19 @@ private:
             }
             if (group.num_tiles == 0) return;
             if constexpr (kRow.paged) {
-                load_paged(params, shared, group, entries, kv_state);
+                load_paged(params, shared, group, entries, kv_ring);
             } else {
-                // All lanes have read the group before the keys come that let consumers give it back. (With a cache the
-                // shuffles see to that.)
-                __syncwarp();
 #pragma unroll 1
-                for (int i = 0; i < group.num_tiles; ++i, kv_state.advance()) {
-                    if (lane == 0) {
-                        const int s = kv_state.stage_idx;
-                        const int key = group.first_key + i * kMqaTileKeys;
-                        ptx::mbarrier_wait(shared.kv_empty[s], kv_state.phase ^ 1);
+                for (int i = 0; i < group.num_tiles; ++i) {
+                    const int s = kv_ring.next.stage_idx;
+                    const int key = group.first_key + i * kMqaTileKeys;
+                    kv_ring.wait(shared);
+                    if (ptx::elect_one()) {
                         ptx::mbarrier_arrive_expect_tx(shared.kv_full[s], kLayout.kv_bytes() + kLayout.scale_bytes());
                         ptx::tma_load_2d(params.kv_map, shared.kv_full[s], shared.kv[s], 0, key, kHint);
                         ptx::tma_load_2d(params.kv_sf_map, shared.kv_full[s], shared.kv_sf[s], key, 0, kHint);
                     }
+                    kv_ring.advance();
                 }
             }
             q_state.advance();
@@ -186,8 +210,7 @@ private:
     // Asks for the next 32 entries before it uses these. TMA reads blocks outside of the cache as zeros, whatever the entry
     // says.
     __device__ __forceinline__ static void load_paged(const MqaLogitsParams& params, Storage& shared,
-                                                      const MqaGroup& group, MqaTableEntries& entries,
-                                                      PipelineState<kStages>& state) {
+                                                      const MqaGroup& group, MqaTableEntries& entries, KeyRing& ring) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int lane = threadIdx.x % 32;
         const int tile_blocks = kMqaTileKeys >> params.block_kv_log2;
@@ -201,20 +224,24 @@ private:
             if (i + 32 < num_blocks) entries.load(params, group.table_row, first + i + 32, lane);
             const int count = min(32, num_blocks - i);
 #pragma unroll 1
-            for (int j = 0; j < count; j += tile_blocks, state.advance()) {
+            for (int j = 0; j < count; j += tile_blocks) {
                 const int upper = __shfl_sync(kAllLanes, blocks, j);
                 const int lower = __shfl_sync(kAllLanes, blocks, j + tile_blocks - 1);
-                if (lane != 0) continue;
-                const int s = state.stage_idx;
+                const int s = ring.next.stage_idx;
                 ptx::Barrier& full = shared.kv_full[s];
-                ptx::mbarrier_wait(shared.kv_empty[s], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
-                ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
-                ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
-                if (tile_blocks == 2) {
-                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
-                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                ring.wait(shared);
+                // Of one thread, and the compiler knows it: from a lane that was asked for by number each copy would be a
+                // loop over the lanes.
+                if (ptx::elect_one()) {
+                    ptx::mbarrier_arrive_expect_tx(full, kLayout.kv_bytes() + kLayout.scale_bytes());
+                    ptx::tma_load_3d(params.kv_map, full, shared.kv[s], 0, 0, upper, kHint);
+                    ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s], 0, upper, kHint);
+                    if (tile_blocks == 2) {
+                        ptx::tma_load_3d(params.kv_map, full, shared.kv[s] + block_bytes, 0, 0, lower, kHint);
+                        ptx::tma_load_2d(params.kv_sf_map, full, shared.kv_sf[s] + params.block_kv, 0, lower, kHint);
+                    }
                 }
+                ring.advance();
             }
         }
     }
