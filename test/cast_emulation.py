@@ -67,15 +67,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
     return (cudaError_t)callback(kernels().at(host), config->gridDim.x, config->blockDim.x, args[0], config->numAttrs);
 }
 void set_callback(int (*f)(const char*, unsigned, unsigned, const void*, int)) { callback = f; }
-unsigned long sizes[11] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
+unsigned long sizes[12] = {sizeof(CastProblem), sizeof(TransposeProblem), sizeof(ScaleLayoutProblem),
                           sizeof(GroupedPackProblem), sizeof(SwigluProblem), sizeof(TransposedCastProblem),
                           sizeof(KGroups), sizeof(KGroupedTransposeProblem), sizeof(ExpandFp4Problem),
-                           sizeof(FoldFp4Problem), sizeof(Bf16TokensProblem)};
+                           sizeof(FoldFp4Problem), sizeof(Bf16TokensProblem),
+                           sizeof(SwigluBackwardProblem)};
 int per_token_cast(const CastProblem& p, int pdl) { return launch_per_token_cast(p, nullptr, pdl); }
 int per_channel_cast(const CastProblem& p, int pdl) { return launch_per_channel_cast(p, nullptr, pdl); }
 int per_block_cast(const CastProblem& p, int pdl) { return launch_per_block_cast(p, nullptr, pdl); }
 int per_token_cast_fp4(const CastProblem& p, int pdl) { return launch_per_token_cast_fp4(p, nullptr, pdl); }
 int swiglu_cast(const SwigluProblem& p, int pdl) { return launch_swiglu_cast(p, nullptr, pdl); }
+int swiglu_backward(const SwigluBackwardProblem& p, int pdl) { return launch_swiglu_backward(p, nullptr, pdl); }
 int per_token_cast_with_transpose(const TransposedCastProblem& p, int pdl) {
     return launch_per_token_cast_with_transpose(p, nullptr, pdl);
 }
@@ -134,6 +136,12 @@ class SwigluProblem(ctypes.Structure):
         ("clamp", ctypes.c_float)]  # fmt: skip
 
 
+class SwigluBackwardProblem(ctypes.Structure):
+    _fields_ = [("x", _P), ("x_stride", _L), ("grad", _P), ("grad_stride", _L), ("row_weights", _P)] + [
+        ("weight_stride", _L), ("grad_x", _P), ("grad_x_stride", _L), ("weighted", _P), ("weighted_stride", _L)] + [
+        ("grad_row_weights", _P), ("rows", _L), ("cols", _L)]  # fmt: skip
+
+
 class TransposedCastProblem(ctypes.Structure):
     _fields_ = [("cast", CastProblem), ("out_t", _P), ("out_t_stride", _L), ("sf_t", _P), ("sf_t_stride", _L)]
 
@@ -176,7 +184,7 @@ class Bf16TokensProblem(ctypes.Structure):
 
 PROBLEMS = [CastProblem, TransposeProblem, ScaleLayoutProblem, GroupedPackProblem, SwigluProblem]
 PROBLEMS += [TransposedCastProblem, KGroups, KGroupedTransposeProblem, ExpandFp4Problem, FoldFp4Problem]
-PROBLEMS += [Bf16TokensProblem]
+PROBLEMS += [Bf16TokensProblem, SwigluBackwardProblem]
 _CALLBACK = ctypes.CFUNCTYPE(_I, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, _P, _I)
 
 

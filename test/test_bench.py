@@ -355,6 +355,7 @@ def test_cast_records_are_checked_to_the_bit(on_cpu):
         "per_token_cast_to_fp4",
         "swiglu_cast_to_fp8",
         "swiglu_cast_to_fp8 clamp 10",
+        "swiglu_backward",
         "per_token_cast_to_fp8_with_transpose",
         "per_block_cast_to_fp8_with_transpose",
         "k_grouped_per_channel_cast_to_fp8",

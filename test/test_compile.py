@@ -94,6 +94,13 @@ def samples(device: str) -> list[Sample]:
             outs = dict(zip(("out", "out_sf", "out_t", "out_t_sf"), packet(*arguments, **options)))
             calls.append((packet.out, arguments, {**options, **outs}))
 
+        if cols % 2 == 0:
+            half = x[:, : cols // 2]
+            for arguments in ((x, half), (x, half, weights)):
+                calls.append((ops.swiglu_backward.default, arguments, {}))
+                outs = dict(zip(("out", "out_weighted", "out_row_weights"), ops.swiglu_backward(*arguments)))
+                calls.append((ops.swiglu_backward.out, arguments, outs))
+
     for shape in [(8, 7), (5, 7), (1, 1), (0, 3), (3, 0), (2, 5, 7)]:
         exponents = torch.randint(-5, 5, shape, generator=generator(0))
         powers = torch.pow(2.0, exponents.double()).float().to(device)
@@ -254,6 +261,8 @@ deep_gemm::per_token_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=Fal
 deep_gemm::per_token_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
 deep_gemm::per_token_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
+deep_gemm::swiglu_backward(Tensor x, Tensor grad, Tensor? row_weights=None) -> (Tensor, Tensor, Tensor)
+deep_gemm::swiglu_backward.out(Tensor x, Tensor grad, Tensor? row_weights=None, *, Tensor(d!) out, Tensor(e!) out_weighted, Tensor(f!) out_row_weights) -> ()
 deep_gemm::swiglu_cast_to_fp8(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::swiglu_cast_to_fp8.out(Tensor x, *, Tensor? topk_weights=None, float? clamp=None, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::tf32_hc_prenorm_gemm(Tensor a, Tensor b, *, int? num_splits=None) -> (Tensor d, Tensor sqr_sum)

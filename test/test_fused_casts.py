@@ -256,6 +256,33 @@ def test_swiglu_special_values(device: str, special: float) -> None:
         assert torch.equal(fp8_bytes(values)[others], fp8_bytes(clean_values)[others])
 
 
+def test_swiglu_backward(device: str) -> None:
+    """Against float64's autograd: BF16's rounding and no more. Into strided memory: the same bits."""
+    for rows, hidden in [(1, 1), (5, 129), (33, 272), (7, 1100)]:
+        x, grad = inputs(rows, 2 * hidden, device, pad=hidden % 3), inputs(rows, hidden, device)
+        weights = torch.rand(rows, generator=generator(1)).to(device)
+        for given in (None, weights):
+            wide = x.double().requires_grad_()
+            factors = torch.ones_like(weights).double() if given is None else given.double()
+            factors.requires_grad_()
+            gate, up = wide.chunk(2, 1)
+            exact = torch.nn.functional.silu(gate) * up * factors[:, None]
+            exact.backward(grad.double())
+            results = deep_gemm_ops.swiglu_backward(x, grad, given)
+            assert [result.dtype for result in results] == [torch.bfloat16, torch.bfloat16, torch.float32]
+            for actual, want in zip(results[:2], (wide.grad, exact.detach())):
+                # silu's slope has a zero near -1.28, beside which its terms' errors stay.
+                bound = want.abs() * 2.0**-8 + 1e-4 * want.abs().amax(1, keepdim=True)
+                assert bool(((actual.double() - want).abs() <= bound).all())
+            magnitude = (grad.double() * exact / factors[:, None]).detach().abs().sum(1)
+            assert bool(((results[2].double() - factors.grad).abs() <= 1e-4 * magnitude).all())
+            buffer = torch.full((rows, 3 * hidden + 5), math.nan, dtype=torch.bfloat16, device=device)
+            outs = buffer[:, 1 : 2 * hidden + 1], buffer[:, 2 * hidden + 2 : 3 * hidden + 2], like(results[2], -1)
+            assert deep_gemm_ops.swiglu_backward(x, grad, given, out=outs) is outs
+            assert all(same_bits(a, b) for a, b in zip(outs, results, strict=True))
+            assert bool(buffer[:, [0, 2 * hidden + 1, -1, -2, -3]].isnan().all()), "wrote outside of out"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With a transposed copy
 
@@ -384,6 +411,7 @@ def test_k_groups_that_make_no_sense(device: str, layout: str) -> None:
 def every_cast(x: torch.Tensor, weights: torch.Tensor, ks: torch.Tensor) -> list[torch.Tensor]:
     results = [
         *deep_gemm_ops.per_token_cast_to_fp4(x),
+        *deep_gemm_ops.swiglu_backward(x, x[:, : x.shape[1] // 2], weights),
         *deep_gemm_ops.swiglu_cast_to_fp8(x, topk_weights=weights, clamp=2.0),
         *deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x, use_packed_ue8m0=True),
         *deep_gemm_ops.per_block_cast_to_fp8_with_transpose(x),
@@ -392,6 +420,13 @@ def every_cast(x: torch.Tensor, weights: torch.Tensor, ks: torch.Tensor) -> list
         results += deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x, ks, layout=layout)
         results += deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(x, ks, layout=layout)
     return results
+
+
+def more_of(name: str, x: torch.Tensor, ks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a cast takes beside ``x``."""
+    if name == "swiglu_backward":
+        return (x.detach()[:, : x.shape[1] // 2],)
+    return (ks,) if name.startswith("k_grouped") else ()
 
 
 def test_capture_and_replay(cuda: str) -> None:
@@ -425,7 +460,7 @@ def test_large_matrices_equal_the_reference(cuda: str, rows: int, cols: int) -> 
     x, weights = inputs(rows, cols, cuda), torch.rand(rows, device=cuda)
     ks = torch.tensor([rows // 3, 0, rows // 2, 77], dtype=torch.int32, device=cuda)
     for name in fused_casts.__all__:
-        more = (ks,) if name.startswith("k_grouped") else ()
+        more = more_of(name, x, ks)
         options = {"topk_weights": weights} if name == "swiglu_cast_to_fp8" else {}
         actual = getattr(deep_gemm_ops, name)(x, *more, **options)
         expected = getattr(fused_casts, f"reference_{name}")(x, *more, **options)
@@ -443,6 +478,9 @@ def test_empty(device: str) -> None:
         assert (values.shape, sf.shape) == ((rows, cols // 2), (rows, ceil_div(cols, 32)))
         values, sf = deep_gemm_ops.swiglu_cast_to_fp8(x)
         assert (values.shape, sf.shape) == ((rows, cols // 2), (rows, ceil_div(cols // 2, 128)))
+        grad_x, hidden, sums = deep_gemm_ops.swiglu_backward(x, x[:, : cols // 2])
+        assert (grad_x.shape, hidden.shape, sums.shape) == ((rows, cols), (rows, cols // 2), (rows,))
+        assert not bool(sums.any())
         for kind in ("per_token", "per_block"):
             _, _, values_t, sf_t = getattr(deep_gemm_ops, f"{kind}_cast_to_fp8_with_transpose")(x)
             assert values_t.shape == (cols, rows)
@@ -513,7 +551,9 @@ def test_gradients_are_refused() -> None:
     ks = torch.zeros(1, dtype=torch.int32)
     for name in fused_casts.__all__:
         with pytest.raises(RuntimeError, match=rf"{name}: x has requires_grad True, expected False"):
-            getattr(deep_gemm_ops, name)(x, *((ks,) if name.startswith("k_grouped") else ()))
+            getattr(deep_gemm_ops, name)(x, *more_of(name, x, ks))
+    with pytest.raises(RuntimeError, match="swiglu_backward: row_weights has requires_grad True"):
+        deep_gemm_ops.swiglu_backward(x.detach(), x.detach()[:, :64], weights)
     with pytest.raises(RuntimeError, match="swiglu_cast_to_fp8: topk_weights has requires_grad True"):
         deep_gemm_ops.swiglu_cast_to_fp8(x.detach(), topk_weights=weights)
 
@@ -521,7 +561,7 @@ def test_gradients_are_refused() -> None:
 def test_public_functions_write_to_out(device: str) -> None:
     x, ks = inputs(40, 256, device), torch.tensor([10, 30], dtype=torch.int32, device=device)
     for name in fused_casts.__all__:
-        function, more = getattr(deep_gemm_ops, name), (ks,) if name.startswith("k_grouped") else ()
+        function, more = getattr(deep_gemm_ops, name), more_of(name, x, ks)
         expected = function(x, *more)
         outs = tuple(torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device=device) for r in expected)
         assert function(x, *more, out=outs) is outs
@@ -665,6 +705,42 @@ out_t_sf of int32: per_token_cast_to_fp8_with_transpose: out_t_sf has dtype int3
     assert_expected_inline(
         messages(op.out, arguments, packed),
         """packed: per_block_cast_to_fp8_with_transpose: out_sf has dtype float32, expected int32""",
+    )
+
+
+def test_bad_swiglu_backward(bad_input_device: str) -> None:  # noqa: F811
+    device = bad_input_device
+
+    def base() -> dict[str, Any]:
+        matrices = {
+            name: torch.zeros(33, n, dtype=torch.bfloat16, device=device) for name, n in (("x", 544), ("out", 544))
+        }
+        matrices |= {name: matrices["x"][:, :272].contiguous() for name in ("grad", "out_weighted")}
+        return matrices | {name: torch.ones(33, device=device) for name in ("row_weights", "out_row_weights")}
+
+    changes = {
+        "float32": changed(x=lambda p: p["x"].float()),
+        "odd": changed(x=lambda p: p["x"][:, :543]),
+        "grad of float32": changed(grad=lambda p: p["grad"].float()),
+        "grad as x": changed(grad=lambda p: p["x"]),
+        "grad strided": changed(grad=lambda p: p["grad"].t().contiguous().t()),
+        "weights of another number": changed(row_weights=lambda p: p["row_weights"][:32]),
+        "out narrow": changed(out=lambda p: p["grad"]),
+        "out_weighted of float32": changed(out_weighted=lambda p: p["out_weighted"].float()),
+        "out_row_weights strided": changed(out_row_weights=lambda p: torch.ones(66, device=device)[::2]),
+    }
+    assert_expected_inline(
+        messages(torch.ops.deep_gemm.swiglu_backward.out, base, changes),
+        """\
+float32: swiglu_backward: x has dtype float32, expected bfloat16
+odd: swiglu_backward: x has 2 * H 543, expected an even number
+grad of float32: swiglu_backward: grad has dtype float32, expected bfloat16
+grad as x: swiglu_backward: grad has shape [33, 544], expected [M, H] = [33, 272]
+grad strided: swiglu_backward: grad has inner stride 33, expected 1 (use deep_gemm_ops.to_tma_aligned)
+weights of another number: swiglu_backward: row_weights has shape [32], expected [M] = [33]
+out narrow: swiglu_backward: out has shape [33, 272], expected [M, 2 * H] = [33, 544]
+out_weighted of float32: swiglu_backward: out_weighted has dtype float32, expected bfloat16
+out_row_weights strided: swiglu_backward: out_row_weights has inner stride 2, expected 1""",
     )
 
 

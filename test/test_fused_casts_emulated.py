@@ -215,6 +215,70 @@ def test_swiglu_of_extreme_values(clamp: float | None) -> None:
     swiglu(matrix((70, 262), (263, 1), torch.bfloat16).copy_(x[:, :262]), 32, "packed", weights, clamp)
 
 
+def swiglu_backward(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    strides: tuple[int, int] = (0, 0),
+    offsets: tuple[int, int] = (0, 0),
+    **options: object,
+) -> emulation.Run:
+    rows, hidden = grad.shape
+    grad_x = matrix((rows, 2 * hidden), (strides[0] or 2 * hidden, 1), torch.bfloat16, offsets[0])
+    weighted = matrix((rows, hidden), (strides[1] or hidden, 1), torch.bfloat16, offsets[1])
+    sums = matrix((rows,), (1,), torch.float32)
+    problem = emulation.SwigluBackwardProblem(
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        grad=grad.data_ptr(),
+        grad_stride=grad.stride(0),
+        grad_x=grad_x.data_ptr(),
+        grad_x_stride=grad_x.stride(0),
+        weighted=weighted.data_ptr(),
+        weighted_stride=weighted.stride(0),
+        grad_row_weights=sums.data_ptr(),
+        rows=rows,
+        cols=hidden,
+    )
+    inputs = [x, grad]
+    if weights is not None:
+        problem.row_weights, problem.weight_stride = weights.data_ptr(), weights.stride(0)
+        inputs.append(weights)
+    outs = [grad_x, weighted, sums]
+    result = emulation.run("swiglu_backward", problem, inputs, outs, **options)
+    assert_results(outs, fused_casts.reference_swiglu_backward(x, grad, row_weights=weights))
+    return result
+
+
+def test_swiglu_backward() -> None:
+    """Odd and ragged widths, several turns of a CTA, strides and offsets that allow no 16-byte accesses."""
+    for seed, (rows, hidden) in enumerate([(1, 8), (5, 1), (9, 257), (4, 1032), (3, 2200), (2, 1025)]):
+        x, grad = swiglu_input(rows, hidden, seed), cast_input((rows, hidden), torch.bfloat16, seed)
+        weights = some_weights(rows, seed, 1 + seed % 2) if seed % 3 else None
+        result = swiglu_backward(x, grad, weights, seed=seed)
+        assert ("Lb1E" in result.kernel) == (hidden % 8 == 0)
+    grad = cast_input((6, 200), torch.bfloat16, 1, stride=208)
+    aligned = swiglu_backward(swiglu_input(6, 200, 1, stride=440), grad, strides=(408, 216))
+    assert "Lb1E" in aligned.kernel
+    x = swiglu_input(6, 200, 2)
+    runs = [
+        swiglu_backward(swiglu_input(6, 200, 2, stride=401), grad),
+        swiglu_backward(swiglu_input(6, 200, 2, offset=1), grad),
+        swiglu_backward(x, cast_input((6, 200), torch.bfloat16, 3, stride=201)),
+        swiglu_backward(x, grad, strides=(401, 0)),
+        swiglu_backward(x, grad, offsets=(0, 1)),
+    ]
+    assert all("Lb0E" in run.kernel for run in runs), "16-byte accesses of unaligned memory"
+
+
+def test_swiglu_backward_of_extreme_values() -> None:
+    x, grad = spoil(swiglu_input(70, 264, 3)), spoil(cast_input((70, 264), torch.bfloat16, 5))
+    weights = some_weights(70, 4)
+    weights[5], weights[6], weights[7], weights[8] = math.nan, math.inf, 0.0, -1.0
+    swiglu_backward(x, grad, weights)
+    swiglu_backward(x, grad, arch="100a")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With a transposed copy
 
@@ -396,6 +460,7 @@ def test_programmatic_dependent_launch_is_asked_for() -> None:
     for pdl in (False, True):
         runs = [
             swiglu(x, 128, "float32", pdl=pdl),
+            swiglu_backward(x, x[:, :64], pdl=pdl),
             k_grouped(x, [8], pdl=pdl),
             k_grouped(x, [8], k_major=True, pdl=pdl),
         ]
@@ -410,6 +475,8 @@ def test_whole_sectors() -> None:
     x = cast_input((rows, 2 * cols), torch.bfloat16, 0)
     result = swiglu(x, 128, "float32", counters=True)
     assert_memory_bound(result, x.numel() * 2, rows * cols + rows * cols // 128 * 4)
+    result = swiglu_backward(x, cast_input((rows, cols), torch.bfloat16, 1), counters=True)
+    assert_memory_bound(result, rows * cols * 6, rows * cols * 6 + rows * 32)  # a sector for each sum
     for dtype in DTYPES:
         x = cast_input((rows, cols), dtype, 0)
         read = x.numel() * x.element_size()

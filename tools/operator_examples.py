@@ -261,6 +261,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.swiglu_cast_to_fp8(x, topk_weights=torch.rand(64))",
         "deep_gemm_ops.swiglu_cast_to_fp8(x, topk_weights=torch.rand(8))",
     ),
+    "swiglu_backward": (
+        "deep_gemm_ops.swiglu_backward(x, x[:, :128], row_weights=torch.rand(64))",
+        "deep_gemm_ops.swiglu_backward(x, x)",
+    ),
     "per_token_cast_to_fp8_with_transpose": (
         "deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x)",
         "deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x[0])",

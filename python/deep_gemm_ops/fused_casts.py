@@ -26,6 +26,7 @@ __all__ = [
     "per_block_cast_to_fp8_with_transpose",
     "per_token_cast_to_fp4",
     "per_token_cast_to_fp8_with_transpose",
+    "swiglu_backward",
     "swiglu_cast_to_fp8",
 ]
 
@@ -43,7 +44,9 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Public functions
 
 
-def _call(op: str, x: Tensor, more: Sequence[Tensor], keywords: dict[str, Any], out: Any, names: Sequence[str]) -> Any:
+def _call(
+    op: str, x: Tensor, more: Sequence[Tensor | None], keywords: dict[str, Any], out: Any, names: Sequence[str]
+) -> Any:
     """Runs ``op``, or its ``.out`` form into ``out``, whose tensors have ``names``."""
     if x.requires_grad and torch.is_grad_enabled():
         _refuse_grad(op, x=x)
@@ -130,6 +133,37 @@ def swiglu_cast_to_fp8(
     if topk_weights is not None and topk_weights.requires_grad and torch.is_grad_enabled():
         _refuse_grad("swiglu_cast_to_fp8", topk_weights=topk_weights)
     return _call("swiglu_cast_to_fp8", x, (), keywords, out, ("out", "out_sf"))
+
+
+def swiglu_backward(
+    x: Tensor, grad: Tensor, row_weights: Tensor | None = None, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``y = silu(gate) * up * weight`` and y itself: what stands between the two products of an expert's
+    backward pass, in one read.
+
+    Args:
+        x: bfloat16 ``[M, 2 * H]``, inner stride 1, any row stride: gate in the first H columns, up in the others.
+        grad: bfloat16 ``[M, H]``, inner stride 1, any row stride: the gradient of y.
+        row_weights: float32 ``[M]``, any stride: the routing weight of each row; 1 where absent.
+        out: the three results to write, of the shapes and dtypes described below; of the matrices, any row stride.
+
+    Returns:
+        ``(grad_x, y, grad_row_weights)``: bfloat16 ``[M, 2 * H]`` and ``[M, H]``, which the gradient of the weight
+        behind y is made of, and float32 ``[M]``, the sum of ``grad * silu(gate) * up`` over a row's columns.
+
+    Raises:
+        RuntimeError: wrong dtype, rank, shape, inner stride or device, or an input requires grad.
+
+    All arithmetic is float32, each operation rounded once, sums always in the same order; ``silu`` is that of
+    :func:`swiglu_cast_to_fp8`. Matrices of 16-byte aligned rows whose H is a multiple of 8 are read fastest.
+    Specification, to the bit (but for the bits of a NaN): ``deep_gemm_ops.fused_casts.reference_swiglu_backward``.
+    """
+    if torch.is_grad_enabled():
+        _refuse_grad("swiglu_backward", x=x, grad=grad, row_weights=row_weights)
+    return _call("swiglu_backward", x, (grad, row_weights), {}, out, _SWIGLU_BACKWARD_OUTS)
+
+
+_SWIGLU_BACKWARD_OUTS = ("out", "out_weighted", "out_row_weights")
 
 
 def per_token_cast_to_fp8_with_transpose(
@@ -340,6 +374,39 @@ def check_swiglu_cast(
     _check_scales_out(op, "out_sf", out_sf, x, use_packed_ue8m0, layout)
 
 
+def check_swiglu_backward(
+    x: Tensor,
+    grad: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_weighted: Tensor | None = None,
+    out_row_weights: Tensor | None = None,
+) -> None:
+    op = "swiglu_backward"
+    _check_input(op, x, (torch.bfloat16,), ("M", "2 * H"))
+    rows, cols = shape_of(x)
+    if not cols % 2 == 0:
+        fail(op, "x", "2 * H", cols, "an even number")
+    half = [rows, cols // 2]
+    check_device(op, "grad", grad, x.device, "x")
+    check_dtype(op, "grad", grad, (torch.bfloat16,))
+    _checks.check_shape(op, "grad", grad, "[M, H]", half)
+    _checks.check_inner_stride(op, "grad", grad, "to_tma_aligned")
+    if row_weights is not None:
+        check_device(op, "row_weights", row_weights, x.device, "x")
+        check_dtype(op, "row_weights", row_weights, (torch.float32,))
+        _checks.check_shape(op, "row_weights", row_weights, "[M]", [rows])
+    if out is None or out_weighted is None or out_row_weights is None:
+        return
+    _check_values_out(op, "out", out, x, "[M, 2 * H]", [rows, cols], (torch.bfloat16,))
+    _check_values_out(op, "out_weighted", out_weighted, x, "[M, H]", half, (torch.bfloat16,))
+    check_device(op, "out_row_weights", out_row_weights, x.device, "x")
+    check_dtype(op, "out_row_weights", out_row_weights, (torch.float32,))
+    _checks.check_shape(op, "out_row_weights", out_row_weights, "[M]", [rows])
+    _checks.check_inner_stride(op, "out_row_weights", out_row_weights, None)
+
+
 def check_transposed_cast(
     kind: str, x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False, **outs: Tensor
 ) -> None:
@@ -447,10 +514,15 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x / (1 + exp(-x))`` of float32 in the operations of the kernels, each rounded once: exp by a polynomial of
+    """``x / (1 + exp(-x))`` of float32 in the operations of the kernels: beyond 86 x, below -86 about 1e-38 * x."""
+    return x * sigmoid(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """``1 / (1 + exp(-x))`` of float32 in the operations of the kernels, each rounded once: exp by a polynomial of
     degree four.
 
-    -x * log2(e) is limited to -125 .. 125: beyond 86 the result is x, below -86 a number of about 1e-38 * x.
+    -x * log2(e) is limited to -125 .. 125: beyond 86 the result is 1, below -86 a number of about 1e-38.
     """
     log2e, span = float.fromhex("0x1.715476p+0"), 250.0
     round_to_integer = float.fromhex("0x1.8p+23") - span / 2
@@ -465,7 +537,7 @@ def silu(x: Tensor) -> Tensor:
     for coefficient in ("0x1.c9fc46p-5", "0x1.ec0378p-3", "0x1.62e12cp-1", "0x1p0"):
         power = _fma(power, fraction.double(), float.fromhex(coefficient))
     exponential = (power.view(torch.int32) + (rounded.view(torch.int32) << 23)).view(torch.float32)
-    return x * (1.0 / (exponential + 1.0))
+    return 1.0 / (exponential + 1.0)
 
 
 def reference_swiglu_cast_to_fp8(
@@ -486,6 +558,41 @@ def reference_swiglu_cast_to_fp8(
     if topk_weights is not None:
         y = y * topk_weights[:, None]
     return reference.per_token_cast_to_fp8(y, gran_k=gran_k, use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums over columns in the order of the kernel: 128 threads take 8 neighbouring columns in turns and add theirs one
+    after the other; lanes are joined by a butterfly, then the four warps one after the other."""
+    rows, cols = x.shape
+    turns = torch.nn.functional.pad(x, (0, align(cols, 1024) - cols)).view(rows, align(cols, 1024) // 1024, 128, 8)
+    sums = x.new_zeros(rows, 128)
+    for turn in turns.unbind(1):
+        for values in turn.unbind(2):
+            sums = sums + values
+    lanes = sums.view(rows, 4, 32)
+    for _ in range(5):
+        lanes = lanes[:, :, : lanes.shape[2] // 2] + lanes[:, :, lanes.shape[2] // 2 :]
+    first, *others = lanes[:, :, 0].unbind(1)
+    for warp in others:
+        first = first + warp
+    return first
+
+
+def reference_swiglu_backward(
+    x: Tensor, grad: Tensor, row_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``silu(gate) * up * weight`` for ``x = [gate | up]``, and that itself, all float32."""
+    gate, up = (half.contiguous() for half in x.float().chunk(2, dim=1))
+    d = grad.float()
+    sig = sigmoid(gate)
+    silu_gate = gate * sig
+    y = silu_gate * up
+    grad_row_weights = _row_sums(d * y)
+    if row_weights is not None:
+        y, d = y * row_weights[:, None], d * row_weights[:, None]
+    slope = sig * (gate * (1.0 - sig) + 1.0)
+    grad_x = torch.cat((d * up * slope, d * silu_gate), dim=1)
+    return grad_x.bfloat16(), y.bfloat16(), grad_row_weights
 
 
 def _padded_rows(x: Tensor) -> Tensor:
@@ -603,6 +710,11 @@ def _empty_swiglu(
     return values, _empty(x, layout, torch.int32 if use_packed_ue8m0 else torch.float32)
 
 
+def _empty_swiglu_backward(x: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, hidden = x.shape[0], x.shape[1] // 2
+    return x.new_empty((rows, x.shape[1])), x.new_empty((rows, hidden)), x.new_empty(rows, dtype=torch.float32)
+
+
 def _empty_transposed(
     kind: str, x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
 ) -> tuple[Tensor, ...]:
@@ -620,6 +732,13 @@ def _empty_k_grouped(k_major: bool, x: Tensor, ks: Tensor, **_options: Any) -> t
 
 _register("per_token_cast_to_fp4", check_fp4_cast, _empty_fp4, reference_per_token_cast_to_fp4)
 _register("swiglu_cast_to_fp8", check_swiglu_cast, _empty_swiglu, reference_swiglu_cast_to_fp8)
+_register(
+    "swiglu_backward",
+    check_swiglu_backward,
+    _empty_swiglu_backward,
+    reference_swiglu_backward,
+    _SWIGLU_BACKWARD_OUTS,
+)
 for _kind in TRANSPOSED_KINDS:
     _register(
         f"{_kind}_cast_to_fp8_with_transpose",

@@ -5,9 +5,9 @@
 
 namespace deep_gemm::cast {
 
-// x / (1 + exp(-x)) as deep_gemm_ops.fused_casts.silu has it, operation by operation: exp by a polynomial of degree
+// 1 / (1 + exp(-x)) as deep_gemm_ops.fused_casts.sigmoid has it, operation by operation: exp by a polynomial of degree
 // four, since the hardware's exponential could not be reproduced elsewhere.
-__device__ __forceinline__ float silu(float x) {
+__device__ __forceinline__ float sigmoid(float x) {
     constexpr float kLog2E = 0x1.715476p+0f, kRange = 250;          // binary exponents from -125 to 125
     constexpr float kRound = 0x1.8p+23f - kRange / 2;               // adding it leaves an integer in the low bits
     float position;                                                 // of -x * log2(e) in that range, 0 to 1
@@ -20,8 +20,10 @@ __device__ __forceinline__ float silu(float x) {
     power = __fmaf_rn(power, fraction, 1.0f);
     const float exponential = __uint_as_float(__float_as_uint(power) + (__float_as_uint(rounded) << 23));
     const float divisor = __fadd_rn(exponential, 1.0f);
-    return __fmul_rn(x, refine_reciprocal(divisor, rough_reciprocal(divisor)));
+    return refine_reciprocal(divisor, rough_reciprocal(divisor));
 }
+
+__device__ __forceinline__ float silu(float x) { return __fmul_rn(x, sigmoid(x)); }
 
 __device__ __forceinline__ float min_nan(float x, float y) {
     float z;

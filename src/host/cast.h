@@ -53,6 +53,24 @@ struct SwigluProblem {
 };
 cudaError_t launch_swiglu_cast(const SwigluProblem& problem, cudaStream_t stream, bool pdl);
 
+// What stands between the two products of an expert's backward pass, all BF16: from x = [gate | up] and the gradient of
+// silu(gate) * up * weight that product and the gradients of x and of the row weights (sums along rows, float32).
+struct SwigluBackwardProblem {
+    const void* x = nullptr;     // [rows, 2 * cols], columns contiguous, as in all
+    int64_t x_stride = 0;        // between rows
+    const void* grad = nullptr;  // [rows, cols]
+    int64_t grad_stride = 0;
+    const float* row_weights = nullptr;  // [rows], or null
+    int64_t weight_stride = 1;
+    void* grad_x = nullptr;      // [rows, 2 * cols]
+    int64_t grad_x_stride = 0;
+    void* weighted = nullptr;    // [rows, cols]
+    int64_t weighted_stride = 0;
+    float* grad_row_weights = nullptr;  // [rows]
+    int64_t rows = 0, cols = 0;
+};
+cudaError_t launch_swiglu_backward(const SwigluBackwardProblem& problem, cudaStream_t stream, bool pdl);
+
 // As launch_per_token_cast, to FP4: out is [rows, cols / 2] bytes, the even column's value in the low half; cols is
 // even.
 cudaError_t launch_per_token_cast_fp4(const CastProblem& problem, cudaStream_t stream, bool pdl);

@@ -20,6 +20,10 @@ std::tuple<Tensor, Tensor> swiglu_cast_to_fp8(Tensor x, std::optional<Tensor> to
 void swiglu_cast_to_fp8_out(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp, int64_t gran_k,
                             bool use_ue8m0, bool use_packed_ue8m0, Tensor out, Tensor out_sf);
 
+std::tuple<Tensor, Tensor, Tensor> swiglu_backward(Tensor x, Tensor grad, std::optional<Tensor> row_weights);
+void swiglu_backward_out(Tensor x, Tensor grad, std::optional<Tensor> row_weights, Tensor out, Tensor out_weighted,
+                         Tensor out_row_weights);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> per_token_cast_to_fp8_with_transpose(Tensor x, bool use_ue8m0,
                                                                                 bool use_packed_ue8m0);
 void per_token_cast_to_fp8_with_transpose_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,

@@ -81,6 +81,67 @@ std::tuple<Tensor, Tensor> run_swiglu(const Tensor& x, const std::optional<Tenso
     return {std::move(out), std::move(sf)};
 }
 
+struct SwigluBackwardOuts {
+    const Tensor& grad_x;
+    const Tensor& weighted;
+    const Tensor& row_weights;
+};
+
+std::tuple<Tensor, Tensor, Tensor> run_swiglu_backward(const Tensor& x, const Tensor& grad,
+                                                       const std::optional<Tensor>& row_weights,
+                                                       const SwigluBackwardOuts* given) {
+    const char* op = "swiglu_backward";
+    check_input(op, x, {ScalarType::BFloat16}, "M", "2 * H");
+    const int64_t rows = x.size(0), hidden = x.size(1) / 2;
+    if (x.size(1) % 2 != 0) fail(op, "x", "2 * H", x.size(1), "an even number");
+    check_device(op, "grad", grad, x, "x");
+    check_dtype(op, "grad", grad, {ScalarType::BFloat16});
+    const std::array<int64_t, 2> grad_shape = {rows, hidden};
+    check_shape(op, "grad", grad, "[M, H]", grad_shape);
+    check_inner_stride(op, "grad", grad, "to_tma_aligned");
+    const std::array<int64_t, 1> rows_shape = {rows};
+    if (row_weights) {
+        check_device(op, "row_weights", *row_weights, x, "x");
+        check_dtype(op, "row_weights", *row_weights, {ScalarType::Float});
+        check_shape(op, "row_weights", *row_weights, "[M]", rows_shape);
+    }
+    const MatrixLayout both = dense_layout(rows, 2 * hidden), half = dense_layout(rows, hidden);
+    if (given) {
+        check_values_out(op, "out", given->grad_x, x, "[M, 2 * H]", both, {ScalarType::BFloat16});
+        check_values_out(op, "out_weighted", given->weighted, x, "[M, H]", half, {ScalarType::BFloat16});
+        check_device(op, "out_row_weights", given->row_weights, x, "x");
+        check_dtype(op, "out_row_weights", given->row_weights, {ScalarType::Float});
+        check_shape(op, "out_row_weights", given->row_weights, "[M]", rows_shape);
+        check_inner_stride(op, "out_row_weights", given->row_weights, nullptr);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor grad_x = given ? given->grad_x : empty_matrix(both, ScalarType::BFloat16, x);
+    Tensor weighted = given ? given->weighted : empty_matrix(half, ScalarType::BFloat16, x);
+    const std::array<int64_t, 1> dense = {1};
+    Tensor sums = given ? given->row_weights : empty_strided(rows_shape, dense, ScalarType::Float, x);
+    if (rows > 0) {
+        cast::SwigluBackwardProblem problem;
+        problem.x = x.data_ptr();
+        problem.x_stride = row_stride(x);
+        problem.grad = grad.data_ptr();
+        problem.grad_stride = row_stride(grad);
+        if (row_weights) {
+            problem.row_weights = static_cast<const float*>(row_weights->data_ptr());
+            problem.weight_stride = row_weights->stride(0);
+        }
+        problem.grad_x = grad_x.data_ptr();
+        problem.grad_x_stride = row_stride(grad_x);
+        problem.weighted = weighted.data_ptr();
+        problem.weighted_stride = row_stride(weighted);
+        problem.grad_row_weights = static_cast<float*>(sums.data_ptr());
+        problem.rows = rows;
+        problem.cols = hidden;
+        check_launch(cast::launch_swiglu_backward(problem, current_stream(x), knobs().pdl), op, "x");
+    }
+    return {std::move(grad_x), std::move(weighted), std::move(sums)};
+}
+
 struct TransposedOuts {
     const Tensor& out;
     const Tensor& sf;
@@ -190,6 +251,16 @@ std::tuple<Tensor, Tensor> swiglu_cast_to_fp8(Tensor x, std::optional<Tensor> to
 void swiglu_cast_to_fp8_out(Tensor x, std::optional<Tensor> topk_weights, std::optional<double> clamp, int64_t gran_k,
                             bool use_ue8m0, bool use_packed_ue8m0, Tensor out, Tensor out_sf) {
     run_swiglu(x, topk_weights, clamp, gran_k, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
+}
+
+std::tuple<Tensor, Tensor, Tensor> swiglu_backward(Tensor x, Tensor grad, std::optional<Tensor> row_weights) {
+    return run_swiglu_backward(x, grad, row_weights, nullptr);
+}
+
+void swiglu_backward_out(Tensor x, Tensor grad, std::optional<Tensor> row_weights, Tensor out, Tensor out_weighted,
+                         Tensor out_row_weights) {
+    const SwigluBackwardOuts given = {out, out_weighted, out_row_weights};
+    run_swiglu_backward(x, grad, row_weights, &given);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> per_token_cast_to_fp8_with_transpose(Tensor x, bool use_ue8m0,

@@ -32,6 +32,8 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("per_token_cast_to_fp4.out", TORCH_BOX(&per_token_cast_to_fp4_out));
     m.impl("swiglu_cast_to_fp8", TORCH_BOX(&swiglu_cast_to_fp8));
     m.impl("swiglu_cast_to_fp8.out", TORCH_BOX(&swiglu_cast_to_fp8_out));
+    m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+    m.impl("swiglu_backward.out", TORCH_BOX(&swiglu_backward_out));
     m.impl("per_token_cast_to_fp8_with_transpose", TORCH_BOX(&per_token_cast_to_fp8_with_transpose));
     m.impl("per_token_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_token_cast_to_fp8_with_transpose_out));
     m.impl("per_block_cast_to_fp8_with_transpose", TORCH_BOX(&per_block_cast_to_fp8_with_transpose));

@@ -34,6 +34,7 @@ CASTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("per_token_cast_to_fp4", {}),
     ("swiglu_cast_to_fp8", {}),
     ("swiglu_cast_to_fp8", {"clamp": 10.0}),
+    ("swiglu_backward", {}),
     ("per_token_cast_to_fp8_with_transpose", {}),
     ("per_block_cast_to_fp8_with_transpose", {}),
     ("k_grouped_per_channel_cast_to_fp8", {}),
@@ -324,6 +325,7 @@ def rows_record(
 # Casts
 
 _CAST_OUTS = ("out", "out_sf", "out_t", "out_t_sf")
+_SWIGLU_BACKWARD_OUTS = ("out", "out_weighted", "out_row_weights")
 
 
 def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: int = 20) -> Iterator[dict[str, Any]]:
@@ -331,19 +333,19 @@ def cast_records(rows: int, cols: int, *, limits: timing.DeviceLimits, repeats: 
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(rows, cols, device=DEVICE, generator=generator).to(torch.bfloat16)
     for op, options in CASTS:
-        source, *more = cast_inputs(op, x)
+        inputs = cast_inputs(op, x)
         record: dict[str, Any] = {"op": cast_label(op, options), "rows": rows, "cols": cols, "times": {}, "failed": {}}
         overload = getattr(torch.ops.deep_gemm, op)
-        expected = cast_reference(op)(source, *more, **options)
-        record["bytes"] = timing.count_bytes(source, expected)
+        expected = cast_reference(op)(*inputs, **options)
+        record["bytes"] = timing.count_bytes(inputs, expected)
         floor_us = 2.0 + record["bytes"] / limits.copy_gbps * 1e-3
         calls, count = timing.burst_plan(floor_us, record["bytes"], limits.l2_bytes)
-        sources = [source] + [source.clone() for _ in range(count - 1)]
+        sources = [inputs] + [tuple(tensor.clone() for tensor in inputs) for _ in range(count - 1)]
         contenders: dict[str, Callable[[int], Any]] = {}
         try:
-            outs = [overload(s, *more, **options) for s in sources]
+            outs = [overload(*s, **options) for s in sources]
             check_equal(outs[0], expected)
-            contenders[OURS] = _cast_call(overload.out, sources, more, outs, options)
+            contenders[OURS] = _cast_call(overload.out, op, sources, outs, options)
         except Exception as why:
             record["failed"][OURS] = _note(f"{record['op']} {rows}x{cols}", why)
         half = record["bytes"] // 2
@@ -360,6 +362,8 @@ def cast_inputs(op: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors that a cast takes where ``x`` is the matrix to quantise."""
     if op == "transpose_fp8":
         return (reference.per_token_cast_to_fp8(x)[0],)
+    if op == "swiglu_backward":
+        return x, x[:, x.shape[1] // 2 :].contiguous()
     if op.startswith("k_grouped"):
         ends = torch.arange(1, K_GROUPS + 1) * x.shape[0] // K_GROUPS
         return x, ends.diff(prepend=torch.zeros(1)).to(torch.int32).to(x.device)
@@ -378,10 +382,11 @@ def cast_label(op: str, options: dict[str, Any]) -> str:
 
 
 def _cast_call(
-    op: Any, sources: Sequence[torch.Tensor], more: Sequence[torch.Tensor], outs: Sequence[Any], options: dict[str, Any]
+    overload: Any, op: str, sources: Sequence[tuple[torch.Tensor, ...]], outs: Sequence[Any], options: dict[str, Any]
 ) -> Any:
-    keywords = [dict(zip(_CAST_OUTS, (out,) if isinstance(out, torch.Tensor) else out)) | options for out in outs]
-    return lambda i: op(sources[i], *more, **keywords[i])
+    names = _SWIGLU_BACKWARD_OUTS if op == "swiglu_backward" else _CAST_OUTS
+    keywords = [dict(zip(names, (out,) if isinstance(out, torch.Tensor) else out)) | options for out in outs]
+    return lambda i: overload(*sources[i], **keywords[i])
 
 
 def check_equal(actual: Any, expected: Any) -> None:

@@ -313,23 +313,21 @@ def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets, row_weights = ctx.saved_tensors
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     needs_row_weights = row_weights is not None and ctx.needs_input_grad[3]
-    # PyTorch's own operations, so that torch.compile makes one kernel of what stands between the products.
-    gate, up = x.float().chunk(2, dim=1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    plain = silu * up
-    weighted = plain if row_weights is None else plain * row_weights[:, None]
-    grad_hidden, grad_weight = _product_gradients(
-        ctx, grad, weighted.bfloat16() if needs_weight else None, weight, offsets, torch.bfloat16, ctx.weight_dtype
-    )
-    grad_x = grad_row_weights = None
-    if needs_row_weights:
-        grad_row_weights = (grad_hidden.float() * plain).sum(1)
-    if needs_x:
-        d = grad_hidden.float() if row_weights is None else grad_hidden.float() * row_weights[:, None]
-        grad_gate = d * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-        grad_x = torch.cat((grad_gate, d * silu), dim=1).to(x.dtype)
-    return grad_x, grad_weight if needs_weight else None, None, grad_row_weights, None, None
+    # The gradient of the activation comes first: of it, one kernel makes the gradients before it and, in the same read
+    # of x, the activation itself, which the gradient of the weight is made of.
+    both = x.bfloat16().contiguous()
+    options = (offsets, torch.bfloat16, ctx.weight_dtype)
+    if weight is None:
+        grad_hidden = torch.zeros_like(both[:, : both.shape[1] // 2])
+    else:
+        grad_hidden, _ = _product_gradients(ctx, grad, None, weight, *options)
+    grad_x, weighted, grad_row_weights = _ops.swiglu_backward(both, grad_hidden, row_weights)
+    grad_weight = None
+    if needs_weight:
+        _, grad_weight = _product_gradients(ctx, grad, weighted, None, *options)
+    grad_x = grad_x.to(x.dtype) if needs_x else None
+    grad_row_weights = grad_row_weights if needs_row_weights else None
+    return grad_x, grad_weight, None, grad_row_weights, None, None
 
 
 _library.define(

@@ -78,6 +78,14 @@ def _swiglu_grouped_linear(
     return [rule(Replicate()), rule(Shard(1))]
 
 
+@register_sharding(_ops.swiglu_backward.default)
+def _swiglu_backward(x: Any, grad: Any, row_weights: Any = None) -> list[Rule]:
+    def rule(placement: Placement) -> Rule:
+        return [placement] * 3, [placement, placement, _given(placement, row_weights)]
+
+    return [rule(Replicate()), rule(Shard(0))]
+
+
 @register_sharding(_ops.fp8_grouped_linear_backward.default)
 def _grouped_linear_backward(
     grad: Any, x: Any, weight: Any, offsets: Any, x_dtype: Any, weight_dtype: Any
