@@ -635,6 +635,7 @@ out: fp8_fp4_mqa_logits: out has shape [4, 11], expected [S, S_kv] = [4, 10]""",
 def test_bad_paged_fp4_input(device_or_fake: str) -> None:
     if reason := fp4_condition(device_or_fake):
         pytest.skip(reason)
+
     def plain() -> dict[str, Any]:
         arguments = plain_paged(device_or_fake)
         arguments["q"] = arguments["q"].new_zeros((2, 3, 16, 32), dtype=torch.uint8)

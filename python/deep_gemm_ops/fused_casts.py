@@ -342,6 +342,23 @@ def check_fp4_cast(
     _check_scales_out(op, "out_sf", out_sf, x, use_packed_ue8m0, layout)
 
 
+def _check_gate_up(op: str, x: Tensor) -> tuple[Any, Any]:
+    """``x = [gate | up]``, of which M and H are returned."""
+    _check_input(op, x, (torch.bfloat16,), ("M", "2 * H"))
+    rows, cols = shape_of(x)
+    if not cols % 2 == 0:
+        fail(op, "x", "2 * H", cols, "an even number")
+    return rows, cols // 2
+
+
+def _check_row_weights(op: str, arg: str, weights: Tensor | None, x: Tensor) -> None:
+    if weights is None:
+        return
+    check_device(op, arg, weights, x.device, "x")
+    check_dtype(op, arg, weights, (torch.float32,))
+    _checks.check_shape(op, arg, weights, "[M]", shape_of(x)[:1])
+
+
 def check_swiglu_cast(
     x: Tensor,
     *,
@@ -354,15 +371,8 @@ def check_swiglu_cast(
     out_sf: Tensor | None = None,
 ) -> None:
     op = "swiglu_cast_to_fp8"
-    _check_input(op, x, (torch.bfloat16,), ("M", "2 * H"))
-    rows, cols = shape_of(x)
-    if not cols % 2 == 0:
-        fail(op, "x", "2 * H", cols, "an even number")
-    hidden = cols // 2
-    if topk_weights is not None:
-        check_device(op, "topk_weights", topk_weights, x.device, "x")
-        check_dtype(op, "topk_weights", topk_weights, (torch.float32,))
-        _checks.check_shape(op, "topk_weights", topk_weights, "[M]", [rows])
+    rows, hidden = _check_gate_up(op, x)
+    _check_row_weights(op, "topk_weights", topk_weights, x)
     if clamp is not None and not clamp > 0:
         fail(op, "clamp", "value", float(clamp), "a positive number")
     if gran_k not in _checks.GRANULARITIES_K:
@@ -384,22 +394,16 @@ def check_swiglu_backward(
     out_row_weights: Tensor | None = None,
 ) -> None:
     op = "swiglu_backward"
-    _check_input(op, x, (torch.bfloat16,), ("M", "2 * H"))
-    rows, cols = shape_of(x)
-    if not cols % 2 == 0:
-        fail(op, "x", "2 * H", cols, "an even number")
-    half = [rows, cols // 2]
+    rows, hidden = _check_gate_up(op, x)
+    half = [rows, hidden]
     check_device(op, "grad", grad, x.device, "x")
     check_dtype(op, "grad", grad, (torch.bfloat16,))
     _checks.check_shape(op, "grad", grad, "[M, H]", half)
     _checks.check_inner_stride(op, "grad", grad, "to_tma_aligned")
-    if row_weights is not None:
-        check_device(op, "row_weights", row_weights, x.device, "x")
-        check_dtype(op, "row_weights", row_weights, (torch.float32,))
-        _checks.check_shape(op, "row_weights", row_weights, "[M]", [rows])
+    _check_row_weights(op, "row_weights", row_weights, x)
     if out is None or out_weighted is None or out_row_weights is None:
         return
-    _check_values_out(op, "out", out, x, "[M, 2 * H]", [rows, cols], (torch.bfloat16,))
+    _check_values_out(op, "out", out, x, "[M, 2 * H]", [rows, 2 * hidden], (torch.bfloat16,))
     _check_values_out(op, "out_weighted", out_weighted, x, "[M, H]", half, (torch.bfloat16,))
     check_device(op, "out_row_weights", out_row_weights, x.device, "x")
     check_dtype(op, "out_row_weights", out_row_weights, (torch.float32,))
