@@ -84,6 +84,12 @@ int per_token_cast_with_transpose(const TransposedCastProblem& p, int pdl) {
 int per_block_cast_with_transpose(const TransposedCastProblem& p, int pdl) {
     return launch_per_block_cast_with_transpose(p, nullptr, pdl);
 }
+int per_channel_cast_transposed(const TransposedCastProblem& p, int pdl) {
+    return launch_per_channel_cast_transposed(p, nullptr, pdl);
+}
+int per_block_cast_transposed(const TransposedCastProblem& p, int pdl) {
+    return launch_per_block_cast_transposed(p, nullptr, pdl);
+}
 struct GroupedProblem { TransposedCastProblem problem; KGroups groups; };
 int k_grouped_cast(const GroupedProblem& p, int pdl) {
     return launch_k_grouped_per_channel_cast(p.problem.cast, p.groups, nullptr, pdl);

@@ -87,7 +87,12 @@ def samples(device: str) -> list[Sample]:
             (ops.k_grouped_per_channel_cast_to_fp8, (x, ks), {}),
             (ops.k_grouped_per_channel_cast_to_fp8_k_major, (x, ks), {"layout": "offsets", "use_ue8m0": True}),
         ]
-        for packet in (ops.per_token_cast_to_fp8_with_transpose, ops.per_block_cast_to_fp8_with_transpose):
+        for packet in (
+            ops.per_token_cast_to_fp8_with_transpose,
+            ops.per_block_cast_to_fp8_with_transpose,
+            ops.per_channel_cast_to_fp8_transposed,
+            ops.per_block_cast_to_fp8_transposed,
+        ):
             fused += [(packet, (x,), {"use_ue8m0": True}), (packet, (x,), {"use_packed_ue8m0": True})]
         for packet, arguments, options in fused:
             calls.append((packet.default, arguments, options))
@@ -251,10 +256,14 @@ deep_gemm::m_grouped_fp8_gemm_nt_masked(Tensor a, Tensor sfa, Tensor b, Tensor s
 deep_gemm::m_grouped_fp8_gemm_nt_masked.out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m, SymInt expected_m, *, int[]? recipe=None, Tensor(d!) out) -> ()
 deep_gemm::per_block_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_block_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_block_cast_to_fp8_transposed(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::per_block_cast_to_fp8_transposed.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_block_cast_to_fp8_with_transpose(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor, Tensor, Tensor)
 deep_gemm::per_block_cast_to_fp8_with_transpose.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf, Tensor(f!) out_t, Tensor(g!) out_t_sf) -> ()
 deep_gemm::per_channel_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_channel_cast_to_fp8.out(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
+deep_gemm::per_channel_cast_to_fp8_transposed(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
+deep_gemm::per_channel_cast_to_fp8_transposed.out(Tensor x, *, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp4(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)
 deep_gemm::per_token_cast_to_fp4.out(Tensor x, *, int gran_k=32, bool use_ue8m0=False, bool use_packed_ue8m0=False, Tensor(d!) out, Tensor(e!) out_sf) -> ()
 deep_gemm::per_token_cast_to_fp8(Tensor x, *, int gran_k=128, bool use_ue8m0=False, bool use_packed_ue8m0=False) -> (Tensor, Tensor)

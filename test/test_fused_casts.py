@@ -301,12 +301,18 @@ def test_with_transpose(device: str, kind: str, dtype: torch.dtype, scales: str)
         assert values_t.stride() == (ceil_div(rows, 16) * 16, 1)
         if kind == "per_block":
             assert same_bits(values_t, values.t())
+        alone = "per_channel" if kind == "per_token" else kind
+        op_alone = getattr(torch.ops.deep_gemm, f"{alone}_cast_to_fp8_transposed")
+        results = same_results(op_alone, x, (), options_of(scales), ("out", "out_sf"))
+        for actual, expected in zip(results, (values_t, sf_t), strict=True):
+            assert same_bits(actual, expected)
+            assert actual.stride() == expected.stride()
 
 
 def test_transposed_copies_are_operands(device: str) -> None:
     """The weight gradient of a linear layer from the transposed copies, for a number of tokens that nothing divides."""
     x, grad = inputs(301, 272, device), inputs(301, 144, device)
-    _, _, x_t, x_sf = deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x)
+    x_t, x_sf = deep_gemm_ops.per_channel_cast_to_fp8_transposed(x)
     _, _, grad_t, grad_sf = deep_gemm_ops.per_token_cast_to_fp8_with_transpose(grad)
     actual = deep_gemm_ops.fp8_gemm_nt(grad_t, grad_sf, x_t, x_sf, out_dtype=torch.float32)
     a, sfa = deep_gemm_ops.per_channel_cast_to_fp8(grad)
@@ -316,7 +322,7 @@ def test_transposed_copies_are_operands(device: str) -> None:
     assert float((actual.double() - exact).norm() / exact.norm()) < 0.06
 
     w = inputs(144, 272, device)
-    _, _, w_t, w_sf = deep_gemm_ops.per_block_cast_to_fp8_with_transpose(w)
+    w_t, w_sf = deep_gemm_ops.per_block_cast_to_fp8_transposed(w)
     g, g_sf = deep_gemm_ops.per_token_cast_to_fp8(grad)
     exact = grad.double() @ w.double()
     actual = deep_gemm_ops.fp8_gemm_nt(g, g_sf, deep_gemm_ops.to_tma_aligned(w_t), w_sf)
@@ -415,6 +421,8 @@ def every_cast(x: torch.Tensor, weights: torch.Tensor, ks: torch.Tensor) -> list
         *deep_gemm_ops.swiglu_cast_to_fp8(x, topk_weights=weights, clamp=2.0),
         *deep_gemm_ops.per_token_cast_to_fp8_with_transpose(x, use_packed_ue8m0=True),
         *deep_gemm_ops.per_block_cast_to_fp8_with_transpose(x),
+        *deep_gemm_ops.per_channel_cast_to_fp8_transposed(x),
+        *deep_gemm_ops.per_block_cast_to_fp8_transposed(x, use_packed_ue8m0=True),
     ]
     for layout in fused_casts.K_LAYOUTS:
         results += deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x, ks, layout=layout)
@@ -485,6 +493,9 @@ def test_empty(device: str) -> None:
             _, _, values_t, sf_t = getattr(deep_gemm_ops, f"{kind}_cast_to_fp8_with_transpose")(x)
             assert values_t.shape == (cols, rows)
             assert sf_t.shape[1] == ceil_div(rows, 128)
+        for kind in fused_casts.TRANSPOSED_ALONE:
+            values_t, sf_t = getattr(deep_gemm_ops, f"{kind}_cast_to_fp8_transposed")(x)
+            assert (values_t.shape, sf_t.shape[1]) == ((cols, rows), ceil_div(rows, 128))
         ks = torch.zeros(3, dtype=torch.int32, device=device)
         values, sf = deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x, ks)
         assert (values.shape, sf.shape) == ((rows, cols), (rows // 128 + 3, cols))
@@ -509,6 +520,7 @@ def test_compile_with_dynamic_tokens(device: str, backend: str) -> None:
         padded, padded_sf = deep_gemm_ops.k_grouped_per_channel_cast_to_fp8_k_major(y, ks)
         four, four_sf = deep_gemm_ops.per_token_cast_to_fp4(y)
         block = deep_gemm_ops.per_block_cast_to_fp8_with_transpose(y)
+        channel, channel_sf = deep_gemm_ops.per_channel_cast_to_fp8_transposed(y)
         return [
             grad,
             product,
@@ -517,6 +529,8 @@ def test_compile_with_dynamic_tokens(device: str, backend: str) -> None:
             padded.float(),
             padded_sf * 1,
             block[2].float(),
+            channel.float(),
+            channel_sf * 1,
             four + 1,
             four_sf * 1,
         ]
@@ -705,6 +719,43 @@ out_t_sf of int32: per_token_cast_to_fp8_with_transpose: out_t_sf has dtype int3
     assert_expected_inline(
         messages(op.out, arguments, packed),
         """packed: per_block_cast_to_fp8_with_transpose: out_sf has dtype float32, expected int32""",
+    )
+
+
+def test_bad_transposed_alone(bad_input_device: str) -> None:  # noqa: F811
+    device = bad_input_device
+
+    def base() -> dict[str, Any]:
+        return {
+            "x": torch.zeros(33, 272, dtype=torch.bfloat16, device=device),
+            "out": torch.empty(272, 33, dtype=FP8, device=device),
+            "out_sf": torch.empty_strided((272, 1), (1, 272), device=device),
+        }
+
+    changes = {
+        "float64": changed(x=lambda p: p["x"].double()),
+        "strided": changed(x=lambda p: p["x"].t().contiguous().t()),
+        "out not transposed": changed(out=lambda p: torch.empty(33, 272, dtype=FP8, device=device)),
+        "out strided": changed(out=lambda p: torch.empty(33, 272, dtype=FP8, device=device).t()),
+        "out_sf of x": changed(out_sf=lambda p: torch.empty_strided((33, 3), (1, 36), device=device)),
+        "packed": lambda p: {**p, "use_packed_ue8m0": True},
+    }
+    ops = torch.ops.deep_gemm
+    assert_expected_inline(
+        messages(ops.per_channel_cast_to_fp8_transposed.out, base, changes),
+        """\
+float64: per_channel_cast_to_fp8_transposed: x has dtype float64, expected bfloat16, float16 or float32
+strided: per_channel_cast_to_fp8_transposed: x has inner stride 33, expected 1 (use deep_gemm_ops.to_tma_aligned)
+out not transposed: per_channel_cast_to_fp8_transposed: out has shape [33, 272], expected the shape of x.t() = [272, 33]
+out strided: per_channel_cast_to_fp8_transposed: out has inner stride 272, expected 1
+out_sf of x: per_channel_cast_to_fp8_transposed: out_sf has shape [33, 3], expected the shape of the scales = [272, 1]
+packed: per_channel_cast_to_fp8_transposed: out_sf has dtype float32, expected int32""",
+    )
+    arguments = lambda: {**base(), "out_sf": torch.empty_strided((3, 1), (1, 4), device=device)}  # noqa: E731
+    changes = {"out_sf per channel": changed(out_sf=lambda p: base()["out_sf"])}
+    assert_expected_inline(
+        messages(ops.per_block_cast_to_fp8_transposed.out, arguments, changes),
+        """out_sf per channel: per_block_cast_to_fp8_transposed: out_sf has shape [272, 1], expected the shape of the scales = [3, 1]""",
     )
 
 

@@ -312,6 +312,24 @@ def with_transpose(
     return result
 
 
+def transposed_alone(
+    kind: str, x: torch.Tensor, sf_format: str, out_stride: int | None = None, out_offset: int = 0, **options: object
+) -> emulation.Run:
+    packed = sf_format == "packed"
+    values, scales = fused_casts.transposed_layouts(fused_casts.TRANSPOSED_ALONE[kind], *x.shape, packed)[2:]
+    out = matrix(values[0], (out_stride or values[1][0], 1), FP8, out_offset)
+    sf = matrix(*scales, torch.int32 if packed else torch.float32)
+    cast = problem_of(x, out, sf, 0, 128, sf_format)
+    cast.out = cast.sf = None  # an access there would fail
+    problem = emulation.TransposedCastProblem(
+        cast=cast, out_t=out.data_ptr(), out_t_stride=out.stride(0), sf_t=sf.data_ptr(), sf_t_stride=scales[1][1]
+    )
+    result = emulation.run(f"{kind}_cast_transposed", problem, [x], [out, sf], **options)
+    function = getattr(fused_casts, f"reference_{kind}_cast_to_fp8_transposed")
+    assert_results([out, sf], function(x, **options_of(sf_format)))
+    return result
+
+
 KINDS = ["per_token", "per_block"]
 SHAPES = [(1, 8), (130, 264), (257, 520), (5, 1), (129, 77), (600, 131)]
 
@@ -324,6 +342,29 @@ def test_with_transpose(kind: str, dtype: torch.dtype, sf_format: str) -> None:
         result = with_transpose(kind, cast_input(shape, dtype, seed), sf_format, seed=seed)
         assert ("Lb1E" in result.kernel) == (shape[1] % 8 == 0)
     with_transpose(kind, spoil(cast_input((300, 264), dtype, 9)), sf_format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", fused_casts.TRANSPOSED_ALONE)
+def test_transposed_alone(kind: str, dtype: torch.dtype) -> None:
+    for seed, shape in enumerate(SHAPES):
+        result = transposed_alone(kind, cast_input(shape, dtype, seed), FORMATS[seed % len(FORMATS)], seed=seed)
+        assert ("Lb1E" in result.kernel) == (shape[1] % 8 == 0)
+    for sf_format in FORMATS:
+        transposed_alone(kind, spoil(cast_input((300, 264), dtype, 9)), sf_format)
+
+
+@pytest.mark.parametrize("kind", fused_casts.TRANSPOSED_ALONE)
+def test_transposed_alone_strides_and_alignment(kind: str) -> None:
+    for change in ({"stride": 201}, {"offset": 1}, {"out_stride": 71}, {"out_offset": 1}):
+        out = {k: v for k, v in change.items() if k.startswith("out")}
+        into = {k: v for k, v in change.items() if not k.startswith("out")}
+        result = transposed_alone(kind, cast_input((70, 200), torch.bfloat16, 2, **into), "float32", **out)
+        assert "Lb0E" in result.kernel, f"{change}: 16-byte accesses of unaligned memory"
+    x = cast_input((70, 200), torch.bfloat16, 2, stride=208)
+    assert "Lb1E" in transposed_alone(kind, x, "float32", out_stride=96).kernel
+    for shape in ((0, 16), (16, 0)):
+        assert transposed_alone(kind, torch.empty(shape), "float32").kernel == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -451,6 +492,8 @@ def test_on_blackwell() -> None:
             fp4(even, 128, "packed", arch="100a")
             for kind in KINDS:
                 with_transpose(kind, cast_input((rows, cols), dtype, 1), "packed", arch="100a")
+            for kind in fused_casts.TRANSPOSED_ALONE:
+                transposed_alone(kind, cast_input((rows, cols), dtype, 1), "packed", arch="100a")
         for k_major in (False, True):
             k_grouped(cast_input((rows, cols), torch.bfloat16, 2), [3, rows - 10], k_major=k_major, arch="100a")
 
@@ -466,6 +509,7 @@ def test_programmatic_dependent_launch_is_asked_for() -> None:
         ]
         runs.append(fp4(x, 32, "float32", pdl=pdl))
         runs += [with_transpose(kind, x, "float32", pdl=pdl) for kind in KINDS]
+        runs += [transposed_alone(kind, x, "float32", pdl=pdl) for kind in fused_casts.TRANSPOSED_ALONE]
         assert all(run.pdl == pdl for run in runs)
 
 
@@ -487,6 +531,10 @@ def test_whole_sectors() -> None:
         )
         blocks = 2 * 32 * ceil_div(rows, 128) * (cols // 128)  # a sector for each scale
         assert_memory_bound(with_transpose("per_block", x, "float32", counters=True), read, 2 * x.numel() + blocks)
+        written = x.numel() + x.numel() // 128 * 4
+        assert_memory_bound(transposed_alone("per_channel", x, "float32", counters=True), read, written)
+        written = x.numel() + blocks // 2
+        assert_memory_bound(transposed_alone("per_block", x, "float32", counters=True), read, written)
     x = cast_input((rows, cols), torch.bfloat16, 0)
     scales = (rows // 128 + 2) * cols * 4
     search = 2 * 32 * 8 * 8 * (4 + 2)  # every warp of every block reads the sizes

@@ -273,6 +273,14 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "deep_gemm_ops.per_block_cast_to_fp8_with_transpose(w)",
         "deep_gemm_ops.per_block_cast_to_fp8_with_transpose(w[0])",
     ),
+    "per_channel_cast_to_fp8_transposed": (
+        "deep_gemm_ops.per_channel_cast_to_fp8_transposed(x)",
+        "deep_gemm_ops.per_channel_cast_to_fp8_transposed(x[0])",
+    ),
+    "per_block_cast_to_fp8_transposed": (
+        "deep_gemm_ops.per_block_cast_to_fp8_transposed(w)",
+        "deep_gemm_ops.per_block_cast_to_fp8_transposed(w.t())",
+    ),
     "k_grouped_per_channel_cast_to_fp8": (
         "deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x, sizes)",
         "deep_gemm_ops.k_grouped_per_channel_cast_to_fp8(x.float(), sizes)",

@@ -23,7 +23,9 @@ from .ops import _refuse_grad
 __all__ = [
     "k_grouped_per_channel_cast_to_fp8",
     "k_grouped_per_channel_cast_to_fp8_k_major",
+    "per_block_cast_to_fp8_transposed",
     "per_block_cast_to_fp8_with_transpose",
+    "per_channel_cast_to_fp8_transposed",
     "per_token_cast_to_fp4",
     "per_token_cast_to_fp8_with_transpose",
     "swiglu_backward",
@@ -34,6 +36,8 @@ Tensor = torch.Tensor
 
 K_LAYOUTS = ("sizes", "psum", "offsets")
 TRANSPOSED_KINDS = ("per_token", "per_block")
+#: Casts whose transposed results alone an operator returns, and the casts of the transposed matrix which these are.
+TRANSPOSED_ALONE = {"per_channel": "per_token", "per_block": "per_block"}
 
 FP4_MAX = 6.0  # the largest float4_e2m1fn
 FP4_DTYPES = _checks.FP4_DTYPES
@@ -218,6 +222,54 @@ def per_block_cast_to_fp8_with_transpose(
 
 
 _TRANSPOSED_OUTS = ("out", "out_sf", "out_t", "out_t_sf")
+
+
+def per_channel_cast_to_fp8_transposed(
+    x: Tensor,
+    *,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The last two results of :func:`per_token_cast_to_fp8_with_transpose` alone: an operand of a weight gradient,
+    where nothing reads the values as they lie.
+
+    Args:
+        x: bfloat16, float16 or float32 ``[M, K]``, inner stride 1, any row stride.
+        use_ue8m0: round scales up to powers of two (they stay float32).
+        use_packed_ue8m0: that, and return them as int32, four UE8M0 exponents a word.
+        out: ``(values, scales)`` to write: scales of exactly the shape and strides below, values of any row stride,
+            fastest where rows begin at multiples of 16 bytes.
+
+    Returns:
+        ``(values, scales)``: float8_e4m3fn ``[K, M]`` with strides ``(M rounded up to 16, 1)``, an operand of
+        :func:`fp8_gemm_nt` for any M; float32 ``[K, ceil(M / 128)]`` (packed: int32 ``[K, ceil(M / 512)]``), MN-major,
+        TMA-aligned. They are those of ``per_token_cast_to_fp8(x.t())``.
+
+    Raises:
+        RuntimeError: wrong dtype, rank or inner stride, another layout of ``out``, or ``x`` requires grad.
+
+    Numerics: :func:`per_token_cast_to_fp8`. Specification:
+    ``deep_gemm_ops.fused_casts.reference_per_channel_cast_to_fp8_transposed``.
+    """
+    keywords = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
+    return _call("per_channel_cast_to_fp8_transposed", x, (), keywords, out, ("out", "out_sf"))
+
+
+def per_block_cast_to_fp8_transposed(
+    x: Tensor,
+    *,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The last two results of :func:`per_block_cast_to_fp8_with_transpose` alone: weights for the input gradient.
+
+    As :func:`per_channel_cast_to_fp8_transposed`, with a scale per 128 x 128 block: of ``[N, K]`` the values ``[K, N]``
+    and scales ``[ceil(K / 128), ceil(N / 128)]``; packed: int32 ``[ceil(K / 128), ceil(N / 512)]``.
+    """
+    keywords = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
+    return _call("per_block_cast_to_fp8_transposed", x, (), keywords, out, ("out", "out_sf"))
 
 
 def k_grouped_per_channel_cast_to_fp8(
@@ -425,6 +477,24 @@ def check_transposed_cast(
         _check_scales_out(op, scales, outs[scales], x, use_packed_ue8m0, layouts[i + 1])
 
 
+def check_transposed_alone_cast(
+    kind: str,
+    x: Tensor,
+    *,
+    use_ue8m0: bool = False,
+    use_packed_ue8m0: bool = False,
+    out: Tensor | None = None,
+    out_sf: Tensor | None = None,
+) -> None:
+    op = f"{kind}_cast_to_fp8_transposed"
+    _check_input(op, x, _checks.CAST_DTYPES, ("dimension 0", "dimension 1"))
+    if out is None or out_sf is None:
+        return
+    values, scales = transposed_layouts(TRANSPOSED_ALONE[kind], *shape_of(x), use_packed_ue8m0)[2:]
+    _check_values_out(op, "out", out, x, "the shape of x.t()", values[0])
+    _check_scales_out(op, "out_sf", out_sf, x, use_packed_ue8m0, scales)
+
+
 def check_k_grouped_cast(
     op: str,
     x: Tensor,
@@ -610,9 +680,7 @@ def reference_per_token_cast_to_fp8_with_transpose(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The casts of ``x`` and of ``x.t()``."""
     options = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
-    values, sf = reference.per_token_cast_to_fp8(x, **options)
-    values_t, sf_t = reference.per_token_cast_to_fp8(x.t(), **options)
-    return values, sf, _padded_rows(values_t), sf_t
+    return *reference.per_token_cast_to_fp8(x, **options), *reference_per_channel_cast_to_fp8_transposed(x, **options)
 
 
 def reference_per_block_cast_to_fp8_with_transpose(
@@ -620,9 +688,23 @@ def reference_per_block_cast_to_fp8_with_transpose(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The casts of ``x`` and of ``x.t()``: the same scales and values."""
     options = {"use_ue8m0": use_ue8m0, "use_packed_ue8m0": use_packed_ue8m0}
-    values, sf = reference.per_block_cast_to_fp8(x, **options)
-    values_t, sf_t = reference.per_block_cast_to_fp8(x.t(), **options)
-    return values, sf, _padded_rows(values_t), sf_t
+    return *reference.per_block_cast_to_fp8(x, **options), *reference_per_block_cast_to_fp8_transposed(x, **options)
+
+
+def reference_per_channel_cast_to_fp8_transposed(
+    x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``per_token_cast_to_fp8`` of ``x.t()``."""
+    values, sf = reference.per_token_cast_to_fp8(x.t(), use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+    return _padded_rows(values), sf
+
+
+def reference_per_block_cast_to_fp8_transposed(
+    x: Tensor, *, use_ue8m0: bool = False, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``per_block_cast_to_fp8`` of ``x.t()``."""
+    values, sf = reference.per_block_cast_to_fp8(x.t(), use_ue8m0=use_ue8m0, use_packed_ue8m0=use_packed_ue8m0)
+    return _padded_rows(values), sf
 
 
 def reference_k_grouped_per_channel_cast_to_fp8(
@@ -729,6 +811,10 @@ def _empty_transposed(
     return values, _empty(x, layouts[1], dtype), values_t, _empty(x, layouts[3], dtype)
 
 
+def _empty_transposed_alone(kind: str, x: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    return _empty_transposed(TRANSPOSED_ALONE[kind], x, **options)[2:]
+
+
 def _empty_k_grouped(k_major: bool, x: Tensor, ks: Tensor, **_options: Any) -> tuple[Tensor, Tensor]:
     values, scales = k_grouped_layouts(x.shape[0], x.shape[1], ks.shape[0], k_major)
     return x.new_empty(values[0], dtype=torch.float8_e4m3fn), _empty(x, scales, torch.float32)
@@ -750,6 +836,13 @@ for _kind in TRANSPOSED_KINDS:
         partial(_empty_transposed, _kind),
         globals()[f"reference_{_kind}_cast_to_fp8_with_transpose"],
         _TRANSPOSED_OUTS,
+    )
+for _kind in TRANSPOSED_ALONE:
+    _register(
+        f"{_kind}_cast_to_fp8_transposed",
+        partial(check_transposed_alone_cast, _kind),
+        partial(_empty_transposed_alone, _kind),
+        globals()[f"reference_{_kind}_cast_to_fp8_transposed"],
     )
 for _op, _k_major, _cast in (
     ("k_grouped_per_channel_cast_to_fp8", False, reference_k_grouped_per_channel_cast_to_fp8),

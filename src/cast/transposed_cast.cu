@@ -1,8 +1,9 @@
 // FP8 quantisation that writes the transposed values, too, or them alone, in one read of x.
 //
-//   kPerToken: values with a scale per row and 128 columns; transposed values with a scale per column and 128 rows
-//   kPerBlock: both with the scale of their 128 x 128 block
-//   kGrouped:  transposed values alone, scales per column and 128 rows of a group; groups are padded to 128 rows
+//   kPerToken:      values with a scale per row and 128 columns; transposed values with a scale per column and 128 rows
+//   kPerBlock:      both with the scale of their 128 x 128 block
+//   kGrouped:       transposed values alone, scales per column and 128 rows of a group; groups are padded to 128 rows
+//   kPerChannelT, kPerBlockT: the transposed values of the first two alone
 //
 // A CTA quantises 128 x 128. A thread holds 8 consecutive rows of one 16-byte load each (kPer16 columns), between its one
 // read and the writes. Rows are written as they lie; a column's 8 values make 8 bytes of the transposed matrix, which go
@@ -20,7 +21,10 @@
 namespace deep_gemm::cast {
 namespace {
 
-enum class Mode { kPerToken, kPerBlock, kGrouped };
+enum class Mode { kPerToken, kPerBlock, kGrouped, kPerChannelT, kPerBlockT };
+
+constexpr bool writes_rows(Mode mode) { return mode == Mode::kPerToken || mode == Mode::kPerBlock; }
+constexpr bool has_block_scales(Mode mode) { return mode == Mode::kPerBlock || mode == Mode::kPerBlockT; }
 
 constexpr int kTile = 128;
 constexpr int kSlots = 16;                    // threads along rows
@@ -80,8 +84,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
     constexpr int kWordsPerElem = 4 / sizeof(T);
     constexpr int kMaximaPitch = 4 * kLanes + 16;
     __shared__ alignas(128) uint2 tile[kTile][kTile / 8];  // [column][8 rows], swizzled
-    __shared__ alignas(16) uint32_t maxima[kWarps][kMode == Mode::kPerBlock ? 1 : kMaximaPitch];
-    __shared__ alignas(16) float inverses[kMode == Mode::kPerBlock ? 1 : kPitch];
+    __shared__ alignas(16) uint32_t maxima[kWarps][has_block_scales(kMode) ? 1 : kMaximaPitch];
+    __shared__ alignas(16) float inverses[has_block_scales(kMode) ? 1 : kPitch];
 
     const CastParams& params = all_params.cast;
     const int warp = threadIdx.x / 32, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
         for (int w = 0; w < 4; ++w) col_max[w] = E::larger(col_max[w], word(raw[i], w));
         row_max[i] = E::larger(E::larger(raw[i].x, raw[i].y), E::larger(raw[i].z, raw[i].w));
     }
-    if constexpr (kMode == Mode::kPerBlock) {
+    if constexpr (has_block_scales(kMode)) {
         uint32_t block_max = E::larger(E::larger(col_max[0], col_max[1]), E::larger(col_max[2], col_max[3]));
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2)
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
         }
     };
     uint8_t* out = nullptr;
-    if constexpr (kMode != Mode::kGrouped)
+    if constexpr (writes_rows(kMode))
         out = opaque(params.out + (row_0 + row) * params.out_stride + col_0 + col);
     if constexpr (kMode == Mode::kPerToken) {
         // A row's lanes know its scale without the other warps, and share out the rows.
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
 
     const int64_t row_tiles = all_params.row_tiles;
     float inverse[kElems];
-    if constexpr (kMode == Mode::kPerBlock) {
+    if constexpr (has_block_scales(kMode)) {
         uint32_t block_max = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) block_max = E::larger(block_max, maxima[w][0]);
@@ -185,14 +189,18 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
 #pragma unroll
         for (int e = 0; e < kElems; ++e) inverse[e] = scale.inverse;
         if (threadIdx.x == 0) {
-            store_scale(params.sf, row_tile, col_tile, params.col_tiles, params.sf_stride, params.sf_format, scale.sf);
+            if constexpr (writes_rows(kMode))
+                store_scale(params.sf, row_tile, col_tile, params.col_tiles, params.sf_stride, params.sf_format,
+                            scale.sf);
             store_scale(all_params.sf_t, col_tile, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
                         scale.sf);
         }
+        if constexpr (writes_rows(kMode)) {
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-            forget_unpacked(raw[i]);
-            store_row(i, out + i * params.out_stride, scale.inverse);
+            for (int i = 0; i < kRowsPerThread; ++i) {
+                forget_unpacked(raw[i]);
+                store_row(i, out + i * params.out_stride, scale.inverse);
+            }
         }
     } else {
         // Two threads for a column, each of which reads the maxima of every other warp.
@@ -208,7 +216,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kCtas)
             if (kMode == Mode::kGrouped && part == 1 && c < cols)
                 static_cast<float*>(all_params.sf_t)[row_tile * all_params.sf_t_stride + col_0 + c] =
                     rows > 0 ? scale.sf : 0;
-            if (kMode == Mode::kPerToken && part == 1 && c < cols)
+            if (kMode != Mode::kGrouped && part == 1 && c < cols)
                 store_scale(all_params.sf_t, col_0 + c, row_tile, row_tiles, all_params.sf_t_stride, params.sf_format,
                             scale.sf);
         }
@@ -272,7 +280,7 @@ cudaError_t launch_kernel(const TransposedCastProblem& problem, const KGroups& g
     params.sf_t_stride = problem.sf_t_stride;
     params.groups = groups;
     const bool vector =
-        (kMode == Mode::kGrouped ? has_whole_loads<T>(problem.cast) : has_vector_access<T>(problem.cast)) &&
+        (writes_rows(kMode) ? has_vector_access<T>(problem.cast) : has_whole_loads<T>(problem.cast)) &&
         is_aligned(problem.out_t, 16) && problem.out_t_stride % 16 == 0;
     params.row_tiles = static_cast<uint32_t>(row_tiles);
     return launch(vector ? transposed_cast_kernel<T, kMode, true> : transposed_cast_kernel<T, kMode, false>,
@@ -294,6 +302,14 @@ cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& pr
 
 cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
     return launch_for<Mode::kPerBlock>(problem, stream, pdl);
+}
+
+cudaError_t launch_per_channel_cast_transposed(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
+    return launch_for<Mode::kPerChannelT>(problem, stream, pdl);
+}
+
+cudaError_t launch_per_block_cast_transposed(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl) {
+    return launch_for<Mode::kPerBlockT>(problem, stream, pdl);
 }
 
 cudaError_t launch_k_grouped_cast_k_major(const TransposedCastProblem& problem, const KGroups& groups,

@@ -98,6 +98,10 @@ cudaError_t launch_per_token_cast_with_transpose(const TransposedCastProblem& pr
 // sf_t_stride].
 cudaError_t launch_per_block_cast_with_transpose(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
 
+// out_t and sf_t of the two above alone. `out` and `sf` are not used.
+cudaError_t launch_per_channel_cast_transposed(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
+cudaError_t launch_per_block_cast_transposed(const TransposedCastProblem& problem, cudaStream_t stream, bool pdl);
+
 // FP4 as FP8, exactly: x is [rows, cols / 2] bytes with the even column's value in the low half, out [rows, cols] E4M3, or
 // `batch` of them. x and its strides are multiples of 16 bytes, out and its strides of 32; what follows a row of out up to a
 // multiple of 32 bytes is overwritten.

@@ -33,6 +33,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> per_block_cast_to_fp8_with_transpose(
 void per_block_cast_to_fp8_with_transpose_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
                                               Tensor out_sf, Tensor out_t, Tensor out_t_sf);
 
+std::tuple<Tensor, Tensor> per_channel_cast_to_fp8_transposed(Tensor x, bool use_ue8m0, bool use_packed_ue8m0);
+void per_channel_cast_to_fp8_transposed_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out, Tensor out_sf);
+std::tuple<Tensor, Tensor> per_block_cast_to_fp8_transposed(Tensor x, bool use_ue8m0, bool use_packed_ue8m0);
+void per_block_cast_to_fp8_transposed_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out, Tensor out_sf);
+
 std::tuple<Tensor, Tensor> k_grouped_per_channel_cast_to_fp8(Tensor x, Tensor ks, std::string layout, bool use_ue8m0);
 void k_grouped_per_channel_cast_to_fp8_out(Tensor x, Tensor ks, std::string layout, bool use_ue8m0, Tensor out,
                                            Tensor out_sf);

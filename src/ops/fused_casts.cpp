@@ -142,6 +142,14 @@ std::tuple<Tensor, Tensor, Tensor> run_swiglu_backward(const Tensor& x, const Te
     return {std::move(grad_x), std::move(weighted), std::move(sums)};
 }
 
+// Of the transposed values of [rows, cols]: rows that begin at multiples of 16 bytes, as products want them.
+MatrixLayout transposed_layout(int64_t rows, int64_t cols) { return {{cols, rows}, {ceil_div(rows, 16) * 16, 1}}; }
+
+// The cast whose results are transposed ones alone.
+cast::TransposedCastProblem transposed_problem(const cast::CastProblem& cast) {
+    return {cast, cast.out, cast.out_stride, cast.sf, cast.sf_stride};
+}
+
 struct TransposedOuts {
     const Tensor& out;
     const Tensor& sf;
@@ -156,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_transposed(CastKind kind, const T
     check_input(op, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, "dimension 0", "dimension 1");
     const int64_t rows = x.size(0), cols = x.size(1);
     const MatrixLayout values = dense_layout(rows, cols);
-    const MatrixLayout values_t = {{cols, rows}, {ceil_div(rows, 16) * 16, 1}};
+    const MatrixLayout values_t = transposed_layout(rows, cols);
     const MatrixLayout scales = scale_layout(kind, rows, cols, 128, use_packed_ue8m0);
     const MatrixLayout scales_t = scale_layout(kind, cols, rows, 128, use_packed_ue8m0);
     if (given) {
@@ -185,6 +193,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_transposed(CastKind kind, const T
         check_launch(launch(problem, current_stream(x), knobs().pdl), op, "x");
     }
     return {std::move(out), std::move(sf), std::move(out_t), std::move(sf_t)};
+}
+
+// `kind` names the cast whose results are returned transposed.
+std::tuple<Tensor, Tensor> run_transposed_alone(CastKind kind, const Tensor& x, bool use_ue8m0, bool use_packed_ue8m0,
+                                                const Tensor* given_out, const Tensor* given_sf) {
+    const bool per_block = kind == CastKind::kPerBlock;
+    const char* op = per_block ? "per_block_cast_to_fp8_transposed" : "per_channel_cast_to_fp8_transposed";
+    check_input(op, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, "dimension 0", "dimension 1");
+    const int64_t rows = x.size(0), cols = x.size(1);
+    const MatrixLayout values = transposed_layout(rows, cols);
+    const MatrixLayout scales =
+        scale_layout(per_block ? kind : CastKind::kPerToken, cols, rows, 128, use_packed_ue8m0);
+    if (given_out) {
+        check_values_out(op, "out", *given_out, x, "the shape of x.t()", values);
+        check_scales_out(op, "out_sf", *given_sf, x, use_packed_ue8m0, scales);
+    }
+
+    const DeviceGuard guard(x.get_device_index());
+    Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Float8_e4m3fn, x);
+    Tensor sf = given_sf ? *given_sf : empty_matrix(scales, scale_dtype(use_packed_ue8m0), x);
+    if (rows == 0 || cols == 0) return {std::move(out), std::move(sf)};
+    const cast::TransposedCastProblem problem =
+        transposed_problem(cast_problem(x, cols, out, sf, scales.strides[1], 128,
+                                        scale_format(use_ue8m0, use_packed_ue8m0)));
+    const auto launch =
+        per_block ? cast::launch_per_block_cast_transposed : cast::launch_per_channel_cast_transposed;
+    check_launch(launch(problem, current_stream(x), knobs().pdl), op, "x");
+    return {std::move(out), std::move(sf)};
 }
 
 std::tuple<Tensor, Tensor> run_k_grouped(bool k_major, const Tensor& x, const Tensor& ks, const std::string& layout,
@@ -219,12 +255,8 @@ std::tuple<Tensor, Tensor> run_k_grouped(bool k_major, const Tensor& x, const Te
     Tensor out = given_out ? *given_out : empty_matrix(values, ScalarType::Float8_e4m3fn, x);
     Tensor sf = given_sf ? *given_sf : empty_matrix(scales, ScalarType::Float, x);
     if (mn == 0) return {std::move(out), std::move(sf)};
-    cast::TransposedCastProblem problem;
-    problem.cast = cast_problem(x, mn, out, sf, scales.strides[0], 128, scale_format(use_ue8m0, false));
-    problem.out_t = problem.cast.out;
-    problem.out_t_stride = problem.cast.out_stride;
-    problem.sf_t = problem.cast.sf;
-    problem.sf_t_stride = problem.cast.sf_stride;
+    const cast::TransposedCastProblem problem =
+        transposed_problem(cast_problem(x, mn, out, sf, scales.strides[0], 128, scale_format(use_ue8m0, false)));
     const cudaStream_t stream = current_stream(x);
     check_launch(k_major ? cast::launch_k_grouped_cast_k_major(problem, groups, stream, knobs().pdl)
                          : cast::launch_k_grouped_per_channel_cast(problem.cast, groups, stream, knobs().pdl),
@@ -283,6 +315,24 @@ void per_block_cast_to_fp8_with_transpose_out(Tensor x, bool use_ue8m0, bool use
                                               Tensor out_sf, Tensor out_t, Tensor out_t_sf) {
     const TransposedOuts given = {out, out_sf, out_t, out_t_sf};
     run_transposed(CastKind::kPerBlock, x, use_ue8m0, use_packed_ue8m0, &given);
+}
+
+std::tuple<Tensor, Tensor> per_channel_cast_to_fp8_transposed(Tensor x, bool use_ue8m0, bool use_packed_ue8m0) {
+    return run_transposed_alone(CastKind::kPerChannel, x, use_ue8m0, use_packed_ue8m0, nullptr, nullptr);
+}
+
+void per_channel_cast_to_fp8_transposed_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                                            Tensor out_sf) {
+    run_transposed_alone(CastKind::kPerChannel, x, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
+}
+
+std::tuple<Tensor, Tensor> per_block_cast_to_fp8_transposed(Tensor x, bool use_ue8m0, bool use_packed_ue8m0) {
+    return run_transposed_alone(CastKind::kPerBlock, x, use_ue8m0, use_packed_ue8m0, nullptr, nullptr);
+}
+
+void per_block_cast_to_fp8_transposed_out(Tensor x, bool use_ue8m0, bool use_packed_ue8m0, Tensor out,
+                                          Tensor out_sf) {
+    run_transposed_alone(CastKind::kPerBlock, x, use_ue8m0, use_packed_ue8m0, &out, &out_sf);
 }
 
 std::tuple<Tensor, Tensor> k_grouped_per_channel_cast_to_fp8(Tensor x, Tensor ks, std::string layout, bool use_ue8m0) {

@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(deep_gemm, CUDA, m) {
     m.impl("per_token_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_token_cast_to_fp8_with_transpose_out));
     m.impl("per_block_cast_to_fp8_with_transpose", TORCH_BOX(&per_block_cast_to_fp8_with_transpose));
     m.impl("per_block_cast_to_fp8_with_transpose.out", TORCH_BOX(&per_block_cast_to_fp8_with_transpose_out));
+    m.impl("per_channel_cast_to_fp8_transposed", TORCH_BOX(&per_channel_cast_to_fp8_transposed));
+    m.impl("per_channel_cast_to_fp8_transposed.out", TORCH_BOX(&per_channel_cast_to_fp8_transposed_out));
+    m.impl("per_block_cast_to_fp8_transposed", TORCH_BOX(&per_block_cast_to_fp8_transposed));
+    m.impl("per_block_cast_to_fp8_transposed.out", TORCH_BOX(&per_block_cast_to_fp8_transposed_out));
     m.impl("k_grouped_per_channel_cast_to_fp8", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8));
     m.impl("k_grouped_per_channel_cast_to_fp8.out", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_out));
     m.impl("k_grouped_per_channel_cast_to_fp8_k_major", TORCH_BOX(&k_grouped_per_channel_cast_to_fp8_k_major));

@@ -37,6 +37,8 @@ CASTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("swiglu_backward", {}),
     ("per_token_cast_to_fp8_with_transpose", {}),
     ("per_block_cast_to_fp8_with_transpose", {}),
+    ("per_channel_cast_to_fp8_transposed", {}),
+    ("per_block_cast_to_fp8_transposed", {}),
     ("k_grouped_per_channel_cast_to_fp8", {}),
     ("k_grouped_per_channel_cast_to_fp8_k_major", {}),
 )

@@ -85,7 +85,7 @@ def cast_weights(weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tens
         weight = F.pad(weight, (0, columns - k, 0, rows - n))
     matrix = rows_of(weight)
     if transposed:
-        _, _, values, scales = _ops.per_block_cast_to_fp8_with_transpose(matrix)
+        values, scales = _ops.per_block_cast_to_fp8_transposed(matrix)
         values = values.unflatten(1, (experts, rows)).transpose(0, 1)[:, :, :n]
         return values, scales.unflatten(1, (experts, rows // 128)).transpose(0, 1)
     values, scales = _ops.per_block_cast_to_fp8(matrix)

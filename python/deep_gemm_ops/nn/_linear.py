@@ -133,7 +133,7 @@ def check_linear_backward(op: str, grad: Tensor, x: Tensor | None, weight: Tenso
 
 def input_gradient(dy: tuple[Tensor, Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``[T, N] @ [N, K]``. Blocks of 128 x 128 are the same blocks of the transposed weight."""
-    _, _, b, sfb = _ops.per_block_cast_to_fp8_with_transpose(rows_of(weight))
+    b, sfb = _ops.per_block_cast_to_fp8_transposed(rows_of(weight))
     return _ops.fp8_gemm_nt(*dy, b, sfb, out_dtype=kernel_dtype(dtype), recipe=[1, 128, 128]).to(dtype)
 
 
@@ -141,7 +141,7 @@ def weight_gradient(
     dy: tuple[Tensor, Tensor], x: Tensor, dtype: torch.dtype, main_grad: Tensor | None = None
 ) -> Tensor | None:
     """``[N, T] @ [T, K]``, added to ``main_grad`` where there is one."""
-    _, _, b, sfb = _ops.per_token_cast_to_fp8_with_transpose(rows_of(x))
+    b, sfb = _ops.per_channel_cast_to_fp8_transposed(rows_of(x))
     if main_grad is not None:
         _ops.fp8_gemm_nt.out(*dy, b, sfb, c=main_grad, recipe=[1, 1, 128], out=main_grad)
         return None
