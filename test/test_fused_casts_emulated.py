@@ -320,7 +320,7 @@ def transposed_alone(
     out = matrix(values[0], (out_stride or values[1][0], 1), FP8, out_offset)
     sf = matrix(*scales, torch.int32 if packed else torch.float32)
     cast = problem_of(x, out, sf, 0, 128, sf_format)
-    cast.out = cast.sf = None  # an access there would fail
+    cast.out = cast.sf = 1  # an access there would fail, and its alignment has no say
     problem = emulation.TransposedCastProblem(
         cast=cast, out_t=out.data_ptr(), out_t_stride=out.stride(0), sf_t=sf.data_ptr(), sf_t_stride=scales[1][1]
     )
