@@ -7,6 +7,9 @@ programs with operators of this library are compiled, but do not load (PyTorch 2
 
 PyTorch 2.11's loader takes the number of a dtype in the package, which is that of ``torch.export``'s schema, for the
 number that C++ has for it: bfloat16 became quint8. There the package gets C++'s.
+
+Inductor sorts by a kernel for up to 512 elements where the example's size allows it, and a package with a dynamic size then
+sorts the first 512 of more, too (PyTorch 2.11 on an H200; experts sort their tokens). Here it sorts by PyTorch's operator.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch._export.serde import serialize
+from torch._inductor import ir
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ._library import NAMESPACE
@@ -36,6 +40,13 @@ def _dtypes_as_loaded() -> contextlib.AbstractContextManager[Any]:
     if torch.__version__ >= (2, 12):
         return contextlib.nullcontext()
     return mock.patch.dict(serialize._TORCH_TO_SERIALIZE_DTYPE, _CPP_DTYPES)
+
+
+def _sorts_any_length(program: torch.export.ExportedProgram) -> contextlib.AbstractContextManager[Any]:
+    """While a program with dynamic sizes is compiled: no Triton kernels that sort."""
+    if not program.range_constraints:
+        return contextlib.nullcontext()
+    return mock.patch.object(ir.Sort, "create", lambda *_, dtypes, **__: [None] * len(dtypes))
 
 
 class _WriteOutDtypes(CustomGraphPass):
@@ -80,5 +91,5 @@ def aoti_compile_and_package(
     configs = dict(inductor_configs or {})
     configs[_OPTION] = _WriteOutDtypes(configs.get(_OPTION))
     path = None if package_path is None else os.fspath(package_path)
-    with _dtypes_as_loaded():
+    with _dtypes_as_loaded(), _sorts_any_length(program):
         return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
