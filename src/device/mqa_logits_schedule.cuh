@@ -53,8 +53,9 @@ __device__ __forceinline__ KeyRange join(KeyRange a, KeyRange b) {
     return b.begin < b.end ? KeyRange{min(a.begin, b.begin), max(a.end, b.end)} : a;
 }
 
-// A new group costs a CTA about as long as a tile: its queries, weights and ranges have to arrive.
-inline constexpr int kGroupCost = 1;
+// A new group costs a CTA as long as two tiles: its queries, weights and ranges have to arrive. With 0 and 1, and less so with
+// 3 and 5, products of short prompts took longer on an H200: some CTAs have many short groups.
+inline constexpr int kGroupCost = 2;
 
 struct DensePosition {
     int group;
