@@ -183,13 +183,13 @@ def test_experts_one_after_the_other() -> None:
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
+64 groups, 6400 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n128_mgrouped""",
+64 groups, 6400 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped""",
     )
 
 
@@ -201,20 +201,20 @@ def test_experts_with_masks() -> None:
     assert_expected_inline(
         grouped(cases),
         """\
-32 groups, 192 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
+32 groups, 192 6144 7168: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 6144 7168: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 6144 7168: sm90_fp8_1d2d_m16n128_mgrouped_swap
+6 groups, 20 6144 7168: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
 256 groups, 1 6144 7168: sm90_fp8_1d2d_m8n64_mgrouped_swap_kwg2
 32 groups, 192 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 7168 3072: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 7168 3072: sm90_fp8_1d2d_m16n128_mgrouped_swap
+6 groups, 20 7168 3072: sm90_fp8_1d2d_m32n128_mgrouped_swap
 256 groups, 1 7168 3072: sm90_fp8_1d2d_m16n128_mgrouped_swap
 32 groups, 192 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 4096 2048: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
+6 groups, 20 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 256 groups, 1 4096 2048: sm90_fp8_1d2d_m16n128_mgrouped_swap""",
     )
 

@@ -117,6 +117,7 @@ struct GemmParams {
     int64_t d_group_stride;  // elements
     int64_t c_group_stride;
     int64_t block_scales_group_stride;
+    CUtensorMap part_rows_map;  // as rows_map, in boxes of 64 rows: M-grouped, where a group ends inside of a tile
     MGroupSchedule groups;
     KGroupSchedule k_groups;
     BatchSchedule batch;

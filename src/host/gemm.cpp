@@ -110,6 +110,7 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     // A shared panel is loaded in halves, one by each CTA of the pair.
     params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k / (row.swap_ab ? b_pack : 1),
                                        row.block_rows / row.col_ctas);
+    if (row.skips_row_parts()) params.part_rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k, 64);
     params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), layout.has_bf16_tokens() ? block_k / 2 : block_k,
                                        row.block_cols / row.row_ctas);
 

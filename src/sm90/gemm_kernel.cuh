@@ -76,6 +76,10 @@ class GemmKernel {
     static_assert(sizeof(Storage) <= kLayout.shared_bytes(), "the host would ask for too little shared memory");
 
     static constexpr bool kKGrouped = kLayout.is_k_grouped();
+    // Experts seldom fill their last tile: parts of 64 rows that have none of the group are neither loaded nor multiplied. Their
+    // sums stay zero, and zeros are all that may be stored of them.
+    static constexpr bool kSkipsParts = kRow.skips_row_parts();
+    static_assert(!kSkipsParts || (kRowParts <= 2 && !kLayout.rows_mn_major()));
     static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
     static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
     using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
@@ -101,6 +105,7 @@ public:
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
             ptx::prefetch_tensor_map(params.cols_map);
+            if constexpr (kSkipsParts) ptx::prefetch_tensor_map(params.part_rows_map);
             if constexpr (kLayout.row_scales_are_vector()) ptx::prefetch_tensor_map(params.row_scales_map);
             if constexpr (kLayout.col_scales_are_vector()) ptx::prefetch_tensor_map(params.col_scales_map);
             ptx::prefetch_tensor_map(params.d_map);
@@ -209,6 +214,8 @@ private:
     // Of a panel that a cluster shares each CTA loads its part, into all.
     static constexpr int kRowPart = kRow.block_rows / kRow.col_ctas;
     static constexpr int kColPart = kBlockCols / kRow.row_ctas;
+    static constexpr int kAllParts = kRow.block_rows / 64;
+    static constexpr int kPartBytes = 64 * kBlockK;  // of 64 rows in a stage
 
     // ---- producer, warp 0 ----
 
@@ -222,6 +229,8 @@ private:
         State state;
         WorkTile work;
         while (next_tile<false>(params, scheduler, work)) {
+            const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
+            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes;
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -231,7 +240,7 @@ private:
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+                ptx::mbarrier_arrive_expect_tx(full, bytes);
                 if constexpr (kSummed) {
                     const int product = divide(work.k_block + i, params.k_blocks_of_product);
                     const int k_of_product = k - product * params.k_blocks_of_product.divisor * kStageK;
@@ -240,7 +249,7 @@ private:
                     continue;
                 }
                 if constexpr (kLayout.has_groups()) {
-                    load_stage_of_group(params, shared, state.stage_idx, work, k, k_group);
+                    load_stage_of_group(params, shared, state.stage_idx, work, parts, k, k_group);
                     continue;
                 }
                 load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows,
@@ -295,15 +304,23 @@ private:
         }
     }
 
-    // With the group as a third coordinate.
+    // With the group as a third coordinate. `parts` of the rows, each 64 of them.
     __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
-                                                               const WorkTile& work, int k, int k_group) {
+                                                               const WorkTile& work, int parts, int k, int k_group) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int row_group = kRow.swap_ab ? work.group : work.token_group;
         const int col_group = kRow.swap_ab ? work.token_group : work.group;
         ptx::Barrier& full = shared.full[stage_idx];
-        load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx],
-                                                                          k / kRowElements, work.row, 0, 0, row_group);
+        if (parts == kAllParts) {
+            load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx],
+                                                                              k / kRowElements, work.row, 0, 0, row_group);
+        } else {
+#pragma unroll 1
+            for (int part = 0; part < parts; ++part) {
+                ptx::tma_load_3d(params.part_rows_map, full, shared.rows[stage_idx] + part * kPartBytes, k,
+                                 work.row + part * 64, row_group, kHint);
+            }
+        }
         load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
                                                                      work.col, 0, 0, col_group);
         if constexpr (kLayout.has_bf16_tokens()) {
@@ -366,12 +383,30 @@ private:
                 ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
             }
             float total[kRowParts][kAccumulators] = {};
-            if constexpr (kLayout.is_bf16()) {
-                accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
-            } else if constexpr (kLayout.is_fp4()) {
+            if constexpr (kLayout.is_fp4()) {
                 accumulate_fp4(shared, state, work, warpgroup, helper, thread, total[0]);
             } else {
-                accumulate(shared, state, scale_state, work, warpgroup, helper, thread, total);
+                const auto accumulate_parts = [&](auto parts) {
+                    constexpr int kParts = decltype(parts)::value;
+                    if constexpr (kLayout.is_bf16()) {
+                        accumulate_unscaled<kParts>(shared, state, work, warpgroup, thread % 32, total);
+                    } else {
+                        accumulate<kParts>(shared, state, scale_state, work, warpgroup, helper, thread, total);
+                    }
+                };
+                using AllParts = std::integral_constant<int, kRowParts>;
+                if constexpr (kSkipsParts) {
+                    const int parts = parts_of_group(work, warpgroup);
+                    if (parts == kRowParts) {
+                        accumulate_parts(AllParts());
+                    } else if (parts == 0) {
+                        accumulate_parts(std::integral_constant<int, 0>());
+                    } else {
+                        accumulate_parts(std::integral_constant<int, 1>());
+                    }
+                } else {
+                    accumulate_parts(AllParts());
+                }
             }
             if constexpr (kKWarpgroups > 1) {
                 combine(shared, is_first, warpgroup, helper, thread, params.zero, total[0]);
@@ -398,6 +433,12 @@ private:
         }
         // The staging memory must outlive the stores that read it; their completion is the end of the grid's business.
         if (thread == 0) ptx::tma_store_wait_read<0>();
+    }
+
+    // How many of a warpgroup's parts have rows of the tile's group, where not all may.
+    __device__ __forceinline__ static int parts_of_group(const WorkTile& work, int warpgroup) {
+        const int rows = uniform(work.group_end - work.row) - part_row<Traits>(0, warpgroup);
+        return rows > part_row<Traits>(kRowParts - 1, 0) ? kRowParts : rows > 0;
     }
 
     // Adds the helpers' totals to the finisher's, in their order.
@@ -489,7 +530,8 @@ private:
         return (helper + kNumStages - static_cast<int>(state.stage_idx)) % kKWarpgroups;
     }
 
-    // Sums all K blocks of a tile into `total`.
+    // Sums all K blocks of a tile into `total`: `kParts` of it.
+    template <int kParts>
     __device__ __forceinline__ static void accumulate(Storage& shared, State& state,
                                                       PipelineState<kScaleChunks>& scale_state, const WorkTile& work,
                                                       int warpgroup, int helper, int thread,
@@ -501,9 +543,16 @@ private:
         const State first_state = state;
         const int first = first_k_block(state, helper);
         if constexpr (kKWarpgroups > 1) state.advance_by(first);
+        const auto add_next = [&](const float* block_scales) {
+            if constexpr (kParts == 0) {
+                pass_over(first_stage, state, thread % 32);
+            } else {
+                add_k_block<kParts>(first_stage, state, block_scales, thread % 32, col_offset, total);
+            }
+        };
         if constexpr (kBlockScales == 0) {
             for (int i = first; i < work.num_k_blocks; i += kKWarpgroups) {
-                add_k_block(first_stage, state, nullptr, thread % 32, col_offset, total);
+                add_next(nullptr);
             }
         } else {
             for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
@@ -513,7 +562,7 @@ private:
                 const int count = min(left, kScaleChunk);
 #pragma unroll(kUnrollKBlocks)
                 for (int i = first; i < count; i += kKWarpgroups, blocks += kKWarpgroups * sizeof(float)) {
-                    add_k_block(first_stage, state, scales_at(blocks), thread % 32, col_offset, total);
+                    add_next(scales_at(blocks));
                 }
                 __syncwarp();
                 if (thread % 32 == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
@@ -524,6 +573,14 @@ private:
             state = first_state;
             state.advance_by(work.num_k_blocks);
         }
+    }
+
+    // Gives back a stage that has nothing for this warpgroup.
+    __device__ __forceinline__ static void pass_over(const FirstStage& first_stage, State& state, int lane) {
+        const uint32_t full = ptx::element_address<sizeof(ptx::Barrier)>(first_stage.full, state.stage_idx);
+        ptx::mbarrier_wait(full, state.phase);
+        release<kFullToEmpty>(full, lane);
+        state.advance();
     }
 
     // The same where the rows are FP4.
@@ -585,6 +642,7 @@ private:
     }
 
     // Adds one K block. `blocks`: its first block scale, the others are kScaleChunk apart.
+    template <int kParts>
     __device__ __forceinline__ static void add_k_block(const FirstStage& first_stage, State& state, const float* blocks,
                                                        int lane, int col_offset,
                                                        float (&total)[kRowParts][kAccumulators]) {
@@ -622,14 +680,14 @@ private:
         const Descriptor cols = Descriptor(first_stage.cols).template of_stage<kLayout.col_tile_bytes()>(s);
         float accumulator[kAccumulators];
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) {
+        for (int part = 0; part < kParts; ++part) {
 #pragma unroll
             for (int group = 0; group < kKGroups; ++group) {
                 multiply<kSteps>(rows, cols, part, group * kSteps, accumulator);
                 pin_registers(accumulator);
                 wgmma_wait<0>();
                 const bool part_done = group == kKGroups - 1;
-                const bool all_done = part_done && part == kRowParts - 1;
+                const bool all_done = part_done && part == kParts - 1;
                 if (part_done && !all_done) read_rows(part + 1);
                 const float upper = row_scales[part][group][0], lower = row_scales[part][group][1];
                 if constexpr (kColVector) {
@@ -659,7 +717,8 @@ private:
     }
 
     // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
-    // stage is given back one block later.
+    // stage is given back one block later. `kParts` of the warpgroup's rows.
+    template <int kParts>
     __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, const WorkTile& work,
                                                                int warpgroup, int lane,
                                                                float (&total)[kRowParts][kAccumulators]) {
@@ -671,16 +730,22 @@ private:
                 const int left = work.group_end - work.k_block - i * kStageK;
                 if (left < kStageK) clear_end_of_stage(shared, s, left);
             }
-            multiply_unscaled(shared, s, warpgroup, total);
-            wgmma_wait<1>();
-            if (before >= 0) release(shared.empty[before], lane);
-            before = s;
+            if constexpr (kParts == 0) {
+                release(shared.empty[s], lane);
+            } else {
+                multiply_unscaled<kParts>(shared, s, warpgroup, total);
+                wgmma_wait<1>();
+                if (before >= 0) release(shared.empty[before], lane);
+                before = s;
+            }
             state.advance();
         }
+        if constexpr (kParts > 0) {
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
-        wgmma_wait<0>();
-        if (before >= 0) release(shared.empty[before], lane);
+            for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+            wgmma_wait<0>();
+            if (before >= 0) release(shared.empty[before], lane);
+        }
     }
 
     // MN-major stages whose last rows of K, from `first` on, are the next group's: what they hold may be NaN.
@@ -702,6 +767,7 @@ private:
     }
 
     // total += rows * cols^T over a stage of BF16.
+    template <int kParts>
     __device__ __forceinline__ static void multiply_unscaled(Storage& shared, int stage_idx, int warpgroup,
                                                              float (&total)[kRowParts][kAccumulators]) {
         constexpr bool kRowsMnMajor = kLayout.rows_mn_major(), kColsMnMajor = kLayout.cols_mn_major();
@@ -712,10 +778,10 @@ private:
         const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
         const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < kRowParts; ++part) {
+        for (int part = 0; part < kParts; ++part) {
             const Descriptor rows(shared.rows[0] + part_row<Traits>(part, warpgroup) * kBlockK, kMnMajorSpan * kBlockK);
 #pragma unroll
             for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
