@@ -6,6 +6,7 @@ DG_EMULATED_SEEDS=50 runs each case with 50 schedules instead of 2.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +17,15 @@ import torch
 from deep_gemm_ops import _capi
 
 from common import ragged, same_bits
-from gemm_emulation import cluster_tile
+from gemm_emulation import cluster_tile, launch, prepared
 from grouped_emulation import GroupedCase
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
 M_GROUPED = [row for row in _capi.instances(None) if row["grouping"] == "m_grouped"]
 BATCHED = [row for row in _capi.instances(None) if row["grouping"] == "batched"]
+SM90_TALL_M_GROUPED = [
+    row for row in M_GROUPED if row["arch"] == "sm_90a" and not row["swap_ab"] and cluster_tile(row)[0] > 64
+]
 SM100_M_GROUPED = [row for row in M_GROUPED if row["arch"] == "sm_100a"]
 
 pytestmark = [
@@ -69,6 +73,22 @@ def test_layouts(row: Row, layout: str) -> None:
     sizes = (0, m - 3, 1, 2 * m, 0, 0, m + 5, 0)
     shape = (sizes, n + 24, row["block_k"] * (row["num_stages"] + 1) - 91)
     check(GroupedCase(row["name"], layout, *shape, alignment(row), tail=70, data="integer"))
+
+
+@pytest.mark.parametrize("row", SM90_TALL_M_GROUPED, ids=lambda row: row["name"])
+def test_parts_beyond_a_group_are_left_out(row: Row) -> None:
+    """64 rows of a tile that have none of the group are neither loaded nor multiplied."""
+    tile, n = cluster_tile(row)
+    k_blocks, seen = 3, []
+    for rows in range(61, tile, 64):
+        case = GroupedCase(row["name"], "masked", (rows,), n, k_blocks * row["block_k"], tail=tile)
+        case.run()
+        problem, inputs, buffer, _, _ = prepared(case)
+        total = launch(row["index"], problem, buffer, inputs, num_sms=1, counters=True).counters["total"]
+        seen.append((total["bulk_load_bytes"], total["tensor"]))
+    wgmmas = 4 * 4  # of four warps for 128 bytes of K
+    for fewer, more in itertools.pairwise(seen):
+        assert (more[0] - fewer[0], more[1] - fewer[1]) == (k_blocks * 64 * 128, k_blocks * wgmmas)
 
 
 @m_grouped
