@@ -54,6 +54,8 @@ struct GemmRow {
     constexpr int tile_n() const { return swap_ab ? tile_rows() : tile_cols(); }
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
+    // SM90: a tile of `indices` that has rows of several groups becomes several.
+    constexpr bool splits_tiles() const { return arch == 90 && skips_row_parts() && block_rows > 128; }
     // SM90: parts of 64 rows that a tile has beyond the end of its group are neither loaded nor multiplied.
     constexpr bool skips_row_parts() const { return grouping == Grouping::kMGrouped && !swap_ab && block_rows > 64; }
 };
