@@ -22,6 +22,12 @@ from common import assert_close, assert_equal, ceil_div, generator, same_bits, s
 from gemm_emulation import _LAUNCH, BUDGET, _region, units
 
 
+class Plan(ctypes.Structure):
+    """PrenormPlan of src/host/prenorm_gemm.h."""
+
+    _fields_ = [("num_splits", ctypes.c_int64), ("tile_rows", ctypes.c_int64), ("in_cluster", ctypes.c_bool)]
+
+
 class _Problem(ctypes.Structure):
     """PrenormGemmProblem of src/host/prenorm_gemm.h."""
 
@@ -38,19 +44,18 @@ class _Problem(ctypes.Structure):
         ("d_row_stride", ctypes.c_int64),
         ("sqr_sum", ctypes.c_void_p),
         ("sqr_split_stride", ctypes.c_int64),
-        ("num_splits", ctypes.c_int64),
-        ("in_cluster", ctypes.c_bool),
+        ("plan", Plan),
         ("workspace", ctypes.c_void_p),
     ]
 
 
-def prenorm_splits(m: int, n: int, k: int, num_sms: int, arch: int = 90) -> tuple[int, bool]:
-    """How many parts of K the host chooses for a result that is one sum, and whether a cluster adds them up."""
-    function = _capi.library().dg_prenorm_splits
-    function.restype = ctypes.c_int64
-    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    splits = function(m, n, k, arch, num_sms)
-    return abs(splits), splits < 0
+def prenorm_plan(m: int, n: int, k: int, num_sms: int, arch: int = 90) -> Plan:
+    """What the host chooses for a result that is one sum."""
+    plan = Plan()
+    function = _capi.library().dg_prenorm_plan
+    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2 + [ctypes.POINTER(Plan)]
+    function(m, n, k, arch, num_sms, ctypes.byref(plan))
+    return plan
 
 
 def _workspace(m: int, n: int, num_splits: int) -> torch.Tensor:
@@ -69,17 +74,18 @@ def run_prenorm(
     num_splits: int | None = None,
     num_sms: int = 132,
     arch: int = 90,
+    plan: Plan | None = None,
     module: ptx_emulator.Module | None = None,
     **options: int,
 ) -> list[tuple[str, ptx_emulator.Stats]]:
     """The operator's launches: each kernel's name (a part of the mangled one) and what the emulator counted.
 
-    Operands are read-only, memory between tensors does not exist, and the workspace is NaN before the first launch.
+    ``plan`` replaces the host's choice. Operands are read-only, memory between tensors does not exist, and the workspace is NaN before the first launch.
     ``module`` holds another version of the product's kernel; ``options`` are those of ``Module.launch``.
     """
     (m, k), n = a.shape, b.shape[0]
-    splits, in_cluster = (num_splits, False) if num_splits else prenorm_splits(m, n, k, num_sms, arch)
-    workspace = _workspace(m, n, 1 if num_splits or in_cluster else splits)
+    plan = plan or (Plan(num_splits) if num_splits else prenorm_plan(m, n, k, num_sms, arch))
+    workspace = _workspace(m, n, 1 if num_splits or plan.in_cluster else plan.num_splits)
     problem = _Problem(
         m=m,
         n=n,
@@ -93,8 +99,7 @@ def run_prenorm(
         d_row_stride=d.stride(-2),
         sqr_sum=sqr_sum.data_ptr(),
         sqr_split_stride=sqr_sum.stride(0) if num_splits else 0,
-        num_splits=splits,
-        in_cluster=in_cluster,
+        plan=plan,
         workspace=workspace.data_ptr() if workspace.numel() else None,
     )
     tensors = [("a", a, True), ("b", b, True), ("d", d, False), ("sqr_sum", sqr_sum, False)]
@@ -171,6 +176,8 @@ class PrenormCase:
     num_sms: int = 8
     seed: int = 0  # of the schedule; the data depends on the rest
     arch: int = 90
+    cluster: int = 0  # CTAs that add their parts up, one tile; 0: as the host chooses
+    tile_rows: int = 0  # of such tiles
 
     @property
     def repro(self) -> str:
@@ -205,7 +212,8 @@ class PrenormCase:
         d, sqr_sum = d_buffer[..., 1 : self.m + 1, 1 : self.n + 1], sqr_buffer[..., 1 : self.m + 1]
         options = {"budget": BUDGET, "seed": self.seed, **options}
         try:
-            options |= {"num_sms": self.num_sms, "arch": self.arch}
+            plan = Plan(self.cluster, self.tile_rows, True) if self.cluster else None
+            options |= {"num_sms": self.num_sms, "arch": self.arch, "plan": plan}
             run_prenorm(a, b, d, sqr_sum, num_splits=self.num_splits, module=module, **options)
         except ptx_emulator.PtxError as error:
             raise ptx_emulator.PtxError(error.kind, f"{error}\nreproduce with: {self.repro}") from None

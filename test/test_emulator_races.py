@@ -311,6 +311,29 @@ def test_exit_before_a_remote_arrive(seed):
     assert "exit" in expect("dsmem_exited", launch, "")
 
 
+COPY_EXIT = """
+.shared .align 16 .b8 to[16]; .shared .align 16 .b8 from[16]; .shared .align 8 .b64 bar;
+.reg .b32 %t, %rank, %bar, %peer, %to, %from; .reg .pred %first, %q;
+mov.u32 %t, %tid.x; mov.u32 %rank, %cluster_ctarank; mov.u32 %bar, bar; mov.u32 %to, to; mov.u32 %from, from;
+setp.eq.u32 %first, %t, 0; xor.b32 %peer, %rank, 1;
+@%first mbarrier.init.shared.b64 [%bar], 1; @%first mbarrier.arrive.expect_tx.shared.b64 _, [%bar], 16;
+@%first st.shared.v4.b32 [%from], {%rank, %rank, %rank, %rank}; @%first fence.proxy.async.shared::cta;
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+mapa.shared::cluster.u32 %to, %to, %peer; mapa.shared::cluster.u32 %peer, %bar, %peer;
+@%first cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%to], [%from], 16, [%peer];
+W: mbarrier.try_wait.parity.shared.b64 %q, [%bar], 0; @!%q bra W;
+"""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_exit_before_a_copy_to_another_cta(seed):
+    """What a CTA has received does not tell it that its own copy has been read."""
+    launch = lambda end: module(COPY_EXIT + end).launch("k", 2, 32, [0], cluster=2, seed=seed)  # noqa: E731
+    launch(SYNC)
+    expect("dsmem_exited", launch, "")
+    expect("dsmem_exited", launch, SYNC.replace("arrive", "arrive.relaxed"))
+
+
 def test_copies_and_their_arrives_in_every_order():
     program, sync, _, count = CASES["cp.async: a later arrive may overtake"]
     for seed in range(100):

@@ -16,7 +16,7 @@ from deep_gemm_ops import _capi, inspect
 import ptx_emulator
 from common import assert_close, ceil_div, generator, same_bits
 from gemm_emulation import units
-from prenorm_emulation import PrenormCase, prenorm_splits, run_prenorm, special_products
+from prenorm_emulation import PrenormCase, prenorm_plan, run_prenorm, special_products
 from ptx_emulator import mutate
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
@@ -48,8 +48,8 @@ def launches(case: PrenormCase, **options: int) -> list[tuple[str, ptx_emulator.
     return run_prenorm(a, b, d, sqr_sum, num_splits=case.num_splits, **options)
 
 
-# One for each kernel, by rows of a (up to 64, 128, 256) and of b (up to 32, 64).
-KERNELS = [(60, 24), (121, 32), (249, 9), (33, 40), (127, 64)]
+# One for each kernel, by rows of a (up to 64, 128, 192, 256) and of b (up to 32, 64).
+KERNELS = [(60, 24), (121, 32), (185, 16), (249, 9), (33, 40), (127, 64)]
 
 
 @every_arch
@@ -88,13 +88,21 @@ def test_shapes(case: PrenormCase, arch: int) -> None:
 
 @pytest.mark.skipif(90 not in ARCHS, reason="the library was built without kernels for sm_90a")
 @pytest.mark.parametrize(
-    ("m", "n", "k", "num_sms", "parts"),
-    [(250, 24, 600, 2, 2), (500, 5, 64 * 9, 12, 4), (40, 64, 700, 8, 8), (127, 1, 500, 5, 4), (60, 0, 1000, 8, 8)],
+    ("m", "n", "k", "cluster", "tile_rows"),
+    [
+        (250, 24, 600, 2, 256),
+        (500, 5, 64 * 9, 4, 168),
+        (40, 64, 700, 8, 40),
+        (127, 1, 500, 4, 64),
+        (60, 0, 1000, 8, 64),
+        (100, 33, 64 * 3, 8, 24),  # CTAs without a block of K
+        (205, 24, 500, 3, 208),  # slices of 70, 70 and 68 rows
+        (20, 24, 500, 7, 8),  # slices of 2 and 0 rows
+    ],
 )
-def test_clusters_add_parts_up(m: int, n: int, k: int, num_sms: int, parts: int) -> None:
+def test_clusters_add_parts_up(m: int, n: int, k: int, cluster: int, tile_rows: int) -> None:
     """Few parts of K need no second kernel: exact, and the same bits in every order."""
-    assert prenorm_splits(m, n, k, num_sms) == (parts, True)
-    case = PrenormCase(m, n, k, data="integer", num_sms=num_sms)
+    case = PrenormCase(m, n, k, data="integer", num_sms=132, cluster=cluster, tile_rows=tile_rows)
     first = case.run()
     for seed in range(1, SEEDS):
         again = dataclasses.replace(case, seed=seed).run()
@@ -170,12 +178,10 @@ def test_the_device_is_filled(arch: int) -> None:
     """Tiles of 256 rows times parts of K: few rows are spread over the SMs by K, many rows are not split."""
     k = 28672
     for m in (1, 13, 64, 300, 1000, 4096, 5000, 8192, 16384):
-        splits, in_cluster = prenorm_splits(m, 24, k, 132, arch)
-        assert 100 <= ceil_div(m, 256) * splits <= 132, (m, splits)
-        assert in_cluster == (arch == 90 and m in (4096, 8192, 16384)), m
-    assert prenorm_splits(132 * 256, 24, k, 132, arch) == (1, False)
-    assert prenorm_splits(13, 24, 64, 132, arch) == (1, False)
-    assert prenorm_splits(2**30, 24, 64, 132, arch) == (1, False)
+        plan = prenorm_plan(m, 24, k, 132, arch)
+        assert 100 <= ceil_div(m, plan.tile_rows) * plan.num_splits <= 132, (m, plan.tile_rows, plan.num_splits)
+    for m, k in [(132 * 256, 28672), (13, 64), (2**30, 64)]:
+        assert prenorm_plan(m, 24, k, 132, arch).num_splits == 1
 
 
 @every_arch
@@ -189,7 +195,7 @@ def test_no_more_sms_than_allowed(arch: int) -> None:
 def test_sass() -> None:
     """A block of K is four instructions and one wait for them, and no kernel uses local memory."""
     library = Path(_capi.library()._name)
-    for rows, col_groups in [(64, 1), (128, 1), (256, 1), (64, 2), (128, 2)]:
+    for rows, col_groups in [(64, 1), (128, 1), (192, 1), (256, 1), (64, 2), (128, 2)]:
         resources = inspect.kernel_resources(library, f"sm90_prenorm_gemmILi{rows}ELi{col_groups}E")
         assert (resources["stack"], resources["local"]) == (0, 0)
         sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
@@ -217,7 +223,7 @@ def product_unit(entry: str) -> str:
 
 @pytest.mark.parametrize(
     ("arch", "rows", "m", "n"),
-    [(90, 64, 50, 24), (90, 128, 100, 70), (90, 256, 300, 17), (100, 128, 100, 70), (100, 256, 300, 17)],
+    [(90, 64, 50, 24), (90, 128, 100, 70), (90, 192, 350, 9), (90, 256, 490, 17), (100, 128, 100, 70), (100, 256, 300, 17)],
 )
 def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: int) -> None:
     """Each wait, arrive, fence and barrier of the product's kernel, left out or wrong."""
@@ -229,7 +235,7 @@ def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: in
     if arch == 100:  # the sums of squares alone
         cases.append(PrenormCase(m, 0, 64 * 18, 1, "integer", 1))
     else:  # parts that a cluster adds up
-        cases.append(PrenormCase(min(m, rows), min(n, 64), 64 * 30, None, "integer", 2))
+        cases.append(PrenormCase(min(m, rows), min(n, 64), 64 * 30, None, "integer", 2, cluster=2))
     cases = [dataclasses.replace(case, arch=arch) for case in cases]
 
     def run(ptx: str) -> None:

@@ -22,20 +22,24 @@ struct PrenormWork {
 
 // Column tiles side by side, so that they find A in L2; then row tiles, which read the same part of B. In clusters the parts
 // of K come first.
+__device__ __forceinline__ PrenormWork prenorm_work(const PrenormGemmParams& params, int tile_cols, int tile) {
+    const int outer = params.in_cluster ? params.num_splits : params.num_col_tiles;
+    const int row_tile = tile / outer % params.num_row_tiles;
+    PrenormWork work;
+    work.split = params.in_cluster ? tile % outer : tile / outer / params.num_row_tiles;
+    work.row = row_tile * params.tile_rows;
+    work.col = params.in_cluster ? 0 : tile % outer * tile_cols;
+    const int64_t blocks = params.num_k_blocks;
+    work.k_block = static_cast<int>(blocks * work.split / params.num_splits);
+    work.num_k_blocks = static_cast<int>(blocks * (work.split + 1) / params.num_splits) - work.k_block;
+    return work;
+}
+
 template <class Visit>
 __device__ __forceinline__ void for_each_prenorm_tile(const PrenormGemmParams& params, int tile_cols, Visit&& visit) {
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
-        const int outer = params.in_cluster ? params.num_splits : params.num_col_tiles;
-        const int row_tile = tile / outer % params.num_row_tiles;
-        PrenormWork work;
-        work.split = params.in_cluster ? tile % outer : tile / outer / params.num_row_tiles;
-        work.row = row_tile * params.tile_rows;
-        work.col = params.in_cluster ? 0 : tile % outer * tile_cols;
-        const int64_t blocks = params.num_k_blocks;
-        work.k_block = static_cast<int>(blocks * work.split / params.num_splits);
-        work.num_k_blocks = static_cast<int>(blocks * (work.split + 1) / params.num_splits) - work.k_block;
-        visit(work);
+        visit(prenorm_work(params, tile_cols, tile));
     }
 }
 
@@ -45,47 +49,39 @@ __device__ __forceinline__ void release_stage(ptx::Barrier& empty) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
 }
 
-// Sums of squares of a tile's rows in the stages of `shared`, by 128 threads: a thread for one or two rows, or two for one.
-// Handed to store(row of the tile, sum).
+// Sums of squares of a tile's rows in the stages of `shared`, by 128 threads: eight for a row, each with 16 bytes of every
+// block, at whatever place the swizzle has put them. Handed to store(row of the tile, sum).
 template <int kRows, class Storage, class State, class Store>
 __device__ __forceinline__ void sum_prenorm_squares(const PrenormGemmParams& params, Storage& shared,
                                                     const PrenormWork& work, State& state, int thread, Store&& store) {
-    constexpr int kThreadsPerRow = kRows < 128 ? 128 / kRows : 1;
-    constexpr int kRowsPerThread = kRows < 128 ? 1 : kRows / 128;
-    constexpr int kChunks = 8 / kThreadsPerRow;  // of 16 bytes, in a row of a stage
-    const int first_row = thread / kThreadsPerRow;
-    const int first_chunk = thread % kThreadsPerRow * kChunks;
-    float sums[kRowsPerThread][8] = {};  // by position in a chunk: short chains, small rounding errors
+    constexpr int kRowsPerThread = kRows / 16;
+    float sums[kRowsPerThread][2] = {};  // short chains, small rounding errors
 #pragma unroll 1
     for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
         ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
+        const uint4* chunks = reinterpret_cast<const uint4*>(shared.a[state.stage_idx]) + thread;
 #pragma unroll
         for (int r = 0; r < kRowsPerThread && work.col == 0; ++r) {
-            const int row = first_row + 128 * r;
-            const uint4* chunks = reinterpret_cast<const uint4*>(shared.a[state.stage_idx] + row * 128);
+            const uint4 chunk = chunks[128 * r];
+            const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-            for (int j = 0; j < kChunks; ++j) {
-                const uint4 chunk = chunks[(first_chunk + j) ^ (row % 8)];
-                const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-                for (int w = 0; w < 4; ++w) {
-                    const float even = __uint_as_float(words[w] << 16);
-                    const float odd = __uint_as_float(words[w] & 0xffff0000u);
-                    sums[r][2 * w] = fmaf(even, even, sums[r][2 * w]);
-                    sums[r][2 * w + 1] = fmaf(odd, odd, sums[r][2 * w + 1]);
-                }
+            for (int w = 0; w < 4; ++w) {
+                const float even = __uint_as_float(words[w] << 16);
+                const float odd = __uint_as_float(words[w] & 0xffff0000u);
+                sums[r][0] = fmaf(even, even, sums[r][0]);
+                sums[r][1] = fmaf(odd, odd, sums[r][1]);
             }
         }
         release_stage(shared.empty[state.stage_idx]);
     }
+    const int rows = work.col == 0 ? min(params.tile_rows, params.m - work.row) : 0;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-        float (&s)[8] = sums[r];
-        float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-        if constexpr (kThreadsPerRow == 2) sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        const int row = first_row + 128 * r;
-        const bool is_mine = work.col == 0 && thread % kThreadsPerRow == 0;
-        if (is_mine && row < min(params.tile_rows, params.m - work.row)) store(row, sum);
+        float sum = sums[r][0] + sums[r][1];
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+        const int row = thread / 8 + 16 * r;
+        if (thread % 8 == 0 && row < rows) store(row, sum);
     }
 }
 

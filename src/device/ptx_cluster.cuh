@@ -5,17 +5,23 @@
 
 namespace deep_gemm::ptx {
 
-// The first half of cluster_sync(), for threads that end behind it.
+// The two halves of cluster_sync(). Who ends has arrived.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// 16 bytes at an address that remote_address() gives.
-__device__ __forceinline__ float4 load_remote_v4(uint32_t remote) {
-    float4 x;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(remote)
-                 : "memory");
-    return x;
+// Publishes nothing, and so waits for nothing: cluster_arrive() is a memory barrier of the whole GPU.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// Copies `bytes`, a multiple of 16, from this CTA's shared memory to an address that remote_address() gives, asynchronously;
+// they count towards a barrier of the receiving CTA. The source has to stay until that CTA has waited for them.
+__device__ __forceinline__ void copy_to_remote(uint32_t remote, uint32_t remote_barrier, const void* source,
+                                               uint32_t bytes) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(remote),
+        "r"(smem_address(source)), "r"(bytes), "r"(remote_barrier)
+        : "memory");
 }
 
 }  // namespace deep_gemm::ptx

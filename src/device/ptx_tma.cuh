@@ -36,6 +36,11 @@ __device__ __forceinline__ void tma_load_3d(const CUtensorMap& map, Barrier& bar
         : "memory");
 }
 
+// Brings the box to L2. Reads no element: what is written before tma_load_2d reads it is what that gets.
+__device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap& map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y) : "memory");
+}
+
 // As tma_load_2d, into the CTAs of the cluster whose bit is set in `ranks`: same offsets, each CTA's own barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(const CUtensorMap& map, Barrier& barrier, void* destination,
                                                       int x, int y, uint16_t ranks, CacheHint hint) {

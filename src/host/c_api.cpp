@@ -152,12 +152,10 @@ DG_EXPORT int dg_run_gemm(const GemmProblem* problem, int row, int num_sms, Enco
     });
 }
 
-// Parts of K, as a device chooses them that has room for as many clusters as its SMs make; negative where a cluster adds them
-// up.
-DG_EXPORT int64_t dg_prenorm_splits(int64_t m, int64_t n, int64_t k, int arch, int num_sms) {
+// As a device chooses it that has room for as many clusters as its SMs make.
+DG_EXPORT void dg_prenorm_plan(int64_t m, int64_t n, int64_t k, int arch, int num_sms, PrenormPlan* plan) {
     CallbackBackend backend(nullptr, nullptr);
-    const PrenormSplits splits = prenorm_splits(m, n, k, arch, num_sms, backend);
-    return splits.in_cluster ? -splits.count : splits.count;
+    *plan = prenorm_plan(m, n, k, arch, num_sms, backend);
 }
 
 DG_EXPORT size_t dg_prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {

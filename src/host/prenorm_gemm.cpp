@@ -33,22 +33,12 @@ struct Tiles {
 // Tiles, and elements that are added up, are counted in 32 bits.
 constexpr int64_t kMaxCount = 1 << 30;
 
-// Microseconds of `num_tiles` tiles of `tile_bytes` each on a grid of at most one CTA per SM, by a model of an H200: 4 TB/s
-// for all SMs together, 40 GB/s for one. Neither has been measured with this kernel.
-double stream_us(int64_t num_tiles, double tile_bytes, int64_t num_sms) {
-    constexpr double kBytesPerUs = 4e6, kSmBytesPerUs = 4e4;
-    const int64_t full_waves = num_tiles / num_sms, rest = num_tiles % num_sms;
-    const auto wave_us = [&](int64_t count) {
-        return tile_bytes * std::max(static_cast<double>(count) / kBytesPerUs, (count > 0) / kSmBytesPerUs);
-    };
-    return static_cast<double>(full_waves) * wave_us(num_sms) + wave_us(rest);
-}
-
-Tiles make_tiles(int64_t m, int64_t n) {
+// Tiles of equal height, at most `max_rows`, so that none is loaded half empty.
+Tiles make_tiles(int64_t m, int64_t n, int64_t max_rows) {
     Tiles tiles;
     tiles.col_groups = n > 32 ? 2 : 1;
-    // Of equal height, so that none is loaded half empty.
-    const int64_t fewest = ceil_div(m, prenorm_max_rows(tiles.col_groups));
+    const int64_t tallest = prenorm_max_rows(tiles.col_groups);
+    const int64_t fewest = ceil_div(m, max_rows > 0 ? std::min(max_rows, tallest) : tallest);
     tiles.rows = ceil_div(ceil_div(m, fewest), 8) * 8;
     tiles.row_tiles = ceil_div(m, tiles.rows);
     tiles.col_tiles = std::max<int64_t>(1, ceil_div(n, tiles.cols()));
@@ -88,11 +78,10 @@ const void* sm100_kernel(int rows, int col_groups) {
 const void* sm100_kernel(int, int) { throw std::runtime_error("deep_gemm: built without sm_100a"); }
 #endif
 
-// Sets what a launch of the smallest kernel for the tiles needs. `kFewestRows`: of the architecture's kernels.
-template <class Layout, int kFewestRows>
+// Sets what a launch of the smallest kernel for the tiles needs. `kRows`: of the smallest one, each has as many more.
+template <class Layout, int kRows>
 void set_kernel(KernelLaunch& launch, const Tiles& tiles, const void* (*kernel)(int, int)) {
-    Layout layout{kFewestRows, tiles.col_groups};
-    while (layout.rows < tiles.rows) layout.rows *= 2;
+    const Layout layout{static_cast<int>(ceil_div(tiles.rows, kRows)) * kRows, tiles.col_groups};
     launch.kernel = kernel(layout.rows, layout.col_groups);
     launch.row = number_of(layout.rows, layout.col_groups);
     launch.block = layout.num_threads();
@@ -113,46 +102,63 @@ KernelLaunch sm100_launch(const Tiles& tiles) {
     return launch;
 }
 
-void print_config(const PrenormGemmProblem& problem, const KernelLaunch& launch) {
+void print_config(const PrenormGemmProblem& problem, const Tiles& tiles, const KernelLaunch& launch) {
     static std::mutex mutex;
     static std::set<std::tuple<int64_t, int64_t, int64_t, int64_t>> printed;
     std::lock_guard lock(mutex);
-    if (!printed.insert({problem.m, problem.n, problem.k, problem.num_splits}).second) return;
-    std::fprintf(stderr, "deep_gemm: M = %lld, N = %lld, K = %lld: %s, %lld parts of K, grid %d\n",
-                 static_cast<long long>(problem.m), static_cast<long long>(problem.n),
-                 static_cast<long long>(problem.k), launch.name(launch.row).c_str(),
-                 static_cast<long long>(problem.num_splits), launch.grid);
+    if (!printed.insert({problem.m, problem.n, problem.k, problem.plan.num_splits}).second) return;
+    std::fprintf(stderr, "deep_gemm: M = %lld, N = %lld, K = %lld: %s, %lld rows, %lld parts of K%s, grid %d\n",
+                 static_cast<long long>(problem.m), static_cast<long long>(problem.n), static_cast<long long>(problem.k),
+                 launch.name(launch.row).c_str(), static_cast<long long>(tiles.rows),
+                 static_cast<long long>(problem.plan.num_splits), problem.plan.in_cluster ? " in a cluster" : "",
+                 launch.grid);
 }
 
 }  // namespace
 
-PrenormSplits prenorm_splits(int64_t m, int64_t n, int64_t k, int arch, int num_sms, Backend& backend) {
-    constexpr double kReduceUs = 3, kReduceBytesPerUs = 4e6, kClusterUs = 1;
-    const int64_t elements = m * (n + 1);
+PrenormPlan prenorm_plan(int64_t m, int64_t n, int64_t k, int arch, int num_sms, Backend& backend) {
+    // A model of an H200. Memory gives all SMs so much; a CTA takes so long for a block of K, measured with few CTAs at work.
+    // What starting and ending take is the same for all, but for what grows with a tile. (SM100: a data sheet's memory.)
+    constexpr double kBlockUs = 0.39, kBlockUsPerRow = 0.0011, kUsPerRow = 0.005;
+    constexpr double kClusterUs = 0.8, kReduceUs = 2.3, kReduceBytesPerUs = 2e6;
+    const double bytes_per_us = arch == 100 ? 8e6 : 4.2e6;
+    const int64_t elements = m * (n + 1), k_blocks = ceil_div(k, kPrenormBlockK);
     if (elements > kMaxCount) return {};
-    const Tiles tiles = make_tiles(m, n);
-    const int64_t k_blocks = ceil_div(k, kPrenormBlockK);
-    const double block_bytes = kPrenormBlockK * (2.0 * static_cast<double>(tiles.rows) +
-                                                 4.0 * static_cast<double>(std::min<int64_t>(n, tiles.cols())));
-    // Parts for more than one wave pay only where there are tiles for half of one already.
-    const int64_t waves = 2 * tiles.count() > num_sms ? 8 : 1;
-    const int64_t most = std::min(k_blocks, std::max<int64_t>(1, waves * num_sms / tiles.count()));
-    PrenormSplits best;
+    const double memory_us = static_cast<double>(k) * static_cast<double>(2 * m + 4 * n) / bytes_per_us;
+    PrenormPlan best;
     double best_us = std::numeric_limits<double>::infinity();
-    const auto consider = [&](PrenormSplits splits, double us_for_sums) {
-        const double tile_bytes = static_cast<double>(ceil_div(k_blocks, splits.count)) * block_bytes;
-        const double us = stream_us(tiles.count() * splits.count, tile_bytes, num_sms) + us_for_sums;
-        if (us < best_us) best = splits, best_us = us;
+    const auto consider = [&](const Tiles& tiles, int64_t splits, bool in_cluster, double us_for_sums) {
+        const auto rows = static_cast<double>(ceil_div(tiles.rows, 64) * 64);  // of the kernel
+        const int64_t waves = ceil_div(tiles.count() * splits, num_sms), blocks = waves * ceil_div(k_blocks, splits);
+        const double work_us = static_cast<double>(blocks) * (kBlockUs + kBlockUsPerRow * rows);
+        const double us = std::max(memory_us, work_us) + kUsPerRow * rows + us_for_sums;
+        if (us < best_us) best = {splits, tiles.rows, in_cluster}, best_us = us;
     };
-    for (int64_t splits = 1; splits <= most; ++splits) {
-        const double sums_us = kReduceUs + 8.0 * static_cast<double>(elements * splits) / kReduceBytesPerUs;
-        consider({splits, false}, splits > 1 ? sums_us : 0);
+
+    const int64_t tallest = make_tiles(m, n, 0).rows;
+    for (int64_t max_rows = arch == 90 ? 64 : tallest;; max_rows += 64) {
+        const Tiles tiles = make_tiles(m, n, max_rows);
+        // Parts for more than one wave pay only where there are tiles for half of one already.
+        const int64_t waves = 2 * tiles.count() > num_sms ? 8 : 1;
+        const int64_t most = std::min(k_blocks, std::max<int64_t>(1, waves * num_sms / tiles.count()));
+        for (int64_t splits = 1; splits <= most;) {
+            const double sums_us = kReduceUs + 8.0 * static_cast<double>(elements * splits) / kReduceBytesPerUs;
+            consider(tiles, splits, false, splits > 1 ? sums_us : 0);
+            const int64_t blocks = ceil_div(k_blocks, splits);
+            splits = blocks > 1 ? ceil_div(k_blocks, blocks - 1) : most + 1;  // the fewest that leave fewer blocks
+        }
+        if (max_rows >= tallest) break;
     }
-    for (int splits = 2; arch == 90 && splits <= kPrenormMaxCluster && splits <= k_blocks; splits *= 2) {
-        if (tiles.col_tiles > 1 || tiles.count() * splits > num_sms) break;
-        KernelLaunch launch = sm90_launch(tiles);
-        launch.cluster = splits;
-        if (tiles.count() <= backend.resident_clusters(launch, num_sms / splits)) consider({splits, true}, kClusterUs);
+    if (arch != 90) return best;
+    // A tile for each SM, or each cluster.
+    KernelLaunch launch = sm90_launch(make_tiles(m, n, 0));
+    for (launch.cluster = 1; launch.cluster <= std::min<int64_t>(kPrenormMaxCluster, k_blocks); ++launch.cluster) {
+        const int limit = num_sms / launch.cluster;
+        const int64_t room = launch.cluster == 1 ? limit : backend.resident_clusters(launch, limit);
+        if (room == 0) continue;
+        const Tiles tiles = make_tiles(m, n, ceil_div(m, 8 * room) * 8);
+        if (tiles.col_tiles > 1 || tiles.row_tiles > room) continue;
+        consider(tiles, launch.cluster, launch.cluster > 1, launch.cluster > 1 ? kClusterUs : 0);
     }
     return best;
 }
@@ -162,8 +168,9 @@ size_t prenorm_workspace_bytes(int64_t m, int64_t n, int64_t num_splits) {
 }
 
 void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, bool pdl, Backend& backend) {
-    const Tiles tiles = make_tiles(problem.m, problem.n);
-    if (tiles.count() > kMaxCount / problem.num_splits) {
+    const PrenormPlan& plan = problem.plan;
+    const Tiles tiles = make_tiles(problem.m, problem.n, plan.tile_rows);
+    if (tiles.count() > kMaxCount / plan.num_splits) {
         throw std::runtime_error("tf32_hc_prenorm_gemm: more than 2^30 tiles");
     }
 
@@ -182,20 +189,20 @@ void run_prenorm_gemm(const PrenormGemmProblem& problem, int arch, int num_sms, 
     params.m = static_cast<int>(problem.m);
     params.n = static_cast<int>(problem.n);
     params.num_k_blocks = static_cast<int>(ceil_div(problem.k, kPrenormBlockK));
-    params.num_splits = static_cast<int>(problem.num_splits);
-    params.num_tiles = static_cast<int>(tiles.count() * problem.num_splits);
+    params.num_splits = static_cast<int>(plan.num_splits);
+    params.num_tiles = static_cast<int>(tiles.count() * plan.num_splits);
     params.num_row_tiles = static_cast<int>(tiles.row_tiles);
     params.num_col_tiles = static_cast<int>(tiles.col_tiles);
     params.tile_rows = static_cast<int>(tiles.rows);
-    params.in_cluster = problem.in_cluster;
+    params.in_cluster = plan.in_cluster;
 
     KernelLaunch launch = arch == 100 ? sm100_launch(tiles) : sm90_launch(tiles);
     launch.grid = std::min(params.num_tiles, num_sms);
-    launch.cluster = problem.in_cluster ? params.num_splits : 1;
+    launch.cluster = plan.in_cluster ? params.num_splits : 1;
     launch.params = &params;
     launch.params_bytes = sizeof(params);
     launch.pdl = pdl;
-    if (print_configs()) print_config(problem, launch);
+    if (print_configs()) print_config(problem, tiles, launch);
     backend.launch(launch);
     if (problem.workspace == nullptr) return;
 

@@ -103,15 +103,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& a, const Tensor& b, std::optional<i
     DeviceBackend backend(device, current_stream(a));
     std::optional<Tensor> workspace;
     if (num_splits) {
-        problem.num_splits = *num_splits;
+        problem.plan.num_splits = *num_splits;
         problem.output.d_split_stride = out.stride(0);
         problem.output.sqr_split_stride = sqr_sum.stride(0);
     } else {
-        const PrenormSplits splits = prenorm_splits(m, n, k, arch, num_sms, backend);
-        problem.num_splits = splits.count;
-        problem.in_cluster = splits.in_cluster;
-        if (splits.count > 1 && !splits.in_cluster) {
-            const auto bytes = static_cast<int64_t>(prenorm_workspace_bytes(m, n, problem.num_splits));
+        const PrenormPlan plan = prenorm_plan(m, n, k, arch, num_sms, backend);
+        problem.plan = plan;
+        if (plan.num_splits > 1 && !plan.in_cluster) {
+            const auto bytes = static_cast<int64_t>(prenorm_workspace_bytes(m, n, plan.num_splits));
             const std::array<int64_t, 1> size = {bytes}, stride = {1};
             workspace = empty_strided(size, stride, ScalarType::Byte, a);
             problem.workspace = workspace->data_ptr();

@@ -6,7 +6,7 @@
 // instructions a tile, and its columns are the upper parts of 32 rows of B (or 64), then their rests. D is the sum of the two
 // halves of a row of the accumulator.
 //
-// Warps 0 to 3 sum squares of A, a thread for one or two rows. Warps 4 to 7 split B, in place, and store D. Warp 8 issues TMA
+// Warps 0 to 3 sum squares of A, eight threads for a row. Warps 4 to 7 split B, in place, and store D. Warp 8 issues TMA
 // loads, warp 9 the tensor core's operations, one thread each. The grid is at most one CTA per SM; all walk the same tiles.
 //
 // shared memory of a stage   A  BF16 [kRows][64], rows of 128 bytes, 128-byte swizzle; rows from tile_rows on are zero

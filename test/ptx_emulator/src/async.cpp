@@ -362,6 +362,7 @@ Status bulkExec(Warp& w, const Inst& in, u32 m) {
                     sc->pendingAsync--;
                     Mbarrier& b = mbarrierAt(M, nullptr, -1, t.barCta, barOff, "cp.async.bulk");
                     orderReadDone(sc, srcOff, bytes, b.queue, u32(b.phase) + 1);
+                    if (t.barCta != sc) orderTouch(sc, Access::byQueue(b.queue, u32(b.phase) + 1));
                 } else {
                     readGlobal(M, by, t.barCta, barOff, "cp.async.bulk")(src, bytes);
                     std::memcpy(&t.cta->smem[off], (const void*)src, bytes);
