@@ -80,7 +80,8 @@ def run_prenorm(
 ) -> list[tuple[str, ptx_emulator.Stats]]:
     """The operator's launches: each kernel's name (a part of the mangled one) and what the emulator counted.
 
-    ``plan`` replaces the host's choice. Operands are read-only, memory between tensors does not exist, and the workspace is NaN before the first launch.
+    ``plan`` replaces the host's choice. Operands are read-only, memory between tensors does not exist, and the
+    workspace is NaN before the first launch.
     ``module`` holds another version of the product's kernel; ``options`` are those of ``Module.launch``.
     """
     (m, k), n = a.shape, b.shape[0]

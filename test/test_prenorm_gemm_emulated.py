@@ -223,7 +223,14 @@ def product_unit(entry: str) -> str:
 
 @pytest.mark.parametrize(
     ("arch", "rows", "m", "n"),
-    [(90, 64, 50, 24), (90, 128, 100, 70), (90, 192, 350, 9), (90, 256, 490, 17), (100, 128, 100, 70), (100, 256, 300, 17)],
+    [
+        (90, 64, 50, 24),
+        (90, 128, 100, 70),
+        (90, 192, 350, 9),
+        (90, 256, 490, 17),
+        (100, 128, 100, 70),
+        (100, 256, 300, 17),
+    ],
 )
 def test_missing_synchronisation_is_reported(arch: int, rows: int, m: int, n: int) -> None:
     """Each wait, arrive, fence and barrier of the product's kernel, left out or wrong."""

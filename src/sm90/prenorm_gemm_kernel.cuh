@@ -54,7 +54,8 @@ class PrenormGemmKernel {
     static constexpr int kCols = kLayout.cols();
     static constexpr int kProducts = kLayout.products();
     static constexpr int kGroupRows = kRows / kLayout.row_groups();  // of a warpgroup of the product
-    static constexpr bool kSetRegisters = kProducts == 2;  // 64 accumulators a thread, and 512 threads
+    // More than 32 accumulators a thread, and 512 threads. Without, there are registers left for a CTA of the reduction.
+    static constexpr bool kSetRegisters = kProducts == 2 && kGroupRows > 64;
 
     struct alignas(1024) Storage {
         uint8_t a[kStages][kLayout.a_bytes()];
@@ -65,7 +66,7 @@ class PrenormGemmKernel {
         ptx::Barrier ready;
         ptx::Barrier received;
 
-        // Rows of prenorm_part_pitch(n) elements: this CTA's part, [tile_rows], and its slice of each part, [parts][slice_rows].
+        // Rows of prenorm_part_pitch(n): this CTA's part, [tile_rows], and its slice of each part, [parts][slice_rows].
         __device__ float* part() { return reinterpret_cast<float*>(a); }
         __device__ float* slices() { return reinterpret_cast<float*>(b); }
     };
@@ -92,7 +93,8 @@ public:
             if (params.in_cluster) {
                 ptx::mbarrier_init(shared.ready, params.num_splits);
                 ptx::mbarrier_init(shared.received, 1);
-                ptx::mbarrier_arrive_expect_tx(shared.received, params.num_splits * slice_bytes(params, ptx::cluster_rank()));
+                ptx::mbarrier_arrive_expect_tx(shared.received,
+                                               params.num_splits * slice_bytes(params, ptx::cluster_rank()));
             }
             ptx::fence_mbarrier_init();
         }
