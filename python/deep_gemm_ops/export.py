@@ -8,8 +8,9 @@ programs with operators of this library are compiled, but do not load (PyTorch 2
 PyTorch 2.11's loader takes the number of a dtype in the package, which is that of ``torch.export``'s schema, for the
 number that C++ has for it: bfloat16 became quint8. There the package gets C++'s.
 
-Inductor sorts by a kernel for up to 512 elements where the example's size allows it, and a package with a dynamic size then
-sorts the first 512 of more, too (PyTorch 2.11 on an H200; experts sort their tokens). Here it sorts by PyTorch's operator.
+Inductor sorts by a kernel for up to 512 elements where the example's size allows it, and a package with a dynamic size
+then sorts the first 512 of more, too (PyTorch 2.11 on an H200; experts sort their tokens). Here it sorts by PyTorch's
+operator.
 """
 
 from __future__ import annotations
