@@ -23,8 +23,8 @@ from grouped_emulation import GroupedCase
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "2"))
 M_GROUPED = [row for row in _capi.instances(None) if row["grouping"] == "m_grouped"]
 BATCHED = [row for row in _capi.instances(None) if row["grouping"] == "batched"]
-SM90_TALL_M_GROUPED = [
-    row for row in M_GROUPED if row["arch"] == "sm_90a" and not row["swap_ab"] and cluster_tile(row)[0] > 64
+SM90_TALL_M_GROUPED = [  # FP8
+    row for row in M_GROUPED if row["family"] == "fp8_gemm" and not row["swap_ab"] and cluster_tile(row)[0] > 64
 ]
 SM100_M_GROUPED = [row for row in M_GROUPED if row["arch"] == "sm_100a"]
 

@@ -383,29 +383,20 @@ private:
                 ptx::named_barrier_arrive(9 + warpgroup, 128 * kKWarpgroups);
             }
             float total[kRowParts][kAccumulators] = {};
-            if constexpr (kLayout.is_fp4()) {
+            if constexpr (kLayout.is_bf16()) {
+                accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
+            } else if constexpr (kLayout.is_fp4()) {
                 accumulate_fp4(shared, state, work, warpgroup, helper, thread, total[0]);
             } else {
-                const auto accumulate_parts = [&](auto parts) {
-                    constexpr int kParts = decltype(parts)::value;
-                    if constexpr (kLayout.is_bf16()) {
-                        accumulate_unscaled<kParts>(shared, state, work, warpgroup, thread % 32, total);
+                const int parts = kSkipsParts ? parts_of_group(work, warpgroup) : kRowParts;
+                if (parts == kRowParts) {
+                    accumulate<kRowParts>(shared, state, scale_state, work, warpgroup, helper, thread, total);
+                } else if constexpr (kSkipsParts) {
+                    if (parts == 0) {
+                        accumulate<0>(shared, state, scale_state, work, warpgroup, helper, thread, total);
                     } else {
-                        accumulate<kParts>(shared, state, scale_state, work, warpgroup, helper, thread, total);
+                        accumulate<1>(shared, state, scale_state, work, warpgroup, helper, thread, total);
                     }
-                };
-                using AllParts = std::integral_constant<int, kRowParts>;
-                if constexpr (kSkipsParts) {
-                    const int parts = parts_of_group(work, warpgroup);
-                    if (parts == kRowParts) {
-                        accumulate_parts(AllParts());
-                    } else if (parts == 0) {
-                        accumulate_parts(std::integral_constant<int, 0>());
-                    } else {
-                        accumulate_parts(std::integral_constant<int, 1>());
-                    }
-                } else {
-                    accumulate_parts(AllParts());
                 }
             }
             if constexpr (kKWarpgroups > 1) {
@@ -717,8 +708,7 @@ private:
     }
 
     // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
-    // stage is given back one block later. `kParts` of the warpgroup's rows.
-    template <int kParts>
+    // stage is given back one block later.
     __device__ __forceinline__ static void accumulate_unscaled(Storage& shared, State& state, const WorkTile& work,
                                                                int warpgroup, int lane,
                                                                float (&total)[kRowParts][kAccumulators]) {
@@ -730,22 +720,16 @@ private:
                 const int left = work.group_end - work.k_block - i * kStageK;
                 if (left < kStageK) clear_end_of_stage(shared, s, left);
             }
-            if constexpr (kParts == 0) {
-                release(shared.empty[s], lane);
-            } else {
-                multiply_unscaled<kParts>(shared, s, warpgroup, total);
-                wgmma_wait<1>();
-                if (before >= 0) release(shared.empty[before], lane);
-                before = s;
-            }
+            multiply_unscaled(shared, s, warpgroup, total);
+            wgmma_wait<1>();
+            if (before >= 0) release(shared.empty[before], lane);
+            before = s;
             state.advance();
         }
-        if constexpr (kParts > 0) {
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
-            wgmma_wait<0>();
-            if (before >= 0) release(shared.empty[before], lane);
-        }
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
+        wgmma_wait<0>();
+        if (before >= 0) release(shared.empty[before], lane);
     }
 
     // MN-major stages whose last rows of K, from `first` on, are the next group's: what they hold may be NaN.
@@ -767,7 +751,6 @@ private:
     }
 
     // total += rows * cols^T over a stage of BF16.
-    template <int kParts>
     __device__ __forceinline__ static void multiply_unscaled(Storage& shared, int stage_idx, int warpgroup,
                                                              float (&total)[kRowParts][kAccumulators]) {
         constexpr bool kRowsMnMajor = kLayout.rows_mn_major(), kColsMnMajor = kLayout.cols_mn_major();
@@ -778,10 +761,10 @@ private:
         const uint32_t row_stage = stage_idx * (kLayout.row_tile_bytes() / 16);
         const uint32_t col_stage = stage_idx * (kLayout.col_tile_bytes() / 16);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) pin_registers(total[part]);
+        for (int part = 0; part < kRowParts; ++part) pin_registers(total[part]);
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < kRowParts; ++part) {
             const Descriptor rows(shared.rows[0] + part_row<Traits>(part, warpgroup) * kBlockK, kMnMajorSpan * kBlockK);
 #pragma unroll
             for (int step = 0; step < kStageK / kLayout.wgmma_k(); ++step) {
