@@ -49,8 +49,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def alignment(row: Row) -> int:
-    """Of groups; SM100's tiles divide it, SM90's that are taller are split."""
-    return 128 if row["arch"] == "sm_90a" else max(128, cluster_tile(row)[0])
+    """Of groups; a tile divides it."""
+    return max(128, cluster_tile(row)[0])
 
 
 def check(case: GroupedCase) -> None:

@@ -172,21 +172,21 @@ def test_experts_one_after_the_other() -> None:
     assert_expected_inline(
         grouped(cases),
         """\
+4 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
-4 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
-8 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n128_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
+4 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
-4 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
-8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
+4 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
-4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
-8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped""",
@@ -247,14 +247,14 @@ def test_batches() -> None:
 
 
 def test_a_tile_holds_rows_of_one_group() -> None:
-    """Where the layout names the group of each row, tiles divide the alignment, or are tall ones that can be split."""
+    """Where the layout names the group of each row, only tiles that divide the alignment are taken."""
     for alignment in (16, 48, 64, 128, 192, 256):
         choice = _capi.select(
             9000, 512, 512, grouping="m_grouped", group_layout="indices", num_groups=4, group_alignment=alignment
         )
         rows = {row["index"]: row["block_m"] for row in _capi.instances()}
         taken = {rows[row["index"]] for row in choice["candidates"] if row["cost_us"] is not None}
-        assert taken and all(alignment % (64 if block_m > 128 else block_m) == 0 for block_m in taken)
+        assert taken and all(alignment % block_m == 0 for block_m in taken)
 
 
 def test_the_choice_is_the_cheapest_row_that_fits() -> None:

@@ -298,9 +298,8 @@ using QueueReader = QueueReaderOf<WorkTile>;
 //
 // Tiles are numbered group after group, empty ones having none; CTA i takes tiles i, i + CTAs, ... (kCtas of a cluster share
 // a tile, and each finds the same ones). Inside a group tiles along M vary fastest, `row_tiles` of them at a time. Where the layout names the group of each row, all rows are one
-// group in this respect, and a tile whose first row is padding is passed over. With kParts, where groups need not start where
-// tiles do, but at multiples of 64 rows, a tile becomes a tile for each group that it has rows of. Otherwise 32 groups at a
-// time are in shared memory, and of all others what lies before each 32 of them, so that they can be loaded again.
+// group in this respect, and a tile whose first row is padding is passed over. Otherwise 32 groups at a time are in shared
+// memory, and of all others what lies before each 32 of them, so that they can be loaded again.
 //
 // Whatever the layout holds, all coordinates lie inside the matrices, no row is in two tiles, and the walk is at most as
 // long as with a layout that makes sense.
@@ -329,9 +328,7 @@ public:
     };
 
     // A whole warp.
-    template <bool kParts = false>
     __device__ __forceinline__ static void run(const MGroupSchedule& schedule, Storage& shared) {
-        static_assert(!kParts || (kBlockM % 64 == 0 && !kSwapAB));
         const int lane = threadIdx.x % 32;
         const bool by_row = schedule.table == kGroupOfRow;
         const int num_chunks = by_row ? 0 : (schedule.num_groups + 31) / 32;
@@ -354,16 +351,6 @@ public:
             WorkTile work;
             const int tile = first + lane * step;
             bool is_tile = tile < num_tiles;
-            if (kParts && by_row) {
-                if (is_tile) set_tile(schedule, 0, row_tiles, tile, work);
-#pragma unroll 1
-                for (uint32_t left = __ballot_sync(0xffffffff, is_tile); left != 0; left &= left - 1) {
-                    const int source = __ffs(left) - 1;
-                    push_parts(schedule, shared.queue, state, __shfl_sync(0xffffffff, work.row, source),
-                               __shfl_sync(0xffffffff, work.col, source));
-                }
-                continue;
-            }
             if (by_row) {
                 bool is_ragged = false;  // the tile may hold padding
                 if (is_tile) is_tile = locate_by_row(schedule, row_tiles, tile, work, is_ragged);
@@ -419,36 +406,6 @@ private:
             ptx::mbarrier_arrive(queue.full[state.stage_idx]);
         }
         state.advance();
-    }
-
-    // By row: a tile for each run of parts of 64 rows, of the tile at (first_row, col), that start with the same group. A whole
-    // warp.
-    __device__ __forceinline__ static void push_parts(const MGroupSchedule& schedule, WorkQueue& queue,
-                                                      PipelineState<WorkQueue::kSlots>& state, int first_row, int col) {
-        const int lane = threadIdx.x % 32;
-        const int end = min(first_row + kBlockM, schedule.rows);
-        const int own_row = first_row + lane * 64;
-        int own_group = own_row < end ? schedule.layout[own_row] : -1;
-        if (own_group < 0 || own_group >= schedule.num_groups) own_group = -1;
-#pragma unroll 1
-        for (int row = first_row; row < end;) {
-            const int part = (row - first_row) / 64;
-            const int group = __shfl_sync(0xffffffff, own_group, part);
-            const uint32_t others = __ballot_sync(0xffffffff, lane > part && own_row < end && own_group != group);
-            const int run_end = others == 0 ? end : first_row + (__ffs(others) - 1) * 64;
-            WorkTile work;
-            work.row = row;
-            work.col = col;
-            work.k_block = 0;
-            work.num_k_blocks = group < 0 ? 0 : schedule.num_k_blocks;
-            work.group = max(group, 0);
-            work.token_group = 0;
-            work.group_end = group < 0 ? 0 : run_end;
-            if (group >= 0 && schedule.layout[run_end - 1] != group) work.group_end = row + count_rows(schedule, row, group);
-            work.store_end = schedule.zero_padding ? run_end : work.group_end;
-            if (group >= 0 || schedule.zero_padding) push(queue, state, lane == 0, work);
-            row = run_end;
-        }
     }
 
     __device__ __forceinline__ static int align(int row, const MGroupSchedule& schedule) {

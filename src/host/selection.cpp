@@ -267,8 +267,7 @@ Grouping grouping_of(const GemmProblem& problem) {
 }
 
 bool fits_alignment(const GemmRow& row, const GemmProblem& problem) {
-    if (problem.layout != GroupLayout::kIndices) return true;
-    return problem.group_alignment % (row.splits_tiles() ? 64 : row.tile_m()) == 0;
+    return problem.layout != GroupLayout::kIndices || problem.group_alignment % row.tile_m() == 0;
 }
 
 int64_t expected_rows(const GemmProblem& problem) {
@@ -278,10 +277,7 @@ int64_t expected_rows(const GemmProblem& problem) {
 }
 
 int64_t tiles_along_m(const GemmRow& row, const GemmProblem& problem) {
-    if (problem.layout == GroupLayout::kIndices) {
-        // Of the groups about half begin inside of a tile that is split there.
-        return ceil_div(problem.m, row.tile_m()) + (row.splits_tiles() ? problem.num_groups / 2 : 0);
-    }
+    if (problem.layout == GroupLayout::kIndices) return ceil_div(problem.m, row.tile_m());
     int64_t tiles = 0, samples = 0;
     for_each_sample(problem, [&](int64_t rows) { tiles += ceil_div(rows, row.tile_m()), ++samples; });
     return ceil_div(tiles * problem.num_groups, samples);

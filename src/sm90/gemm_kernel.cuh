@@ -143,7 +143,7 @@ public:
                 if (warp == 1) load_block_scales(params, shared, scheduler);
             }
             if constexpr (kLayout.has_work_queue()) {
-                if (warp == 2) GroupScheduler::template run<kRow.splits_tiles()>(params.groups, shared.groups);
+                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
