@@ -8,7 +8,7 @@ the fastest timed row, the timed row that the model finds cheapest, and the regr
 asterisk marks a problem whose choice from the whole table of rows was not timed: it is named, and the cheapest timed
 row is judged instead.
 
-The model is compiled as it stands, with g++, so there is no second copy of it here. ``--fit`` varies the constants of
+The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies the constants of
 ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of the table that no
 problem of a dense grid selects. No GPU is needed; numpy is, and scipy for ``--fit``.
 """
@@ -30,7 +30,10 @@ from typing import Any
 
 import numpy as np
 
-HOST = Path(__file__).resolve().parent.parent / "src" / "host"
+ROOT = Path(__file__).resolve().parent.parent
+HOST = ROOT / "src" / "host"
+sys.path.insert(0, str(ROOT / "tools"))
+import toolchain  # noqa: E402
 
 # The model behind C functions. A row is its eight fields in the order of the table.
 DRIVER = """
@@ -79,7 +82,9 @@ class Model:
         self.constants = {name: float(value) for name, value in re.findall(r"double (\w+) = ([\d.e+-]+);", body[1])}
         with tempfile.TemporaryDirectory() as directory:
             library = Path(directory) / "model.so"
-            command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{HOST}", "-x", "c++", "-"]
+            cuda = toolchain.cuda_home_of(toolchain.find_nvcc()) / "include"
+            command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{HOST}", f"-I{cuda}"]
+            command += [str(HOST / "selection_sm100.cpp"), "-x", "c++", "-"]
             subprocess.run([*command, "-o", str(library)], input=DRIVER, text=True, check=True)
             self.lib = ctypes.CDLL(str(library))
         self.lib.name_of.restype = ctypes.c_char_p
