@@ -8,9 +8,9 @@ the fastest timed row, the timed row that the model finds cheapest, and the regr
 asterisk marks a problem whose choice from the whole table of rows was not timed: it is named, and the cheapest timed
 row is judged instead.
 
-The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies the constants of
-``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of the table that no
-problem of a dense grid selects. No GPU is needed; numpy is, and scipy for ``--fit``.
+The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies
+the constants of ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of the
+table that no problem of a dense grid selects. No GPU is needed; numpy is, and scipy for ``--fit``.
 """
 
 from __future__ import annotations
