@@ -9,8 +9,8 @@ asterisk marks a problem whose choice from the whole table of rows was not timed
 row is judged instead.
 
 The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies
-the constants of ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of the
-table that no problem of a dense grid selects. No GPU is needed; numpy is, and scipy for ``--fit``.
+the constants of ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of
+the table that no problem of a dense grid selects. No GPU is needed; numpy is, and scipy for ``--fit``.
 """
 
 from __future__ import annotations
