@@ -5,14 +5,12 @@
 
 namespace deep_gemm::ptx {
 
-// The two halves of cluster_sync(). Who ends has arrived.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Publishes nothing, and so waits for nothing: cluster_arrive() is a memory barrier of the whole GPU.
+// The two halves of a cluster's barrier. The first one publishes nothing, and so waits for nothing, where that of
+// cluster_sync() is a memory barrier of the whole GPU.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Copies `bytes`, a multiple of 16, from this CTA's shared memory to an address that remote_address() gives, asynchronously;
 // they count towards a barrier of the receiving CTA. The source has to stay until that CTA has waited for them.

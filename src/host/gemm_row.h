@@ -54,8 +54,9 @@ struct GemmRow {
     constexpr int tile_n() const { return swap_ab ? tile_rows() : tile_cols(); }
     constexpr int block_m() const { return swap_ab ? block_cols : block_rows; }
     constexpr int block_n() const { return swap_ab ? block_rows : block_cols; }
-    // SM90, FP8: parts of 64 rows that a tile has beyond the end of its group are neither loaded nor multiplied. In BF16 half a
-    // tile then ran ahead of the other tiles of its weights, which later found them in L2 no more: 32 x 192 rows 8 to 21 % slower.
+    // SM90, FP8: parts of 64 rows that a tile has beyond the end of its group are neither loaded nor multiplied. In BF16 that
+    // made 32 x 192 rows 8 and 21 % slower: presumably half a tile runs ahead of the other tiles of its weights, which then
+    // find them in L2 no more.
     constexpr bool skips_row_parts() const {
         return grouping == Grouping::kMGrouped && operands == OperandType::kFP8 && !swap_ab && block_rows > 64;
     }
