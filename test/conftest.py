@@ -48,3 +48,12 @@ def two_cuda_devices() -> tuple[str, str]:
     if reason:
         pytest.skip(reason)
     return "cuda:0", "cuda:1"
+
+
+@pytest.fixture(params=[2, 4])
+def several_gpus(request: pytest.FixtureRequest) -> int:
+    """How many, for tests that give each process one."""
+    reason = cuda_condition() or ("" if torch.cuda.device_count() >= request.param else "there are too few GPUs")
+    if reason:
+        pytest.skip(reason)
+    return request.param

@@ -471,6 +471,30 @@ def test_mega_records(on_cpu):
     assert record["failed"]["deep_gemm_ops"].startswith("wrong result")
 
 
+def test_mega_moe_over_ranks(monkeypatch, tmp_path: Path, capsys):
+    """On one rank, on the CPU, where the collectives have one, too. All contenders agree, or are not timed."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch is built without torch.distributed")
+    from deep_gemm_ops.bench import mega_moe_ranks
+
+    monkeypatch.setenv("MASTER_PORT", "0")
+    sizes = ["--hidden", "256", "--intermediate", "128", "--local-experts", "4", "--topk", "3", "--repeats", "1"]
+    arguments = ["--cpu", *sizes, "--json", str(tmp_path / "run.json"), "--tokens"]
+    mega_moe_ranks.main([*arguments, "1", "9"])
+    records = json.loads((tmp_path / "run.json").read_text())["records"]
+    assert [f"{record['weights']} {record['tokens']}" for record in records] == ["FP8 1", "FP8 9", "FP4 1", "FP4 9"]
+    for record in records:
+        assert sorted(record["times"]) == ["exact", "graph", "kernel", "kernel, own experts", "layer"]
+        assert (record["rows"], record["link_bytes"], record["failed"]) == (3 * record["tokens"], 0, {})
+    assert "| FP4 | 9 |" in capsys.readouterr().out
+    plain = mega_moe_ranks.reference_layer
+    monkeypatch.setattr(mega_moe_ranks, "reference_layer", lambda *arguments: plain(*arguments) + 1)
+    mega_moe_ranks.main([*arguments, "1", "--weights", "FP8"])
+    assert "exact: wrong result on some rank" in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "run.json").read_text())["records"]
+    assert record["times"] == {} and len(record["failed"]) == 5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports
 

@@ -615,10 +615,9 @@ def work_on_gpus(rank: int, ranks: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_on_several_gpus(two_cuda_devices: tuple[str, str], tmp_path: pathlib.Path) -> None:
+def test_on_several_gpus(several_gpus: int, tmp_path: pathlib.Path) -> None:
     """Over NCCL: equal to one GPU that holds all tokens."""
-    ranks = 4 if torch.cuda.device_count() >= 4 else 2
-    torch.multiprocessing.spawn(work_on_gpus, (ranks, str(tmp_path)), nprocs=ranks)
+    torch.multiprocessing.spawn(work_on_gpus, (several_gpus, str(tmp_path)), nprocs=several_gpus)
 
 
 def test_measuring_on_one_gpu(cuda: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -460,34 +461,71 @@ def test_large_layer(cuda: str, mma_type: str) -> None:
         case.check([call(case, buffer, weights, tokens)], [inputs], [weights])
 
 
-def process_cases() -> list[MegaCase]:
-    return [MegaCase((4, 0, 7), 6, 3, mma_type=mma_type, calls=2) for mma_type in ("fp8xfp8", "fp8xfp4")]
+def process_cases(ranks: int, mma_type: str) -> list[MegaCase]:
+    """Calls of one layer, in the same buffers: other tokens, of some ranks none, and other choices."""
+    if ranks == 3:  # on the CPU, or all on one GPU
+        return [MegaCase((4, 0, 7), 6, 3, max_tokens=8, mma_type=mma_type, calls=2)]
+    tokens = {
+        2: [(40, 0), (1, 300), (150, 33), (7, 90), (5, 5)],
+        4: [(40, 0, 150, 1), (0, 300, 3, 33), (64, 64, 64, 64), (7, 0, 0, 90), (5, 5, 5, 5)],
+    }[ranks]
+    sizes = (4 * ranks, 3, 1024, 512, 300, mma_type)
+    routings = ("random", "masked", "same", "wild", "none")
+    return [MegaCase(of_ranks, *sizes, routing=routing, calls=3) for of_ranks, routing in zip(tokens, routings)]
 
 
-def process(rank: int, folder: str, device: str) -> None:
-    """One of three ranks, gloo between them, on the CPU or all on one GPU. A file says how far it has come."""
+def process(rank: int, ranks: int, folder: str, device: str, mma_types: tuple[str, ...]) -> None:
+    """A rank: on the CPU, with all others on the GPU "cuda", or with "cuda:" on a GPU of its own. A file says how far it
+    has come."""
     progress = pathlib.Path(folder) / f"progress {rank}"
-    progress.write_text("gloo's rendezvous")
-    torch.set_num_threads(1)
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    progress.write_text("the rendezvous")
+    torch.set_num_threads(4 if device == "cuda:" else 1)
+    backend, others = "gloo", [device]  # GPUs that are the current one, in turns, while this rank's works
+    if device == "cuda:":
+        backend, device, others = "nccl", f"cuda:{rank}", [f"cuda:{(rank + i) % ranks}" for i in range(ranks)]
+        torch.cuda.set_device(device)
+    else:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     where, wait = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=3, timeout=wait)
-    if device == "cuda":
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=ranks, timeout=wait)
+    if others == ["cuda"]:
         progress.write_text("CUDA's initialisation")
-        deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 3)
-    results = {}
-    for case in process_cases():
-        progress.write_text(f"the buffer of {case.mma_type}")
-        sizes = (case.num_experts, 8, case.topk, case.hidden, case.intermediate)
-        options: dict[str, Any] = {"mma_type": case.mma_type, "device": device}
+        deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // ranks)
+    results: dict[Any, Any] = {}
+    for mma_type in mma_types:
+        progress.write_text(f"the buffer of {mma_type}")
+        cases = process_cases(ranks, mma_type)
+        case = cases[0]
+        sizes = (case.num_experts, case.max_tokens, case.topk, case.hidden, case.intermediate)
+        options: dict[str, Any] = {"mma_type": mma_type, "device": device}
         buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(dist.group.WORLD, *sizes, **options)
         weights = to_device(case.weights()[rank], device)
-        for number in range(case.calls):
-            progress.write_text(f"call {number} of {case.mma_type}")
-            case.write([buffer], [to_device(case.inputs(number)[rank], device)])
-            y = call(case, buffer, weights, case.tokens[rank], timeout_ms=10_000)
-            results[case.mma_type, number] = y.cpu()
-        progress.write_text(f"the end of {case.mma_type}")
+        stats = torch.zeros(case.num_experts // ranks, dtype=torch.int32, device=device)
+        more: dict[str, Any] = {"timeout_ms": 10_000, "cumulative_local_expert_recv_stats": stats}
+        # All inputs first, so that on GPUs of their own ranks run as far ahead of each other as the kernels let them.
+        calls = [(index, number) for index in range(len(cases)) for number in range(case.calls)]
+        inputs = {(i, number): to_device(cases[i].inputs(number)[rank], device) for i, number in calls}
+        for at, (index, number) in enumerate(calls):
+            progress.write_text(f"call {number} of {cases[index].routing} choices, {mma_type}")
+            with contextlib.nullcontext() if device == "cpu" else torch.cuda.device(others[at % len(others)]):
+                cases[index].write([buffer], [inputs[index, number]])
+                y = call(cases[index], buffer, weights, cases[index].tokens[rank], **more)
+            assert y.device == buffer.buffer.device
+            results[mma_type, index, number] = y
+        results[mma_type, "stats"] = stats.clone()
+        if len(others) > 1:
+            progress.write_text(f"the capture of {mma_type}")
+            y = torch.empty(case.tokens[rank], case.hidden, dtype=torch.bfloat16, device=device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call(case, buffer, weights, case.tokens[rank], y=y, **more)
+            for number in range(case.calls):
+                progress.write_text(f"replay {number} of {mma_type}")
+                case.write([buffer], [inputs[0, number]])
+                graph.replay()
+                results[mma_type, "graph", number] = y.clone()
+        results = {key: y.cpu() for key, y in results.items()}
+        progress.write_text(f"the end of {mma_type}")
         dist.barrier()
         buffer.destroy()
     torch.save(results, f"{folder}/{rank}")
@@ -500,23 +538,90 @@ def join(context: Any, folder: pathlib.Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not context.join(timeout=max(0.0, deadline - time.monotonic())):
         if time.monotonic() > deadline:
-            stuck = [f"rank {rank} at {(folder / f'progress {rank}').read_text()}" for rank in range(3)]
+            ranks = range(len(context.processes))
+            stuck = [f"rank {rank} at {(folder / f'progress {rank}').read_text()}" for rank in ranks]
             for of_rank in context.processes:
                 of_rank.kill()
             pytest.fail(f"not done after {seconds} s: {', '.join(stuck)}")
 
 
+def run_processes(
+    ranks: int, folder: pathlib.Path, device: str, mma_types: tuple[str, ...], seconds: float
+) -> list[dict[Any, torch.Tensor]]:
+    """What each rank has written down, calls compared with the reference, which runs on a GPU if there is one."""
+    for rank in range(ranks):
+        (folder / f"progress {rank}").write_text("its start")
+    arguments = (ranks, str(folder), device, mma_types)
+    join(torch.multiprocessing.spawn(process, arguments, nprocs=ranks, join=False), folder, seconds)
+    results = [torch.load(folder / str(rank)) for rank in range(ranks)]
+    where = "cpu" if device == "cpu" else "cuda"
+    for mma_type in mma_types:
+        cases = process_cases(ranks, mma_type)
+        weights = [to_device(w, where) for w in cases[0].weights()]
+        for index, case in enumerate(cases):
+            for number in range(case.calls):
+                y = [of_rank[mma_type, index, number].to(where) for of_rank in results]
+                case.check(y, [to_device(i, where) for i in case.inputs(number)], weights)
+        experts = cases[0].num_experts
+        inputs = [i for case in cases for number in range(case.calls) for i in case.inputs(number)]
+        chosen = torch.cat([i.topk_idx.flatten() for i in inputs])
+        received = torch.bincount(chosen[(chosen >= 0) & (chosen < experts)], minlength=experts)
+        assert torch.cat([of_rank[mma_type, "stats"] for of_rank in results]).tolist() == received.tolist()
+    return results
+
+
 def test_processes(device: str, tmp_path: pathlib.Path) -> None:
     """Memory that processes share. On one GPU their kernels take turns, so that waiting costs slices of time."""
-    for rank in range(3):
-        (tmp_path / f"progress {rank}").write_text("its start")
     seconds = 50 if device == "cuda" else 150  # of which nearly all is the processes' start
-    join(torch.multiprocessing.spawn(process, (str(tmp_path), device), nprocs=3, join=False), tmp_path, seconds)
-    y = [torch.load(tmp_path / str(rank)) for rank in range(3)]
-    for case in process_cases():
-        for number in range(case.calls):
-            case.check([of_rank[case.mma_type, number] for of_rank in y], case.inputs(number), case.weights())
+    run_processes(3, tmp_path, device, ("fp8xfp8", "fp8xfp4"), seconds)
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("deep_gemm_mega_moe_")]
+
+
+def test_several_gpus(several_gpus: int, tmp_path: pathlib.Path) -> None:
+    """A GPU for each rank: symmetric memory over NCCL's group, calls that nothing holds up, graphs."""
+    ranks = several_gpus
+    mma_types = mega_moe.MMA_TYPES if torch.cuda.get_device_capability()[0] == 9 else ("bf16xbf16", "fp8xfp4")
+    results = run_processes(ranks, tmp_path, "cuda:", mma_types, 120)
+    for of_rank in results:
+        for mma_type in mma_types:
+            for number in range(process_cases(ranks, mma_type)[0].calls):
+                assert same_bits(of_rank[mma_type, "graph", number], of_rank[mma_type, 0, number])
+
+
+def leave_alone(rank: int, folder: str) -> None:
+    """Rank 1 never calls; rank 0 says when it has given up."""
+    progress = [pathlib.Path(folder) / f"progress {r}" for r in range(2)]
+    torch.cuda.set_device(rank)
+    wait = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=wait)
+    case = MegaCase((3, 2), 4, 2, mma_type="bf16xbf16")
+    sizes = (case.num_experts, 3, case.topk, case.hidden, case.intermediate)
+    buffer = deep_gemm_ops.get_symm_buffer_for_mega_moe(
+        dist.group.WORLD, *sizes, mma_type=case.mma_type, device=f"cuda:{rank}"
+    )
+    deadline = time.monotonic() + 20
+    if rank == 0:
+        case.write([buffer], [to_device(case.inputs()[0], "cuda")])
+        progress[0].write_text("the call")
+        call(case, buffer, to_device(case.weights()[0], "cuda"), 3, timeout_ms=500)
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            progress[0].write_text(f"given up: {error}")
+    while not progress[0].read_text().startswith("given up") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os._exit(0)  # a device on which an assertion failed cannot be shut down in order
+
+
+def test_a_gpu_that_does_not_come(
+    two_cuda_devices: tuple[str, str], tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"progress {rank}").write_text("its start")
+    join(torch.multiprocessing.spawn(leave_alone, (str(tmp_path),), nprocs=2, join=False), tmp_path, 50)
+    assert "device-side assert" in (tmp_path / "progress 0").read_text()
+    printed = "".join(capfd.readouterr())
+    assert "deep_gemm Mega MoE: timed out waiting for rank:1" in printed and "enter: its inputs are there" in printed
 
 
 def idle(rank: int) -> None:

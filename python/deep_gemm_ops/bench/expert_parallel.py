@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -217,6 +218,22 @@ def table(costs: Sequence[Cost]) -> str:
     return "\n".join(lines)
 
 
+def join_job(device: str) -> Any:
+    """A ``DeviceMesh`` of all ranks of the job that torchrun has started, or of a job of one, each with its own GPU."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, value)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Ranks that wait for one that has failed are not to wait long.
+    wait = datetime.timedelta(seconds=120)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=wait)
+    return init_device_mesh(device, (dist.get_world_size(),))
+
+
 def _time_us(function: Callable[[], object], repeats: int = 20) -> float:
     """Median time of a call on the slowest rank, which all ranks start together."""
     import torch
@@ -242,16 +259,11 @@ def measure(layer: Layer, tokens: int, machine: Machine) -> str:
     """Times on all ranks of this job, each with a GPU and ``tokens`` tokens, beside the model; Markdown."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
     from ..nn import ExpertParallel, freeze
 
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
-        os.environ.setdefault(name, value)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl")
-    ranks = dist.get_world_size()
-    mesh = init_device_mesh("cuda", (ranks,))
+    mesh = join_job("cuda")
+    ranks = mesh.size()
 
     def exchange_us(size: int) -> float:
         source = torch.zeros(ranks, size, dtype=torch.uint8, device="cuda")

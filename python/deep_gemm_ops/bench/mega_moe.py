@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,46 @@ def tuning_records(limits: timing.DeviceLimits, *, repeats: int = 7, quick: bool
         yield _measure(problem, contenders, limits, repeats)
 
 
+#: Options of casts of activations beside FP4 weights.
+PER_32: dict[str, Any] = {"gran_k": 32, "use_packed_ue8m0": True}
+
+
+def quantised(experts: Iterable[torch.Tensor], is_fp4: bool) -> mega_moe.ScaledWeights:
+    """BF16 weights, a matrix for each expert, as grouped products take them, in FP8 or in FP4."""
+
+    def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_fp4:
+            return deep_gemm_ops.per_token_cast_to_fp4(x, use_packed_ue8m0=True)
+        return deep_gemm_ops.per_block_cast_to_fp8(x)
+
+    casts = [cast(matrix) for matrix in experts]
+    values = torch.stack([values.view(torch.uint8) for values, _ in casts]).view(casts[0][0].dtype)
+    # MN-major, as the casts have them and as products read them.
+    return values, torch.stack([scales.t() for _, scales in casts]).transpose(1, 2)
+
+
+def reference_layer(
+    inputs: Sequence[torch.Tensor],
+    l1: mega_moe.ScaledWeights,
+    l2: mega_moe.ScaledWeights,
+    first_expert: int = 0,
+) -> torch.Tensor:
+    """What these experts add to each token's result, in float32, with the roundings of the kernel.
+
+    ``inputs`` are values of tokens, their scales, the choices and the routing weights.
+    """
+    x, x_sf, topk_idx, topk_weights = inputs
+    y = torch.zeros(x.shape[0], l2[0].shape[1], device=x.device)
+    for expert in range(l1[0].shape[0]):  # all at once, its results would take too much memory
+        token, choice = (topk_idx == first_expert + expert).nonzero(as_tuple=True)
+        idx = topk_idx[token].where(torch.arange(topk_idx.shape[1], device=x.device) == choice[:, None], -1)
+        one = (x.view(torch.uint8)[token].view(x.dtype), x_sf[token], idx, topk_weights[token])
+        weights = [tensor[expert : expert + 1] for tensor in (*l1, *l2)]
+        results = mega_moe.reference_experts(*one, *weights, first_expert=first_expert + expert)
+        y.index_add_(0, token, results.float().sum(1))
+    return y
+
+
 class _Problem:
     """One rank's inputs and weights; choices of other ranks' experts are masked, about seven of eight."""
 
@@ -98,21 +138,13 @@ class _Problem:
         choices[0, 1:] = choices[0, 1:].clamp(min=LOCAL_EXPERTS)
         self.topk_idx = choices.where(choices < LOCAL_EXPERTS, -1)
         self.topk_weights = torch.rand(tokens, TOPK, **on_gpu)
-        #: Scales of activations.
-        self.per_32: dict[str, Any] = {"gran_k": 32, "use_packed_ue8m0": True} if layer.is_fp4 else {}
+        self.per_32 = PER_32 if layer.is_fp4 else {}
         x = torch.randn(tokens, hidden, **on_gpu).bfloat16()
         self.x, self.x_sf = deep_gemm_ops.per_token_cast_to_fp8(x, **self.per_32)
 
-        def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if layer.is_fp4:
-                return deep_gemm_ops.per_token_cast_to_fp4(x, use_packed_ue8m0=True)
-            return deep_gemm_ops.per_block_cast_to_fp8(x)
-
         def weights(rows: int, cols: int) -> mega_moe.ScaledWeights:
-            casts = [cast((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16()) for _ in range(LOCAL_EXPERTS)]
-            values = torch.stack([values.view(torch.uint8) for values, _ in casts]).view(casts[0][0].dtype)
-            # MN-major, as the casts have them and as products read them.
-            return values, torch.stack([scales.t() for _, scales in casts]).transpose(1, 2)
+            experts = ((torch.randn(rows, cols, **on_gpu) * cols**-0.5).bfloat16() for _ in range(LOCAL_EXPERTS))
+            return quantised(experts, layer.is_fp4)
 
         self.plain = (weights(2 * intermediate, hidden), weights(hidden, intermediate))
         self.l1, self.l2 = deep_gemm_ops.transform_weights_for_mega_moe(*self.plain)
@@ -159,18 +191,7 @@ class _Problem:
         return torch.zeros_like(self.y).index_add_(0, tokens, results)
 
     def expected(self) -> torch.Tensor:
-        (l1, l1_sf), (l2, l2_sf) = self.l1, self.l2
-        inputs = (self.x_sf, self.topk_idx, self.topk_weights)
-        y = torch.zeros(self.y.shape, device=self.y.device)
-        for expert in range(LOCAL_EXPERTS):  # all at once, its results would take too much memory
-            token, choice = (self.topk_idx == expert).nonzero(as_tuple=True)
-            one = [t[token] for t in (self.x.view(torch.uint8), *inputs)]
-            one[0] = one[0].view(self.x.dtype)
-            one[2] = one[2].where(torch.arange(TOPK, device=y.device) == choice[:, None], -1)
-            at = slice(expert, expert + 1)
-            results = mega_moe.reference_experts(*one, l1[at], l1_sf[at], l2[at], l2_sf[at], first_expert=expert)
-            y.index_add_(0, token, results.float().sum(1))
-        return y
+        return reference_layer((self.x, self.x_sf, self.topk_idx, self.topk_weights), self.l1, self.l2)
 
 
 def _measure(
