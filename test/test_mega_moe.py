@@ -480,15 +480,17 @@ def process(rank: int, ranks: int, folder: str, device: str, mma_types: tuple[st
     progress = pathlib.Path(folder) / f"progress {rank}"
     progress.write_text("the rendezvous")
     torch.set_num_threads(4 if device == "cuda:" else 1)
-    backend, others = "gloo", [device]  # GPUs that are the current one, in turns, while this rank's works
+    backend, current = "gloo", [device]  # devices that are the current one, in turns
     if device == "cuda:":
-        backend, device, others = "nccl", f"cuda:{rank}", [f"cuda:{(rank + i) % ranks}" for i in range(ranks)]
-        torch.cuda.set_device(device)
+        backend, device, current = "nccl", f"cuda:{rank}", [f"cuda:{rank}", f"cuda:{(rank + 1) % ranks}"]
+        for other in reversed(current):  # not while its rank's kernel waits for this one
+            torch.cuda.set_device(other)
+            torch.cuda.synchronize()
     else:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     where, wait = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
     dist.init_process_group(backend, init_method=where, rank=rank, world_size=ranks, timeout=wait)
-    if others == ["cuda"]:
+    if current == ["cuda"]:
         progress.write_text("CUDA's initialisation")
         deep_gemm_ops.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // ranks)
     results: dict[Any, Any] = {}
@@ -507,13 +509,13 @@ def process(rank: int, ranks: int, folder: str, device: str, mma_types: tuple[st
         inputs = {(i, number): to_device(cases[i].inputs(number)[rank], device) for i, number in calls}
         for at, (index, number) in enumerate(calls):
             progress.write_text(f"call {number} of {cases[index].routing} choices, {mma_type}")
-            with contextlib.nullcontext() if device == "cpu" else torch.cuda.device(others[at % len(others)]):
+            with contextlib.nullcontext() if device == "cpu" else torch.cuda.device(current[at % len(current)]):
                 cases[index].write([buffer], [inputs[index, number]])
                 y = call(cases[index], buffer, weights, cases[index].tokens[rank], **more)
             assert y.device == buffer.buffer.device
             results[mma_type, index, number] = y
         results[mma_type, "stats"] = stats.clone()
-        if len(others) > 1:
+        if len(current) > 1:
             progress.write_text(f"the capture of {mma_type}")
             y = torch.empty(case.tokens[rank], case.hidden, dtype=torch.bfloat16, device=device)
             graph = torch.cuda.CUDAGraph()
