@@ -354,7 +354,7 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
     lines = ptx.splitlines()
     before, after = lines[: mutant.line - 1], lines[mutant.line :]
     if mutant.kind == "warp barrier":
-        meets = r"wgmma\.(wait|commit)_group|bar\.warp\.sync|shfl\.sync|vote\.sync"
+        meets = r"wgmma\.(wait|commit)_group|bar\.warp\.sync|(shfl|vote|redux)\.sync"
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st)\b.*\.shared", line) for line in before[met:]):
             return "the warp has met since it last touched what the arrive that follows frees"

@@ -9,7 +9,7 @@
 
 namespace deep_gemm {
 
-// Weights are stored halved, see the kernels' sums of heads. Storage that has room for scales of queries takes them, too,
+// Weights are stored times the storage's kWeightFactor. Storage that has room for scales of queries takes them, too,
 // for all columns that kLoads words a lane cover: see its store_query_scales().
 template <int kHeads, int kTokens, class Storage, class Walk>
 __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
             ptx::mbarrier_arrive(shared.group_full[s]);  // keys are loaded while the weights are on their way
         }
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * 0.5f;
+        for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * Storage::kWeightFactor;
         if constexpr (Storage::kQueryScales) shared.store_query_scales(s, scales, lane);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(shared.q_full[s]);

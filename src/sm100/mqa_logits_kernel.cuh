@@ -56,12 +56,13 @@ struct alignas(1024) MqaStorage {
     static constexpr MqaType kType{kFp4};
     static constexpr int kTokens = kType.cols() / kHeads;
     static constexpr bool kQueryScales = kFp4;
+    static constexpr float kWeightFactor = 0.5f;  // see add_heads()
     static constexpr int kScaleGroups = 2;  // of 128 columns
 
     uint8_t kv[kType.stages()][kMqaKeys * kType.max_row_bytes()];      // [128][row_bytes], swizzled over a whole row
     uint8_t q[kMqaQueryStages][kType.cols() * kType.max_row_bytes()];  // [q_rows][row_bytes], likewise
     alignas(128) uint32_t kv_sf[kType.stages()][kMqaKeys];             // FP32, or four UE8M0
-    alignas(16) float weights[kMqaQueryStages][kType.cols()];          // halved, see add_heads()
+    alignas(16) float weights[kMqaQueryStages][kType.cols()];
     // FP4: scales as the tensor core wants them.
     alignas(16) uint4 turned_kv_sf[kFp4 ? kType.stages() : 1][kFp4 ? 32 : 1];
     alignas(16) uint32_t turned_q_sf[kFp4 ? kMqaQueryStages : 1][kFp4 ? kScaleGroups * 128 : 1];

@@ -4,9 +4,12 @@
 //
 // Keys are the rows of the wgmma instruction, 64 to a warpgroup's tile; its columns are (token, head) pairs, so that a
 // token's heads are summed inside of a quad of threads. K is the whole head dimension: one tile is head_dim / 32
-// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs an
-// addition and an FMA, and the scale is applied to the sum of the heads. Where a warp meets a scale that is negative, huge,
-// Inf or NaN it multiplies each product instead, as the formula says.
+// instructions for each of a warpgroup's accumulators. For a scale s >= 0, relu(x s) = s relu(x): an element costs a
+// comparison and an FMA where it is positive, and the scale is applied to the sum of the heads. Where a warp meets a scale
+// that is negative, huge, Inf or NaN it multiplies each product instead, as the formula says.
+//
+// Registers are what these sums and the tensor core compete for: its accumulators are read and written all the time, and each
+// operand that another instruction reads makes it wait. So little else is done for a tile.
 //
 // A CTA works on a run of groups (device/mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
 // registers, while tiles of keys pass. Tile n of the run belongs to consumer warpgroup n modulo their number. A warpgroup
@@ -50,11 +53,12 @@ struct alignas(1024) MqaStorage {
     static constexpr MqaLayout kLayout = Traits::kLayout;
     static constexpr int kStages = kLayout.num_stages();
     static constexpr bool kQueryScales = false;
+    static constexpr float kWeightFactor = 1;
 
     uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
     uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise
     alignas(128) float kv_sf[kStages][kMqaTileKeys];
-    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];  // halved, see add_heads()
+    alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];
     KeyRange ranges[kMqaQueryStages][kLayout.row.tile_tokens()];
     MqaGroup groups[kMqaQueryStages];
     DenseWorkStorage dense_work;
@@ -94,7 +98,8 @@ class MqaKernel {
     static constexpr int kSums = 2 * kPartTokens;                 // of a thread's columns: a token's, for each of two keys
     static constexpr int kOutputs = kSums >= 4 ? kSums / 4 : 1;   // of a thread, once a quad's sums are added
     static constexpr int kOutputTokens = (kOutputs + 1) / 2;
-    static constexpr float kMaxFactored = 0x1p64f;  // scales up to this may be taken out of the sum
+    static constexpr uint32_t kMaxFactored = 0x5f800000;  // 2^64: scales up to this may be taken out of the sum
+    static constexpr int kKeyStep = kWarpgroups * kMqaTileKeys;  // between the tiles of a warpgroup
 
     using Storage = MqaStorage<Traits>;
     using QueryState = PipelineState<kMqaQueryStages>;
@@ -252,13 +257,16 @@ private:
     struct Scales {
         float upper, lower;
         bool factored;  // whether every scale of the warp may be taken out of the sum
+
+        __device__ __forceinline__ float of(int key) const { return key % 2 == 0 ? upper : lower; }
     };
 
-    // Where one of the thread's results goes: a row of logits, and the keys that it has.
+    // Where a thread's results of one token go in its next tile: the only one that it is left with, or the upper one and that
+    // of the key 8 further.
     struct Output {
-        char* row;       // address of key 0
-        int begin;
-        unsigned count;  // from `begin` on; 0 where another lane stores the same
+        char* address;
+        unsigned past;                 // keys from the first one of the token's range on
+        unsigned floats, bfloats;      // keys of the range, if they are stored in this type; 0 also where another lane stores
     };
 
     // What a thread keeps of a group, for one accumulator.
@@ -273,19 +281,27 @@ private:
         scales.lower = shared.kv_sf[stage][row + 8];
     }
 
+    // Words of scales that may be taken out are not above kMaxFactored's: others have a sign or a large exponent.
     __device__ __forceinline__ static void classify(Scales& scales) {
-        // Comparisons with a NaN are false.
-        const bool usual = scales.upper >= 0 && scales.upper <= kMaxFactored && scales.lower >= 0 &&
-                           scales.lower <= kMaxFactored;
-        scales.factored = __all_sync(kAllLanes, usual);
-        if (!scales.factored) scales.upper = scales.lower = 2;  // see scaled_relu
+        const uint32_t largest = max(__float_as_uint(scales.upper), __float_as_uint(scales.lower));
+        scales.factored = __reduce_max_sync(kAllLanes, largest) <= kMaxFactored;
     }
 
-    // relu(x s) / 2, for scales that cannot be taken out: halved so that add_heads cannot make it infinite.
-    __device__ __forceinline__ static float scaled_relu(float x, float scale) {
+    __device__ __forceinline__ static float relu(float x) {
         float result;
-        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x * scale));  // unlike fmaxf it keeps a NaN
-        return result * 0.5f;
+        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));  // unlike fmaxf it keeps a NaN
+        return result;
+    }
+
+    // sum += relu(x) weight.
+    __device__ __forceinline__ static void add_relu(float x, float weight, float& sum) {
+        asm("{\n"
+            ".reg .pred counts;\n"
+            "setp.gtu.f32 counts, %1, 0f00000000;\n"  // or NaN
+            "@counts fma.rn.f32 %0, %1, %2, %0;\n"
+            "}"
+            : "+f"(sum)
+            : "f"(x), "f"(weight));
     }
 
     __device__ __forceinline__ static void read_weights(const Storage& shared, int q_stage, int index, int lane,
@@ -299,27 +315,38 @@ private:
         }
     }
 
+    // `key`: the thread's upper one in the first tile.
     __device__ __forceinline__ static void read_outputs(const MqaLogitsParams& params, const Storage& shared, int q_stage,
-                                                        int index, int lane, Part& part) {
+                                                        int index, int key, int lane, Part& part) {
         const int bytes = params.logits_is_float ? 4 : 2;
 #pragma unroll
         for (int i = 0; i < kOutputTokens; ++i) {
             const int sum = kSums >= 4 ? lane % 4 * kOutputs + 2 * i : lane % 4 / 2;  // see store()
             const int token = index * kPartTokens + sum / 2;
             const KeyRange range = shared.ranges[q_stage][token];
+            const int at = kOutputs > 1 ? key : key + sum % 2 * 8;
+            const int column = params.compressed ? at - range.begin : at;
             const long long row = (shared.groups[q_stage].first_token + token) * params.logits_stride;
+            const unsigned count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
             Output& output = part.outputs[i];
-            output.row = static_cast<char*>(params.logits) + (row - (params.compressed ? range.begin : 0)) * bytes;
-            output.begin = range.begin;
-            output.count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
+            output.address = static_cast<char*>(params.logits) + (row + column) * bytes;
+            output.past = at - range.begin;
+            output.floats = params.logits_is_float ? count : 0;
+            output.bfloats = params.logits_is_float ? 0 : count;
         }
     }
 
-    __device__ __forceinline__ static void multiply(const Storage& shared, int stage, int q_stage, int part,
-                                                    float (&accumulator)[kCols / 2]) {
+    // Low words of descriptors, which the compiler knows to be the same in all threads: so it keeps them in uniform registers.
+    __device__ __forceinline__ static uint32_t rows_of_stage(const Storage& shared, int stage) {
+        return uniform(SpanDescriptor<kHeadDim>::low(shared.kv[0]) + stage * (kLayout.kv_bytes() / 16));
+    }
+    __device__ __forceinline__ static uint32_t cols_of_stage(const Storage& shared, int q_stage) {
+        return uniform(SpanDescriptor<kHeadDim>::low(shared.q[0]) + q_stage * (kLayout.q_bytes() / 16));
+    }
+
+    __device__ __forceinline__ static void multiply(uint32_t rows, uint32_t cols, int part, float (&accumulator)[kCols / 2]) {
         using Operand = SpanDescriptor<kHeadDim>;
-        const uint32_t rows = Operand::low(shared.kv[0]) + stage * (kLayout.kv_bytes() / 16);
-        const uint32_t cols = Operand::low(shared.q[0]) + q_stage * (kLayout.q_bytes() / 16) + part * (kCols * kHeadDim / 16);
+        cols += part * (kCols * kHeadDim / 16);
         pin_registers(accumulator);
         wgmma_fence();
 #pragma unroll
@@ -330,17 +357,13 @@ private:
     }
 
     // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
-    // lower. x + |x| is 2 relu(x), and the weights are halved: an addition and an FMA go to the same pipe, which is twice as
-    // wide as that of maxima.
-    __device__ __forceinline__ static void add_heads(const float* raw_scales, const Scales& scales, const Part& part,
-                                                     float (&accumulator)[kCols / 2], float (&sums)[kSums]) {
+    // lower. Where scales cannot be taken out they become 1.
+    __device__ __forceinline__ static void add_heads(Scales& scales, const Part& part, float (&accumulator)[kCols / 2],
+                                                     float (&sums)[kSums]) {
         pin_registers(accumulator);
         if (!scales.factored) {
-            const float upper = raw_scales[0], lower = raw_scales[8];
 #pragma unroll
-            for (int i = 0; i < kCols / 2; ++i) {
-                accumulator[i] = scaled_relu(accumulator[i], i / 2 % 2 == 0 ? upper : lower);
-            }
+            for (int i = 0; i < kCols / 2; ++i) accumulator[i] = relu(accumulator[i] * scales.of(i / 2));
         }
 #pragma unroll
         for (int t = 0; t < kPartTokens; ++t) {
@@ -349,13 +372,13 @@ private:
             for (int i = 0; i < kHeads / 8; ++i) {
                 const int j = t * (kHeads / 8) + i;
                 const float* x = accumulator + 4 * j;
-                upper = fmaf(x[0] + fabsf(x[0]), part.weights[2 * j], upper);
-                lower = fmaf(x[2] + fabsf(x[2]), part.weights[2 * j], lower);
-                upper = fmaf(x[1] + fabsf(x[1]), part.weights[2 * j + 1], upper);
-                lower = fmaf(x[3] + fabsf(x[3]), part.weights[2 * j + 1], lower);
+                add_relu(x[0], part.weights[2 * j], upper);
+                add_relu(x[2], part.weights[2 * j], lower);
+                add_relu(x[1], part.weights[2 * j + 1], upper);
+                add_relu(x[3], part.weights[2 * j + 1], lower);
             }
-            sums[2 * t] = upper * scales.upper;
-            sums[2 * t + 1] = lower * scales.lower;
+            sums[2 * t] = upper;
+            sums[2 * t + 1] = lower;
         }
     }
 
@@ -377,10 +400,8 @@ private:
     }
 
     // Adds the sums of a quad and stores: lane q of it ends up with the q-th quarter of the sums, with a half of one token's
-    // where there are two. A warp writes 8 consecutive keys of a token at once. `key`: the upper one of this thread, or the
-    // only one that it is left with. `bytes`: of a logit.
-    __device__ __forceinline__ static void store(int bytes, int key, int lane, const Part& part,
-                                                 const float (&sums)[kSums]) {
+    // where there are two. A warp writes 8 consecutive keys of a token at once. Then moves on to the next tile.
+    __device__ __forceinline__ static void store(const Scales& scales, int lane, Part& part, const float (&sums)[kSums]) {
         float half[kSums / 2];
         float values[kOutputs];
         add_lanes<2, kSums>(lane, sums, half);
@@ -388,15 +409,18 @@ private:
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
             const Output& output = part.outputs[i / 2];
-            const int at = key + i % 2 * 8;
-            if (static_cast<unsigned>(at - output.begin) < output.count) {
-                char* address = output.row + static_cast<uint64_t>(static_cast<unsigned>(at)) * static_cast<unsigned>(bytes);
-                if (bytes == 4) {
-                    *reinterpret_cast<float*>(address) = values[i];
-                } else {
-                    *reinterpret_cast<__nv_bfloat16*>(address) = __float2bfloat16_rn(values[i]);
-                }
+            const int key = kOutputs > 1 ? i : kSums == 4 ? lane : lane / 2;  // even: the upper one
+            const float value = scales.factored ? values[i] * scales.of(key) : values[i];
+            const unsigned past = output.past + i % 2 * 8;
+            if (past < output.floats) reinterpret_cast<float*>(output.address)[i % 2 * 8] = value;
+            if (past < output.bfloats) {
+                reinterpret_cast<__nv_bfloat16*>(output.address)[i % 2 * 8] = __float2bfloat16_rn(value);
             }
+        }
+#pragma unroll
+        for (Output& output : part.outputs) {
+            output.past += kKeyStep;
+            output.address += output.bfloats > 0 ? kKeyStep * 2 : kKeyStep * 4;
         }
     }
 
@@ -417,45 +441,47 @@ private:
     };
 
     __device__ __forceinline__ static void consume(const MqaLogitsParams& params, Storage& shared, int warpgroup) {
-        constexpr int kKeyStep = kWarpgroups * kMqaTileKeys;  // between the tiles of a warpgroup
         const int lane = threadIdx.x % 32;
         const int warp = uniform(static_cast<int>(threadIdx.x) / 32 % 4);
         const int row = warp * 16 + lane / 4;  // of a tile: the thread's upper key
-        const int bytes = params.logits_is_float ? 4 : 2;
-        const int lower = kOutputs > 1 ? 0 : kSums == 4 ? lane % 2 : lane / 2 % 2;  // which of two keys it is left with
         float accumulators[kParts][kCols / 2];
         Part parts[kParts];
         Scales scales;
         QueryState q_state;
         Position position = {uniform(warpgroup), 0};
         int in_group = position.stage;  // the warpgroup's next tile, counted from the group's first
-        int key;                   // of the thread, in the tile at `position`
+        const auto first_key = [&](int q_stage) {
+            return shared.groups[q_stage].first_key + in_group * kMqaTileKeys + row;
+        };
 
         // One tile, whose first products are on their way, and nothing else: the assembler takes no more than that around
         // a loop. Issues those of the next tile, in query stage `next_q`.
         const auto step = [&](auto is_new_group, int next_q) {
             constexpr bool kNewGroup = decltype(is_new_group)::value;
             const Position next = position.next();
+            const uint32_t rows = rows_of_stage(shared, next.stage), cols = cols_of_stage(shared, next_q);
             Scales next_scales;
             float sums[kSums];
             wgmma_wait<0>();
             pin_registers(accumulators[0]);
-            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
-            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
+            if constexpr (kParts == 2) {
+                multiply(rows_of_stage(shared, position.stage), cols_of_stage(shared, q_state.stage_idx), 1, accumulators[1]);
+            }
+            add_heads(scales, parts[0], accumulators[0], sums);
             ptx::mbarrier_wait(shared.kv_full[next.stage], next.phase);
             read_scales(shared, next.stage, row, next_scales);
             if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
-            multiply(shared, next.stage, next_q, 0, accumulators[0]);
+            multiply(rows, cols, 0, accumulators[0]);
             if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
-            store(bytes, key, lane, parts[0], sums);
-            if constexpr (kNewGroup) read_outputs(params, shared, next_q, 0, lane, parts[0]);
+            store(scales, lane, parts[0], sums);
+            if constexpr (kNewGroup) read_outputs(params, shared, next_q, 0, first_key(next_q), lane, parts[0]);
             if constexpr (kParts == 2) {
                 wgmma_wait<1>();
-                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
+                add_heads(scales, parts[1], accumulators[1], sums);
                 release(shared.kv_empty[position.stage], lane);
                 if constexpr (kNewGroup) read_weights(shared, next_q, 1, lane, parts[1]);
-                store(bytes, key, lane, parts[1], sums);
-                if constexpr (kNewGroup) read_outputs(params, shared, next_q, 1, lane, parts[1]);
+                store(scales, lane, parts[1], sums);
+                if constexpr (kNewGroup) read_outputs(params, shared, next_q, 1, first_key(next_q), lane, parts[1]);
             }
             classify(next_scales);
             scales = next_scales;
@@ -472,20 +498,19 @@ private:
                 q_state.advance();
                 continue;
             }
-            key = shared.groups[q_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
             ptx::mbarrier_wait(shared.kv_full[position.stage], position.phase);
             read_scales(shared, position.stage, row, scales);
 #pragma unroll
             for (int p = 0; p < kParts; ++p) {
                 read_weights(shared, q_state.stage_idx, p, lane, parts[p]);
-                read_outputs(params, shared, q_state.stage_idx, p, lane, parts[p]);
+                read_outputs(params, shared, q_state.stage_idx, p, first_key(q_state.stage_idx), lane, parts[p]);
             }
             classify(scales);
-            multiply(shared, position.stage, q_state.stage_idx, 0, accumulators[0]);
+            multiply(rows_of_stage(shared, position.stage), cols_of_stage(shared, q_state.stage_idx), 0, accumulators[0]);
 
             while (true) {
 #pragma unroll 1
-                for (; in_group + kWarpgroups < num_tiles; in_group += kWarpgroups, key += kKeyStep) {
+                for (; in_group + kWarpgroups < num_tiles; in_group += kWarpgroups) {
                     step(std::false_type(), q_state.stage_idx);
                 }
                 in_group += kWarpgroups - num_tiles;
@@ -495,10 +520,7 @@ private:
                 num_tiles = uniform(shared.groups[next_state.stage_idx].num_tiles);
                 // None of its tiles may be this warpgroup's: then this one has to be given back before a further one.
                 if (in_group >= num_tiles) break;
-                const int next_key =
-                    shared.groups[next_state.stage_idx].first_key + in_group * kMqaTileKeys + row + lower * 8;
                 step(std::true_type(), next_state.stage_idx);
-                key = next_key;
                 release(shared.q_empty[q_state.stage_idx], lane);
                 q_state = next_state;
             }
@@ -506,13 +528,15 @@ private:
             float sums[kSums];
             wgmma_wait<0>();
             pin_registers(accumulators[0]);
-            if constexpr (kParts == 2) multiply(shared, position.stage, q_state.stage_idx, 1, accumulators[1]);
-            add_heads(shared.kv_sf[position.stage] + row, scales, parts[0], accumulators[0], sums);
-            store(bytes, key, lane, parts[0], sums);
+            if constexpr (kParts == 2) {
+                multiply(rows_of_stage(shared, position.stage), cols_of_stage(shared, q_state.stage_idx), 1, accumulators[1]);
+            }
+            add_heads(scales, parts[0], accumulators[0], sums);
+            store(scales, lane, parts[0], sums);
             if constexpr (kParts == 2) {
                 wgmma_wait<0>();
-                add_heads(shared.kv_sf[position.stage] + row, scales, parts[1], accumulators[1], sums);
-                store(bytes, key, lane, parts[1], sums);
+                add_heads(scales, parts[1], accumulators[1], sums);
+                store(scales, lane, parts[1], sums);
             }
             release(shared.kv_empty[position.stage], lane);
             position = position.next();
