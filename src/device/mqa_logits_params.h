@@ -35,7 +35,7 @@ struct MqaLogitsParams {
     int64_t logits_stride;
     int num_tokens;
     int width;
-    bool logits_is_float;
+    int logit_bytes;        // 4: FP32, 2: BF16
     bool clean;             // columns outside of a token's range are set to -inf
 
     // Dense: token i scores keys start[i] <= j < end[i].

@@ -131,7 +131,7 @@ __device__ __forceinline__ void fill_columns_with(T* row, int from, int to, uint
 // Columns [from, to) of a row.
 template <int kThreads>
 __device__ __forceinline__ void fill_columns(const MqaLogitsParams& params, long long row, int from, int to, int thread) {
-    if (params.logits_is_float) {
+    if (params.logit_bytes == 4) {
         fill_columns_with<kThreads>(static_cast<uint32_t*>(params.logits) + row, from, to, 0xff800000u, thread);
     } else {
         fill_columns_with<kThreads>(static_cast<uint16_t*>(params.logits) + row, from, to, 0xff80ff80u, thread);

@@ -53,9 +53,9 @@ __device__ __forceinline__ KeyRange join(KeyRange a, KeyRange b) {
     return b.begin < b.end ? KeyRange{min(a.begin, b.begin), max(a.end, b.end)} : a;
 }
 
-// A new group costs a CTA as long as two tiles: its queries, weights and ranges have to arrive. With 0 and 1, and less so with
-// 3 and 5, products of short prompts took longer on an H200: some CTAs have many short groups.
-inline constexpr int kGroupCost = 2;
+// A new group costs a CTA as long as three tiles: its queries, weights and ranges have to arrive. With 2, and less so with 4,
+// products of short prompts took longer on an H200: some CTAs have many short groups.
+inline constexpr int kGroupCost = 3;
 
 struct DensePosition {
     int group;

@@ -196,7 +196,7 @@ void run_mqa_logits(const MqaLogitsProblem& problem, int arch, int num_sms, int 
     params.logits_stride = problem.logits_stride;
     params.num_tokens = static_cast<int>(problem.num_tokens);
     params.width = static_cast<int>(problem.width);
-    params.logits_is_float = problem.logits_type == DataType::kFloat32;
+    params.logit_bytes = problem.logits_type == DataType::kFloat32 ? 4 : 2;
     params.clean = problem.clean;
     params.start = problem.start;
     params.end = problem.end;

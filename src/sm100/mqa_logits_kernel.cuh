@@ -459,7 +459,7 @@ private:
         const KeyRange range = shared.ranges[q_stage][token];
         if (key < range.begin || key >= min(range.end, end_key)) return;
         const long long at = (first_token + token) * params.logits_stride + key - (params.compressed ? range.begin : 0);
-        if (params.logits_is_float) {
+        if (params.logit_bytes == 4) {
             static_cast<float*>(params.logits)[at] = value;
         } else {
             static_cast<__nv_bfloat16*>(params.logits)[at] = __float2bfloat16_rn(value);

@@ -77,7 +77,8 @@ struct SpanDescriptor {
 
     __device__ __forceinline__ static uint32_t low(const void* tile) { return 1u << 16 | ptx::smem_address(tile) >> 4; }
 
-    // `step`: of 32 values along K.
+    // `step`: of 32 values along K. Each is put together of its words: ptxas 13.0 lost the high one where a sum of 64 bits
+    // was wanted in a loop.
     __device__ __forceinline__ static uint64_t at(uint32_t low, int step) {
         return static_cast<uint64_t>(kHigh) << 32 | (low + step * (32 / 16));
     }
@@ -261,12 +262,12 @@ private:
         __device__ __forceinline__ float of(int key) const { return key % 2 == 0 ? upper : lower; }
     };
 
-    // Where a thread's results of one token go in its next tile: the only one that it is left with, or the upper one and that
-    // of the key 8 further.
+    // Where a thread's results of one token go: the only one that it is left with, or the upper one and that of the key 8
+    // further.
     struct Output {
-        char* address;
-        unsigned past;                 // keys from the first one of the token's range on
-        unsigned floats, bfloats;      // keys of the range, if they are stored in this type; 0 also where another lane stores
+        char* begin;     // of the token's range
+        int past;        // keys from there to that of the thread in its next tile; negative in front of the range
+        unsigned count;  // keys of the range; 0 where another lane stores the same
     };
 
     // What a thread keeps of a group, for one accumulator.
@@ -318,21 +319,17 @@ private:
     // `key`: the thread's upper one in the first tile.
     __device__ __forceinline__ static void read_outputs(const MqaLogitsParams& params, const Storage& shared, int q_stage,
                                                         int index, int key, int lane, Part& part) {
-        const int bytes = params.logits_is_float ? 4 : 2;
 #pragma unroll
         for (int i = 0; i < kOutputTokens; ++i) {
             const int sum = kSums >= 4 ? lane % 4 * kOutputs + 2 * i : lane % 4 / 2;  // see store()
             const int token = index * kPartTokens + sum / 2;
             const KeyRange range = shared.ranges[q_stage][token];
-            const int at = kOutputs > 1 ? key : key + sum % 2 * 8;
-            const int column = params.compressed ? at - range.begin : at;
             const long long row = (shared.groups[q_stage].first_token + token) * params.logits_stride;
-            const unsigned count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
+            const int column = params.compressed ? 0 : range.begin;
             Output& output = part.outputs[i];
-            output.address = static_cast<char*>(params.logits) + (row + column) * bytes;
-            output.past = at - range.begin;
-            output.floats = params.logits_is_float ? count : 0;
-            output.bfloats = params.logits_is_float ? 0 : count;
+            output.begin = static_cast<char*>(params.logits) + (row + column) * params.logit_bytes;
+            output.past = (kOutputs > 1 ? key : key + sum % 2 * 8) - range.begin;
+            output.count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
         }
     }
 
@@ -367,13 +364,18 @@ private:
         }
 #pragma unroll
         for (int t = 0; t < kPartTokens; ++t) {
-            float upper = 0, lower = 0;
+            float upper, lower;
 #pragma unroll
             for (int i = 0; i < kHeads / 8; ++i) {
                 const int j = t * (kHeads / 8) + i;
                 const float* x = accumulator + 4 * j;
-                add_relu(x[0], part.weights[2 * j], upper);
-                add_relu(x[2], part.weights[2 * j], lower);
+                if (i == 0) {
+                    upper = relu(x[0]) * part.weights[2 * j];
+                    lower = relu(x[2]) * part.weights[2 * j];
+                } else {
+                    add_relu(x[0], part.weights[2 * j], upper);
+                    add_relu(x[2], part.weights[2 * j], lower);
+                }
                 add_relu(x[1], part.weights[2 * j + 1], upper);
                 add_relu(x[3], part.weights[2 * j + 1], lower);
             }
@@ -401,27 +403,32 @@ private:
 
     // Adds the sums of a quad and stores: lane q of it ends up with the q-th quarter of the sums, with a half of one token's
     // where there are two. A warp writes 8 consecutive keys of a token at once. Then moves on to the next tile.
-    __device__ __forceinline__ static void store(const Scales& scales, int lane, Part& part, const float (&sums)[kSums]) {
+    __device__ __forceinline__ static void store(const MqaLogitsParams& params, const Scales& scales, int lane, Part& part,
+                                                 const float (&sums)[kSums]) {
         float half[kSums / 2];
         float values[kOutputs];
         add_lanes<2, kSums>(lane, sums, half);
         add_lanes<1, kSums / 2>(lane, half, values);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
-            const Output& output = part.outputs[i / 2];
             const int key = kOutputs > 1 ? i : kSums == 4 ? lane : lane / 2;  // even: the upper one
-            const float value = scales.factored ? values[i] * scales.of(key) : values[i];
-            const unsigned past = output.past + i % 2 * 8;
-            if (past < output.floats) reinterpret_cast<float*>(output.address)[i % 2 * 8] = value;
-            if (past < output.bfloats) {
-                reinterpret_cast<__nv_bfloat16*>(output.address)[i % 2 * 8] = __float2bfloat16_rn(value);
+            if (scales.factored) values[i] *= scales.of(key);
+        }
+        const auto store_as = [&]<class T>(T*, auto&& convert) {
+#pragma unroll
+            for (int i = 0; i < kOutputs; ++i) {
+                const Output& output = part.outputs[i / 2];
+                T* const address = reinterpret_cast<T*>(output.begin) + output.past;
+                if (static_cast<unsigned>(output.past + i % 2 * 8) < output.count) address[i % 2 * 8] = convert(values[i]);
             }
+        };
+        if (params.logit_bytes == 4) {
+            store_as(static_cast<float*>(nullptr), [](float x) { return x; });
+        } else {
+            store_as(static_cast<__nv_bfloat16*>(nullptr), [](float x) { return __float2bfloat16_rn(x); });
         }
 #pragma unroll
-        for (Output& output : part.outputs) {
-            output.past += kKeyStep;
-            output.address += output.bfloats > 0 ? kKeyStep * 2 : kKeyStep * 4;
-        }
+        for (Output& output : part.outputs) output.past += kKeyStep;
     }
 
     __device__ __forceinline__ static void release(ptx::Barrier& empty, int lane) {
@@ -473,14 +480,14 @@ private:
             if constexpr (kNewGroup) read_weights(shared, next_q, 0, lane, parts[0]);
             multiply(rows, cols, 0, accumulators[0]);
             if constexpr (kParts == 1) release(shared.kv_empty[position.stage], lane);
-            store(scales, lane, parts[0], sums);
+            store(params, scales, lane, parts[0], sums);
             if constexpr (kNewGroup) read_outputs(params, shared, next_q, 0, first_key(next_q), lane, parts[0]);
             if constexpr (kParts == 2) {
                 wgmma_wait<1>();
                 add_heads(scales, parts[1], accumulators[1], sums);
                 release(shared.kv_empty[position.stage], lane);
                 if constexpr (kNewGroup) read_weights(shared, next_q, 1, lane, parts[1]);
-                store(scales, lane, parts[1], sums);
+                store(params, scales, lane, parts[1], sums);
                 if constexpr (kNewGroup) read_outputs(params, shared, next_q, 1, first_key(next_q), lane, parts[1]);
             }
             classify(next_scales);
@@ -532,11 +539,11 @@ private:
                 multiply(rows_of_stage(shared, position.stage), cols_of_stage(shared, q_state.stage_idx), 1, accumulators[1]);
             }
             add_heads(scales, parts[0], accumulators[0], sums);
-            store(scales, lane, parts[0], sums);
+            store(params, scales, lane, parts[0], sums);
             if constexpr (kParts == 2) {
                 wgmma_wait<0>();
                 add_heads(scales, parts[1], accumulators[1], sums);
-                store(scales, lane, parts[1], sums);
+                store(params, scales, lane, parts[1], sums);
             }
             release(shared.kv_empty[position.stage], lane);
             position = position.next();
