@@ -77,8 +77,8 @@ struct SpanDescriptor {
 
     __device__ __forceinline__ static uint32_t low(const void* tile) { return 1u << 16 | ptx::smem_address(tile) >> 4; }
 
-    // `step`: of 32 values along K. Each is put together of its words: ptxas 13.0 lost the high one where a sum of 64 bits
-    // was wanted in a loop.
+    // `step`: of 32 values along K. Each is put together of its words: where they were added up in 64 bits ptxas 13.0 lost the
+    // high one, in a loop.
     __device__ __forceinline__ static uint64_t at(uint32_t low, int step) {
         return static_cast<uint64_t>(kHigh) << 32 | (low + step * (32 / 16));
     }
