@@ -68,7 +68,9 @@ def _pack(rows: Tensor, weights: Tensor | None, fp8: bool) -> Tensor:
     # Every part starts at a multiple of its elements' size, and rows at one of 16 bytes.
     sizes = [align(part.shape[1], 4) for part in parts]
     sizes[-1] += align(sum(sizes), 16) - sum(sizes)
-    return torch.cat([F.pad(part, (0, size - part.shape[1])) for part, size in zip(parts, sizes)], dim=1)
+    # pad() copies even where it adds nothing.
+    missing = [size - part.shape[1] for part, size in zip(parts, sizes)]
+    return torch.cat([F.pad(part, (0, more)) if more else part for part, more in zip(parts, missing)], dim=1)
 
 
 def _unpack(data: Tensor, like: Tensor, weighted: bool, fp8: bool) -> tuple[Tensor, Tensor | None]:
@@ -79,8 +81,14 @@ def _unpack(data: Tensor, like: Tensor, weighted: bool, fp8: bool) -> tuple[Tens
     if fp8:
         scales = data[:, end : end + 4 * ceil_div(columns, 128)].view(torch.float32)
         end += 4 * ceil_div(columns, 128)
-        values = F.pad(rows.view(torch.float8_e4m3fn).float(), (0, -columns % 128)).unflatten(1, (-1, 128))
-        rows = (values * scales[:, :, None]).flatten(1)[:, :columns].to(like.dtype)
+        values = rows.view(torch.float8_e4m3fn).to(torch.bfloat16)  # exact
+        if columns % 128 != 0:
+            values = F.pad(values, (0, -columns % 128))
+        values = values.unflatten(1, (-1, 128))
+        # A product in FP32, rounded as it is written.
+        rows = torch.empty_like(values, dtype=like.dtype)
+        torch.mul(values, scales[:, :, None], out=rows)
+        rows = rows.flatten(1)[:, :columns]
     else:
         rows = rows.view(like.dtype)
     return rows, data[:, end : end + 4].view(torch.float32).squeeze(1) if weighted else None
