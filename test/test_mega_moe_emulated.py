@@ -219,9 +219,10 @@ def test_sass() -> None:
             resources = inspect.kernel_resources(library, f"sm90_mega_moeILi{block_tokens}ELi{number}E")
             assert (resources["stack"], resources["local"]) == (0, 0)
             sass = "\n".join(inspect.kernel_sass(library, resources["function"]))
-            steps = 16 if mma_type == "fp8xfp4" else 8  # 128 of K in BF16, or 128 bytes
-            if block_tokens == 128:
-                steps *= 2  # blocks of 64 tokens and less have instructions of their own
+            # Two parts of 64 rows by 128 bytes of K. Of FP4 128 of K, one part; two where a block has 128 tokens.
+            steps = 8
+            if block_tokens == 128:  # short blocks have instructions of their own
+                steps *= 4 if mma_type == "fp8xfp4" else 2
             assert [sass.count(name) for name in ("GMMA.64x", "LDL", "STL")] == [steps, 0, 0]
 
 

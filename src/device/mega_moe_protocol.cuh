@@ -230,7 +230,7 @@ protected:
     template <class Compute>
     __device__ __forceinline__ static void run(const MegaMoeParams& params, Tables& tables, int warp, int64_t row_bytes,
                                                Compute&& compute) {
-        if (warp >= 4 && params.prefetch_bytes > 0) prefetch_weights(params, tables, row_bytes);
+        if (fetches(warp) && params.prefetch_bytes > 0) prefetch_weights(params, tables, row_bytes);
         MegaMoeHeader& header = *local<MegaMoeHeader>(params, 0);
         const uint32_t call = header.epoch + 1;
         if (!enter(params, tables, header, call)) return;
@@ -256,11 +256,14 @@ protected:
 
     // ---- enter, route ----
 
-    // By warps 4 to 11: brings the beginning of the CTA's first tile of weights into L2 while the others enter. Which expert
-    // it is of depends on all tokens, but mostly on whether an expert has any, and some of this rank's own tell that.
+    // Warps 4 to 11 fetch weights early, a thread for each row of a tile.
+    __device__ __forceinline__ static bool fetches(int warp) { return warp >= 4 && warp < 12; }
+
+    // By those warps: brings the beginning of the CTA's first tile of weights into L2 while the others enter. Which expert it
+    // is of depends on all tokens, but mostly on whether an expert has any, and some of this rank's own tell that.
     __device__ __forceinline__ static void prefetch_weights(const MegaMoeParams& params, Tables& tables,
                                                             int64_t row_bytes) {
-        static_assert(kRoles.threads == 12 * 32 && kRoles.tile_rows <= 256);
+        static_assert(kRoles.threads >= 12 * 32 && kRoles.tile_rows <= 256);
         constexpr int kLooks = 4, kWords = kMegaMoeMaxLocalExperts / 32;
         const int thread = thread_index() - 128;
         const int experts = params.shape.local_experts(), first_expert = params.rank * experts;
@@ -303,7 +306,7 @@ protected:
         if (blockIdx.x < tiles) prefetch_tile(params, blockIdx.x, row_bytes, params.early_bytes);
     }
 
-    // By warps 4 to 11: the beginning of each row of a tile of the first linear, of all experts'.
+    // By the same warps: the beginning of each row of a tile of the first linear, of all experts'.
     __device__ __forceinline__ static void prefetch_tile(const MegaMoeParams& params, int tile, int64_t row_bytes, int bytes) {
         const int thread = thread_index() - 128;
         if (kRoles.tile_rows < 256 && thread >= kRoles.tile_rows) return;

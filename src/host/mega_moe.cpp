@@ -51,7 +51,7 @@ LayerKernel sm90_kernel(int block_tokens, const MegaMoeShape& shape) {
             [](int row) { return kernel_name("sm90", row); },
             sm90::kMegaTileRows,
             sm90::kMegaBlockBytes / shape.element_bytes(),
-            sm90::kMegaThreads,
+            layout.threads(),
             layout.shared_bytes(),
             false,
             shape.pool_element_bytes(),

@@ -39,7 +39,7 @@ public:
     // Addresses in stage 0; `first_row` is that of the warpgroup's 64 rows.
     __device__ __forceinline__ Bf16Fp4Block(const uint8_t* rows, const uint8_t* row_scales, const uint8_t* cols,
                                             const uint8_t* col_scales, int first_row, int thread)
-        : cols_(cols) {
+        : cols_(ptx::computed_once(Descriptor(cols).low)) {
         const int lane = thread % 32;
         const int row = first_row + thread / 32 * 16 + lane / 4;  // and row + 8
         pairs_ = ptx::smem_address(rows) + row * kPackedBlockK + (lane % 4 ^ row / 2 % 4) * 16;
@@ -64,18 +64,19 @@ public:
 
     // Expands values for one half of a K block's instructions, of which each has its registers.
     __device__ __forceinline__ static void expand_half(int half, const Rows& rows, uint32_t (&fragments)[kHalf][4]) {
-        const Scale upper(rows.upper_code), lower(rows.lower_code);
+        const uint32_t upper = first_factor(rows.upper_code), lower = first_factor(rows.lower_code);
         uint32_t values[2][2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            expand(rows.upper[half * 2 + i], upper.first, values[i][0]);
-            expand(rows.lower[half * 2 + i], lower.first, values[i][1]);
+            expand(rows.upper[half * 2 + i], upper, values[i][0]);
+            expand(rows.lower[half * 2 + i], lower, values[i][1]);
         }
-        if (upper.is_large() || lower.is_large()) {
+        if (((rows.upper_code | rows.lower_code) & 0x80) != 0) {  // seldom; those of 128 are one
+            const uint32_t more_upper = second_factor(rows.upper_code), more_lower = second_factor(rows.lower_code);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                values[i / 4][0][i % 4] = product(values[i / 4][0][i % 4], upper.second);
-                values[i / 4][1][i % 4] = product(values[i / 4][1][i % 4], lower.second);
+                values[i / 4][0][i % 4] = product(values[i / 4][0][i % 4], more_upper);
+                values[i / 4][1][i % 4] = product(values[i / 4][1][i % 4], more_lower);
             }
         }
 #pragma unroll
@@ -89,12 +90,13 @@ public:
     __device__ __forceinline__ void multiply(int stage_idx, int half, const uint32_t (&fragments)[kHalf][4],
                                              float (&accumulator)[kAccumulators], bool accumulate) const {
         wgmma_fence();
+        const uint64_t cols = cols_.of_stage<kLayout.col_tile_bytes()>(stage_idx).at(0);
 #pragma unroll
         for (int step = 0; step < kHalf; ++step) {
-            // K of a stage is in two tiles of 128 bytes a token.
-            const uint32_t offset =
-                stage_idx * (kLayout.col_tile_bytes() / 16) + half * (kCols * kBlockK / 16) + step * (32 / 16);
-            wgmma_bf16_from_registers<kCols>(fragments[step], cols_.at(offset), accumulator, accumulate || step > 0);
+            // K of a stage is in two tiles of 128 bytes a token. The sum of both words is one uniform instruction, that of the
+            // low one two, with a copy of the high one.
+            const uint32_t offset = half * (kCols * kBlockK / 16) + step * (32 / 16);
+            wgmma_bf16_from_registers<kCols>(fragments[step], cols + offset, accumulator, accumulate || step > 0);
         }
         wgmma_commit();
     }
@@ -131,18 +133,12 @@ public:
     }
 
 private:
-    // 2^(code - 127 + 126) as two BF16 factors, the second of which is nearly always one.
-    struct Scale {
-        uint32_t first, second;
-
-        __device__ __forceinline__ explicit Scale(uint32_t code) {
-            constexpr uint32_t kBoth = 1 << 7 | 1 << 23;  // of the exponents' last bits
-            first = min(code + 126, 254u) * kBoth;
-            second = max(code, 128u) * kBoth - kBoth;     // of 128 and less 127: one
-            if (code == 255) first = 0x7fc07fc0;
-        }
-        __device__ __forceinline__ bool is_large() const { return second != 0x3f803f80; }
-    };
+    // 2^(code - 127 + 126) as two BF16 factors, the second of which is one where the code is 128 at most, and carries NaN.
+    static constexpr uint32_t kBoth = 1 << 7 | 1 << 23;  // of the exponents' last bits
+    __device__ __forceinline__ static uint32_t first_factor(uint32_t code) { return min(code + 126, 254u) * kBoth; }
+    __device__ __forceinline__ static uint32_t second_factor(uint32_t code) {
+        return code == 255 ? 0x7fc07fc0 : max(code, 128u) * kBoth - kBoth;
+    }
 
     __device__ __forceinline__ float2 col_scale(int stage_idx, int j) const {
         const uint32_t address = col_scales_ + stage_idx * kLayout.col_scale_pitch() + j * 8 * 4;

@@ -22,7 +22,8 @@
 //
 // Warpgroup 0: thread 0 loads weights, one of warp 1 tokens and their scales, warp 2 takes tiles and loads block scales,
 // warp 3 dispatches. Tiles go from warp 2 to the other roles in a queue.
-// Warpgroups 1 and 2 dispatch, too, before they begin to consume: w has rows (2 p + w) 64 .. of the tile in its part p.
+// The other warpgroups, two or, with FP4 weights, four, dispatch, too, before they begin to consume: of W warpgroups w has rows
+// (W p + w) 64 .. of the tile in its part p.
 //
 // barrier        arrivals                                    guards
 // full[s]        2 (weights' thread, tokens' thread), bytes  stage s is filled, scales per 32 included
@@ -31,7 +32,8 @@
 // scales_empty   consumer warps                              the chunk may be overwritten
 // tile full[s]   1 (a lane of warp 2)                        a tile is in slot s of the queue
 // tile empty[s]  consumer warps, weights', tokens' thread    all roles are done with it
-// named 1        256                                         results of the first linear in shared memory; chosen experts
+// named 1        all consumers                               results of the first linear in shared memory
+//                256                                         chosen experts, before they consume
 // named 2 + w    128                                         results of the second one, of warpgroup w
 #pragma once
 
@@ -49,8 +51,10 @@ constexpr bool mega_moe_sets_registers(int tokens) { return tokens > 64; }
 // Warp 3 dispatches until all is done, the consumers before they begin.
 constexpr MegaMoeRoles mega_moe_roles(int tokens, MegaMoeType type) {
     const int block_k = type == MegaMoeType::kBF16 ? kMegaBlockBytes / 2 : kMegaBlockBytes;
-    const bool sets_registers = mega_moe_sets_registers(tokens);
-    return {tokens, kMegaTileRows, block_k, type == MegaMoeType::kFP8, kMegaThreads, 1 + 8, 1, sets_registers, 2};
+    const MegaMoeLayout layout{tokens, type};
+    const int dispatch_warps = 1 + 4 * layout.consumer_warpgroups();
+    const bool sets_registers = mega_moe_sets_registers(tokens), has_scales = type == MegaMoeType::kFP8;
+    return {tokens, kMegaTileRows, block_k, has_scales, layout.threads(), dispatch_warps, 1, sets_registers, 2};
 }
 
 template <int kTokens, MegaMoeType kType>
@@ -81,10 +85,11 @@ private:
     static constexpr int kStages = kLayout.num_stages();
     static constexpr int kBlockK = kMegaBlockBytes / (kBF16 ? 2 : 1);
     static constexpr int kWeightBlockK = kFP4 ? kPackedBlockK : kBlockK;  // elements of their tensor map
-    static constexpr int kParts = 2;             // of 64 rows, of a consumer warpgroup
-    static constexpr int kTotals = kTokens / 2;  // registers of a thread, for a part
+    static constexpr int kWarpgroups = kLayout.consumer_warpgroups();
+    static constexpr int kParts = kLayout.parts();  // of 64 rows, of a consumer warpgroup
+    static constexpr int kTotals = kTokens / 2;     // registers of a thread, for a part
     static constexpr int kChunk = kLayout.chunk_tokens();
-    static constexpr int kConsumerWarps = 8;
+    static constexpr int kConsumerWarps = 4 * kWarpgroups, kConsumers = 32 * kConsumerWarps;
     // Both parts' tiles need not fit into the registers beside the totals.
     static constexpr bool kPartsTogether = kTokens <= 64;
     static constexpr bool kSetRegisters = mega_moe_sets_registers(kTokens);
@@ -131,7 +136,7 @@ public:
             ptx::fence_mbarrier_init();
         }
         const int64_t row_bytes = int64_t{params.shape.hidden} / kBlockK * (kFP4 ? kPackedBlockK : kMegaBlockBytes);
-        if (warp >= 4 && params.early_bytes > 0) Protocol::prefetch_early(params, row_bytes);
+        if (Protocol::fetches(warp) && params.early_bytes > 0) Protocol::prefetch_early(params, row_bytes);
         ptx::grid_dependency_wait();
 
         Protocol::run(params, shared.tables, warp, row_bytes, [&](MegaMoeHeader& header, const MegaTileList& tiles) {
@@ -295,7 +300,7 @@ private:
     }
 
     __device__ __forceinline__ static Descriptor weights_of(Storage& shared, int stage_idx, int part, int warpgroup) {
-        return Descriptor(shared.weights[stage_idx] + (part * 2 + warpgroup) * 64 * kMegaBlockBytes);
+        return Descriptor(shared.weights[stage_idx] + (part * kWarpgroups + warpgroup) * 64 * kMegaBlockBytes);
     }
 
     // Of a block's tokens.
@@ -389,9 +394,9 @@ private:
         }
     }
 
-    // FP4 weights: the tensor core sums all K blocks, and has one half of a part's while the next one is expanded. Packed
-    // values are read a part ahead, since a load waits for the instructions that are in flight. A stage is given back half a
-    // part later than its last instructions are issued.
+    // FP4 weights: the tensor core sums all K blocks, and has one half of a part's while the next one is expanded. A part's
+    // packed values are read when all of the part before are expanded, in front of the instructions that take these: behind
+    // them a load would wait. A stage is given back half a part later than its last instructions are issued.
     template <int kCols>
     __device__ __forceinline__ static void accumulate_fp4(Storage& shared, State& state, int num_k_blocks, int warpgroup,
                                                           float (&total)[kParts][kTotals]) {
@@ -400,12 +405,12 @@ private:
         const int thread = thread_index() % 128;
         const auto block_of = [&](int part) {
             return Block(shared.weights[0], reinterpret_cast<const uint8_t*>(shared.weight_scales[0]), shared.tokens[0],
-                         nullptr, (part * 2 + warpgroup) * 64, thread);
+                         nullptr, (part * kWarpgroups + warpgroup) * 64, thread);
         };
-        const Block blocks[kParts] = {block_of(0), block_of(1)};
-        typename Block::Rows rows[kParts];
+        const Block blocks[2] = {block_of(0), block_of(kParts - 1)};
+        typename Block::Rows rows;
         ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
-        blocks[0].load(state.stage_idx, rows[0]);
+        blocks[0].load(state.stage_idx, rows);
         int before = -1;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) pin_registers(first<kCols>(total[part]));
@@ -416,15 +421,15 @@ private:
             uint32_t fragments[2][Block::kHalf][4];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                if (part == 0) {
-                    blocks[1].load(s, rows[1]);
-                } else if (i + 1 < num_k_blocks) {
-                    ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
-                    blocks[0].load(state.stage_idx, rows[0]);
-                }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    Block::expand_half(half, rows[part], fragments[half]);
+                    Block::expand_half(half, rows, fragments[half]);
+                    if (half == 1 && part + 1 < kParts) {
+                        blocks[1].load(s, rows);
+                    } else if (half == 1 && i + 1 < num_k_blocks) {
+                        ptx::mbarrier_wait(shared.full[state.stage_idx], state.phase);
+                        blocks[0].load(state.stage_idx, rows);
+                    }
                     blocks[part].multiply(s * kTiles, half, fragments[half], first<kCols>(total[part]), true);
                     wgmma_wait<1>();
                     if (part == 0 && half == 0 && before >= 0) release(shared.empty[before], thread % 32);
@@ -489,14 +494,15 @@ private:
         const int64_t pool_rows = params.shape.pool_rows();
         const float* weights = local<const float>(params, params.offsets.pool_weights) + row;
         uint8_t* pool = local<uint8_t>(params, params.offsets.pool_h);
-        // A scale is of 128 columns, of both parts and warpgroups, or of 32, of one.
+        // A scale is of 128 columns, of all parts and warpgroups, or of 32, of one.
         constexpr int kScales = kFP4 ? kParts : 1;  // of a thread's values of a token
         float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][scale][token]
-        const int first_warp = kFP4 ? warpgroup * 4 : 0;  // of those with values under the same scale
-        const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's 64
-        // Both warpgroups may still be storing results of the second linear from this memory; not from where maxima are, if they
+        constexpr int kSharers = kFP4 ? 4 : kConsumerWarps;  // warps with values under the same scale
+        const int first_warp = kFP4 ? warpgroup * 4 : 0;
+        const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's
+        // All warpgroups may still be storing results of the second linear from this memory; not from where maxima are, if they
         // lie behind all of it.
-        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, 256);
+        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, kConsumers);
 #pragma unroll
         for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
             if (chunk >= tile.count) break;
@@ -545,7 +551,7 @@ private:
                         }
                     }
                 }
-                ptx::named_barrier_sync(1, 256);
+                ptx::named_barrier_sync(1, kConsumers);
 #pragma unroll
                 for (int j = 0; j < kPairs; ++j) {
                     const int at = chunk / 2 + 4 * j, token = 8 * j + lane % 4 * 2;
@@ -554,7 +560,7 @@ private:
                     for (int k = 0; k < kScales; ++k) {
                         float2 most = make_float2(0, 0);
 #pragma unroll
-                        for (int w = 0; w < kConsumerWarps / kScales; ++w) {
+                        for (int w = 0; w < kSharers; ++w) {
                             const float2 of_warp = *reinterpret_cast<const float2*>(
                                 amax + ((first_warp + w) * kScales + k) * kChunk + token);
                             most.x = cast::max_abs(most.x, of_warp.x);
@@ -572,9 +578,10 @@ private:
                         }
                     }
                     constexpr int kLast = kScales - 1;  // of the second part
-                    const uint32_t bytes =
-                        cast::to_e4m3x4(total[0][at] * first[0].inverse, total[1][at] * first[kLast].inverse,
-                                        total[0][at + 1] * second[0].inverse, total[1][at + 1] * second[kLast].inverse);
+                    constexpr int kOther = kParts - 1;   // the second part, where there is one
+                    const uint32_t bytes = cast::to_e4m3x4(
+                        total[0][at] * first[0].inverse, total[kOther][at] * first[kLast].inverse,
+                        total[0][at + 1] * second[0].inverse, total[kOther][at + 1] * second[kLast].inverse);
                     if constexpr (kFP4) {
                         const float2 upper = e4m3_to_float2(bytes & 0xffff), lower = e4m3_to_float2(bytes >> 16);
                         uint8_t* to = shared.staging + token * kPitch + bf16_token_position(column) * 2;
@@ -589,31 +596,31 @@ private:
                     }
                 }
             }
-            ptx::named_barrier_sync(1, 256);
+            ptx::named_barrier_sync(1, kConsumers);
             constexpr int kPerRow = 128 * kBytes / 16;
             const int count = min(kChunk, tile.count - chunk) * kPerRow;
             const int64_t row_bytes = int64_t{params.shape.intermediate} * kBytes;
 #pragma unroll 1
-            for (int i = warpgroup * 128 + thread; i < count; i += 256) {
+            for (int i = warpgroup * 128 + thread; i < count; i += kConsumers) {
                 const int token = i / kPerRow, piece = i % kPerRow * 16;
                 const uint4 values = *reinterpret_cast<const uint4*>(shared.staging + token * kPitch + piece);
                 *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + tile.weights * 128 * kBytes + piece) =
                     values;
             }
-            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, 256);  // else the maxima's is in between
+            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, kConsumers);  // else the maxima's is in between
         }
         fence_async_global();
-        ptx::named_barrier_sync(1, 256);
+        ptx::named_barrier_sync(1, kConsumers);
         if (warpgroup == 0 && thread == 0) {
             add_release_gpu(local<uint32_t>(params, params.offsets.activated) + tile.block, 1);
         }
     }
 
-    // BF16 values of a column of both parts, 64 columns apart, in the order of K for FP4 weights.
+    // BF16 values of a column of both parts, if there are two, 64 columns apart, in the order of K for FP4 weights.
     __device__ __forceinline__ static void store_pair(uint8_t* to, float first, float second) {
         constexpr int kApart = 2 * (bf16_token_position(64) - bf16_token_position(0));
         *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16_rn(first);
-        *reinterpret_cast<__nv_bfloat16*>(to + kApart) = __float2bfloat16_rn(second);
+        if constexpr (kParts == 2) *reinterpret_cast<__nv_bfloat16*>(to + kApart) = __float2bfloat16_rn(second);
     }
 
     // ---- epilogue of the second linear ----
@@ -630,7 +637,7 @@ private:
         const uint32_t to = ptx::smem_address(staging + in_pair * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-            const int column = tile.weights * kMegaTileRows + (part * 2 + warpgroup) * 64;
+            const int column = tile.weights * kMegaTileRows + (part * kWarpgroups + warpgroup) * 64;
             if (column >= params.shape.hidden) break;
 #pragma unroll
             for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
@@ -651,7 +658,8 @@ private:
 };
 
 template <int kTokens, int kType>
-__global__ void __launch_bounds__(kMegaThreads, 1) sm90_mega_moe(const __grid_constant__ MegaMoeParams params) {
+__global__ void __launch_bounds__(MegaMoeLayout{kTokens, static_cast<MegaMoeType>(kType)}.threads(), 1)
+    sm90_mega_moe(const __grid_constant__ MegaMoeParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     using Kernel = MegaMoeKernel<kTokens, static_cast<MegaMoeType>(kType)>;

@@ -10,7 +10,6 @@ namespace deep_gemm::sm90 {
 
 inline constexpr int kMegaBlockBytes = 128;   // of K in a stage
 inline constexpr int kMegaTileRows = 256;     // of weights: 128 gates and their ups, or 256 columns of the result
-inline constexpr int kMegaThreads = 384;
 inline constexpr int kMegaScaleChunk = 32;    // K blocks whose block scales are loaded at once
 inline constexpr int kMegaScaleChunks = 2;    // chunks in shared memory
 
@@ -28,6 +27,12 @@ struct MegaMoeLayout {
     // Tokens in the pool are BF16, with FP4 weights, too.
     constexpr bool has_bf16_tokens() const { return type != MegaMoeType::kFP8; }
     constexpr int token_bytes() const { return has_bf16_tokens() ? 2 : 1; }
+
+    // FP4 is expanded by so many instructions, one waiting for the other, that two warps of a scheduler do not fill its slots;
+    // four do better, where they have registers enough.
+    constexpr int consumer_warpgroups() const { return is_fp4() && block_tokens <= 64 ? 4 : 2; }
+    constexpr int parts() const { return kMegaTileRows / 64 / consumer_warpgroups(); }  // of 64 rows, of a warpgroup
+    constexpr int threads() const { return 128 * (1 + consumer_warpgroups()); }
 
     // Tokens of a box of TMA, and of those whose results are in shared memory at a time. A block with no more tokens is a
     // short one: of two boxes only the first is loaded and multiplied.
@@ -50,10 +55,12 @@ struct MegaMoeLayout {
     // that neighbouring tokens lie in different ones.
     constexpr int activated_pitch() const { return 128 * token_bytes() + 16; }
     constexpr int activated_bytes() const { return chunk_tokens() * activated_pitch(); }
-    // Of each consumer warp for each token; with FP4 those of its two eights of rows are in different 32.
-    constexpr int amax_bytes() const { return is_bf16() ? 0 : 8 * (is_fp4() ? 2 : 1) * chunk_tokens() * 4; }
+    // Of each consumer warp for each token; with FP4 those of its parts are in different 32.
+    constexpr int amax_bytes() const {
+        return is_bf16() ? 0 : 4 * consumer_warpgroups() * (is_fp4() ? parts() : 1) * chunk_tokens() * 4;
+    }
     // Those of the second one, [warpgroup][token][64 columns] in BF16.
-    constexpr int results_bytes() const { return 2 * chunk_tokens() * 128; }
+    constexpr int results_bytes() const { return consumer_warpgroups() * chunk_tokens() * 128; }
     constexpr int staging_bytes() const {
         const int bytes = std::max(activated_bytes() + amax_bytes(), results_bytes());
         return (bytes + 127) / 128 * 128;
