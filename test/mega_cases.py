@@ -101,6 +101,7 @@ class MegaCase:
     max_tokens: int = 0  # 0: as many as there are, at least 1
     mma_type: str = "fp8xfp8"
     block_tokens: int = 16
+    tile_rows: int = -1  # of FP4's tiles of weights, 128 or 256; -1: the kernel chooses
     routing: str = "random"
     data: str = "normal"
     clamp: float | None = None

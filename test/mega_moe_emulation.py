@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import math
@@ -209,7 +210,9 @@ def run_case(
     run = None
     for call in range(case.calls):
         blocks = case.block_tokens if block_tokens is None else block_tokens[call]
-        run = prepare(case, call, run, block_tokens=blocks, modules=modules or {})
+        forced = _capi.tune_mega_moe(tile_rows=case.tile_rows) if case.tile_rows > 0 else contextlib.nullcontext()
+        with forced:
+            run = prepare(case, call, run, block_tokens=blocks, modules=modules or {})
         try:
             for step in zip(*run.launches):
                 ptx_emulator.run(step, **options)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from expecttest import assert_expected_inline
 
 import deep_gemm_ops
-from deep_gemm_ops import mega_moe, reference
+from deep_gemm_ops import _capi, mega_moe, reference
 
 from common import assert_close, generator, same_bits
 from mega_cases import MegaCase, call, run_ranks, samples, to_device
@@ -451,14 +451,18 @@ def test_graph(cuda: str) -> None:
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
 def test_large_layer(cuda: str, mma_type: str) -> None:
-    """Every height of blocks at sizes of a real model. The reference, too, is computed on the GPU."""
+    """Every height of blocks, and of FP4's tiles, at sizes of a real model. The reference, too, is computed on the GPU."""
     weights = None
     for tokens in (8, 32, 80, 400):
         case = MegaCase((tokens,), 4, 2, 7168, 2048, mma_type=mma_type)
         weights = weights or to_device(case.weights()[0], cuda)
         (buffer,), inputs = case.buffers(cuda), to_device(case.inputs()[0], cuda)
         case.write([buffer], [inputs])
-        case.check([call(case, buffer, weights, tokens)], [inputs], [weights])
+        y = call(case, buffer, weights, tokens)
+        case.check([y], [inputs], [weights])
+        for tile_rows in (128, 256):
+            with _capi.tune_mega_moe(tile_rows=tile_rows):
+                assert same_bits(call(case, buffer, weights, tokens), y), (tokens, tile_rows)
 
 
 def process_cases(ranks: int, mma_type: str) -> list[MegaCase]:

@@ -21,6 +21,7 @@ from ptx_emulator import mutate
 
 SEEDS = int(os.environ.get("DG_EMULATED_SEEDS", "3"))
 BLOCKS = (16, 32, 64, 128)
+HALVED = (16, 32, 64)  # beside FP4: the kernels whose tiles can have half the rows
 
 
 pytestmark = [
@@ -42,12 +43,16 @@ KINDS = [(mma_type, data) for mma_type in ("fp8xfp8", "fp8xfp4") for data in ("n
 
 
 @pytest.mark.parametrize(
-    ("mma_type", "data", "block_tokens"),
-    [(*kind, height) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in BLOCKS],
+    ("mma_type", "data", "block_tokens", "tile_rows"),
+    [
+        *((*kind, height, -1) for kind in [*KINDS, ("bf16xbf16", "normal")] for height in BLOCKS),
+        *(("fp8xfp4", "integer", height, 128) for height in HALVED),
+    ],
 )
-def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
+def test_every_kernel(mma_type: str, data: str, block_tokens: int, tile_rows: int) -> None:
     """Whole blocks, a ragged one and experts with one token; two kinds of tiles in the ring of stages."""
-    options = {"mma_type": mma_type, "data": data, "block_tokens": block_tokens, "hidden": 384, "intermediate": 256}
+    options = {"mma_type": mma_type, "data": data, "block_tokens": block_tokens, "tile_rows": tile_rows}
+    options |= {"hidden": 384, "intermediate": 256}
     run_case(MegaCase((block_tokens + 3,), num_experts=2, topk=2, **options))
     run_case(MegaCase((2, 1), num_experts=4, topk=1, clamp=0.25, **options))
 
@@ -70,6 +75,8 @@ def test_every_kernel(mma_type: str, data: str, block_tokens: int) -> None:
         MegaCase((3, 2), hidden=128, intermediate=384, data="integer", mma_type="fp8xfp4"),
         MegaCase((70, 9), num_experts=4, topk=2, block_tokens=64, data="integer", mma_type="fp8xfp4"),
         MegaCase((4, 0, 3, 1, 2, 5, 0, 1), num_experts=16, topk=4, num_sms=1, mma_type="fp8xfp4"),
+        MegaCase((3, 2), hidden=128, intermediate=384, data="integer", mma_type="fp8xfp4", tile_rows=128),
+        MegaCase((1, 0, 40), num_experts=6, topk=2, num_sms=4, mma_type="fp8xfp4"),  # ranks with tiles of both heights
     ],
     ids=lambda case: f"{case.mma_type}-{case.tokens}-{case.num_experts}-{case.topk}-{case.hidden}",
 )
@@ -94,6 +101,9 @@ def test_every_call_leaves_the_buffers_ready() -> None:
     case = MegaCase((7, 12), num_experts=4, topk=2, data="integer", calls=4, num_sms=3)
     run_case(case)
     run_case(case, block_tokens=[16, 128, 32, 64])
+    # FP4's tiles have half the rows, where not a block is too tall for them or there are too many.
+    case = MegaCase((7, 12), num_experts=4, topk=2, mma_type="fp8xfp4", calls=4, num_sms=4)
+    run_case(case, block_tokens=[64, 16, 128, 32])
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -117,6 +127,7 @@ def test_random_problems(seed: int) -> None:
                 max_tokens=48,
                 mma_type=mma_type,
                 block_tokens=pick(*BLOCKS),
+                tile_rows=pick(128, 256),
                 routing=pick("random", "random", "masked", "same"),
                 data="normal" if mma_type == "bf16xbf16" else pick("normal", "integer"),
                 clamp=pick(None, 0.5),
@@ -129,31 +140,39 @@ def test_random_problems(seed: int) -> None:
 
 @pytest.mark.parametrize("mma_type", mega_moe.MMA_TYPES)
 def test_same_bits_in_every_order(mma_type: str) -> None:
-    """Neither the order of anything, nor how many CTAs there are, nor the height of a block, nor what is fetched early
-    changes a result."""
+    """Neither the order of anything, nor how many CTAs there are, nor the height of a block or a tile, nor what is
+    fetched early changes a result."""
     options = {"num_experts": 4, "topk": 3, "mma_type": mma_type}
     first = run_case(MegaCase((20, 9), **options))
     for seed in range(1, 1 + SEEDS):
         block, num_sms = BLOCKS[seed % len(BLOCKS)], seed % 3 + 1
-        with _capi.tune_mega_moe(early_bytes=32 * seed, prefetch_bytes=64):
+        with _capi.tune_mega_moe(early_bytes=32 * seed, prefetch_bytes=64, tile_rows=128 if seed % 2 else 256):
             again = run_case(MegaCase((20, 9), seed=seed, block_tokens=block, num_sms=num_sms, **options))
         assert all(same_bits(x, y) for x, y in zip(first, again))
 
 
-@pytest.mark.parametrize("block_tokens", [16, 128])
-@pytest.mark.parametrize("mma_type", ["fp8xfp8", "fp8xfp4"])
-def test_weights_are_read_once_for_each_block(mma_type: str, block_tokens: int) -> None:
-    """Bytes that the copies fetch: weights and a block of tokens for each tile, and scales for each K block."""
+@pytest.mark.parametrize(
+    ("mma_type", "block_tokens", "num_sms", "tile_rows"),
+    [
+        *((mma_type, height, 3, 256) for mma_type in ("fp8xfp8", "fp8xfp4") for height in (16, 128)),
+        ("fp8xfp4", 16, 7, 256),
+        ("fp8xfp4", 16, 8, 128),  # four tiles of an expert's first linear
+        ("fp8xfp8", 16, 8, 256),
+    ],
+)
+def test_weights_are_read_once_for_each_block(mma_type: str, block_tokens: int, num_sms: int, tile_rows: int) -> None:
+    """Bytes that the copies fetch: weights and a block of tokens for each tile, and scales for each K block. They tell
+    which tiles have half the rows: those of FP4's first linear where there is a CTA for each."""
     sizes = {"hidden": 512, "intermediate": 256, "block_tokens": block_tokens}
-    case = MegaCase((16,), num_experts=2, topk=2, mma_type=mma_type, num_sms=3, **sizes)
+    case = MegaCase((16,), num_experts=2, topk=2, mma_type=mma_type, num_sms=num_sms, **sizes)
     run = prepare(case)  # the launches hold no tensors
-    total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=3).counters["total"]
-    tiles_of_k = {"first": (2, 512), "second": (2, 256)}  # of an expert: tiles of weights, and their K
+    total = ptx_emulator.run(run.launches[0][:1], counters=True, num_sms=num_sms).counters["total"]
+    weights_of_k = {"first": (512, 512), "second": (512, 256)}  # of an expert: rows, and their K
     # FP4 has a word of scales for each row of weights, and BF16 tokens without any.
     rows = min(block_tokens, 64)  # of a short block
-    per_block = 256 * 64 + 256 * 4 + rows * 256 if case.is_fp4 else 256 * 128 + rows * 128 + block_tokens * 4
-    per_tile = sum(tiles * (k // 128) * per_block for tiles, k in tiles_of_k.values())
-    assert total["bulk_load_bytes"] == case.num_experts * per_tile
+    per_row, tokens = (64 + 4, rows * 256) if case.is_fp4 else (128, rows * 128 + block_tokens * 4)
+    expert = sum((k // 128) * (n * per_row + n // tile_rows * tokens) for n, k in weights_of_k.values())
+    assert total["bulk_load_bytes"] == case.num_experts * expert
 
 
 def test_scales_of_fp4_at_their_ends() -> None:
@@ -240,6 +259,8 @@ def test_missing_synchronisation_is_reported(mma_type: str) -> None:
         MegaCase((140,), 1, 1, 256, 128, num_sms=1, **options),
         MegaCase((9, 3), 4, 2, 256, 128, num_sms=3, **options),
     ]
+    if mma_type == "fp8xfp4":  # tiles of half the rows
+        cases.append(MegaCase((40,), 2, 2, 1280, 128, num_sms=3, tile_rows=128, **options))
     if mma_type == "fp8xfp8":  # two chunks of block scales for a tile
         cases.append(MegaCase((3,), 1, 1, 4352, 128, num_sms=1, **options))
 

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | None:
     lib.dg_mqa_instances.restype = ctypes.c_char_p
     lib.dg_force_mqa_row.argtypes = [ctypes.c_int]
     lib.dg_force_mqa_row.restype = None
-    lib.dg_tune_mega_moe.argtypes = [ctypes.c_int] * 5
+    lib.dg_tune_mega_moe.argtypes = [ctypes.c_int] * 6
     lib.dg_tune_mega_moe.restype = None
     return lib
 
@@ -157,18 +157,24 @@ def force_instance(index: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tune_mega_moe(
-    block_tokens: int = -1, lag: int = -1, prefetch_bytes: int = -1, evict_weights: int = -1, early_bytes: int = -1
+    block_tokens: int = -1,
+    lag: int = -1,
+    prefetch_bytes: int = -1,
+    evict_weights: int = -1,
+    early_bytes: int = -1,
+    tile_rows: int = -1,
 ) -> Iterator[None]:
     """While the context is open, Mega MoE on a GPU takes these instead of what it would choose, where they are not -1:
     tokens of a block (16, 32, 64 or 128), blocks by which the second linear is behind the first, bytes of each row of
-    weights that a CTA fetches into L2 while the tokens are sorted, whether L2 is to drop weights first, and bytes of
-    each row that are fetched while the kernel before this one may still run (SM90; 0 by default)."""
+    weights that a CTA fetches into L2 while the tokens are sorted, whether L2 is to drop weights first, bytes of each
+    row that are fetched while the kernel before this one may still run (SM90; 0 by default), and rows of weights of a
+    tile (SM90, FP4 and blocks of at most 64 tokens: 128 or 256)."""
     lib = _require()
-    lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights, early_bytes)
+    lib.dg_tune_mega_moe(block_tokens, lag, prefetch_bytes, evict_weights, early_bytes, tile_rows)
     try:
         yield
     finally:
-        lib.dg_tune_mega_moe(-1, -1, -1, -1, -1)
+        lib.dg_tune_mega_moe(-1, -1, -1, -1, -1, -1)
 
 
 def get_knob(name: str) -> int:

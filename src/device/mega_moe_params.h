@@ -129,13 +129,13 @@ struct MegaMoeBlockScales {
 };
 
 struct MegaMoeParams {
-    CUtensorMap l1_map;    // [local experts * 2 * intermediate, hidden], boxes of 256 rows
+    CUtensorMap l1_map;    // [local experts * 2 * intermediate, hidden], boxes of 256 rows or, of tiles that can be halved, 128
     CUtensorMap l2_map;    // [local experts * hidden, intermediate], likewise
     CUtensorMap x_map;     // pool_x, boxes of a block of tokens
     CUtensorMap h_map;     // pool_h, likewise
     CUtensorMap x_sf_map;  // pool_x_sf, a block's of 128 of K; unset where there are no scales
     CUtensorMap h_sf_map;  // pool_h_sf, likewise
-    CUtensorMap l1_sf_map;     // FP4's UE8M0 words, [local experts * hidden / 128, 2 * intermediate], boxes of 256; else unset
+    CUtensorMap l1_sf_map;     // FP4's UE8M0 words, [local experts * hidden / 128, 2 * intermediate], likewise; else unset
     CUtensorMap l2_sf_map;     // [local experts * intermediate / 128, hidden], likewise
     MegaMoeBlockScales l1_sf;  // FP8: a row for each 128 gates, then one for each 128 ups
     MegaMoeBlockScales l2_sf;
@@ -152,6 +152,7 @@ struct MegaMoeParams {
     int lag;                           // blocks by which the second linear is behind the first
     int prefetch_bytes;                // of each row of a CTA's first tile of weights; 0: none, otherwise a multiple of 16
     int early_bytes;                   // SM90: likewise, before it is known which experts are chosen
+    int most_half_tiles;               // SM90, FP4: tiles have half the rows where the first linear has no more of those
     const uint8_t* l1;                 // what l1_map maps
     bool evicts_weights;               // first from L2
     bool clamped;

@@ -51,6 +51,10 @@ __device__ __forceinline__ bool is_last_cta(uint32_t* counter) {
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(gridDim.x - 1) : "memory");
     return before == gridDim.x - 1;
 }
+// Arrives, and is not expected in later phases.
+__device__ __forceinline__ void arrive_for_the_last_time(ptx::Barrier& barrier) {
+    asm volatile("mbarrier.arrive_drop.shared::cta.b64 _, [%0];" ::"r"(ptx::smem_address(&barrier)) : "memory");
+}
 // Memory that other CTAs have written with ordinary stores is read by bulk copies, and the other way round: in the thread
 // that wrote, and in the one that issues the copies.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -120,7 +124,7 @@ struct alignas(16) MegaTile {
 // All tiles in the order in which they are taken. The second linear of a block comes `lag` blocks behind its first one:
 //   first(0) .. first(lag - 1), first(lag) second(0), first(lag + 1) second(1), ..., second(blocks - 1).
 struct MegaTileList {
-    int num_blocks, first_tiles, second_tiles, lag;
+    int num_blocks, first_tiles, second_tiles, lag, tile_rows;
 
     __device__ __forceinline__ int size() const { return num_blocks * (first_tiles + second_tiles); }
 
@@ -157,6 +161,7 @@ struct MegaMoeRoles {
     int dispatchers;     // and those of them that go on until all are there
     bool few_registers;  // for loads in flight
     int ahead;           // a tile is taken when the one so many before it is done
+    bool halves_tiles = false;  // where few have work
 };
 
 // What a token is in the pool: what it was, with its scales.
@@ -284,7 +289,11 @@ protected:
         }
         ptx::named_barrier_sync(1, 256);
         // As if each had one block.
-        const int first_tiles = 2 * params.shape.intermediate / kRoles.tile_rows, tile = blockIdx.x % first_tiles;
+        int blocks = 0;
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) blocks += __popc(tables.used[word]);
+        const int tile_rows = tile_rows_for(params, blocks);
+        const int first_tiles = 2 * params.shape.intermediate / tile_rows, tile = blockIdx.x % first_tiles;
         int before = blockIdx.x / first_tiles;  // experts that come before the tile's
 #pragma unroll 1
         for (int word = 0; word < kWords; ++word) {
@@ -295,7 +304,8 @@ protected:
                 continue;
             }
             for (; before > 0; --before) used &= used - 1;
-            prefetch_tile(params, (word * 32 + __ffs(used) - 1) * first_tiles + tile, row_bytes, params.prefetch_bytes);
+            const int of_expert = (word * 32 + __ffs(used) - 1) * first_tiles;
+            prefetch_tile(params, of_expert + tile, tile_rows, row_bytes, params.prefetch_bytes);
             break;
         }
     }
@@ -303,14 +313,15 @@ protected:
     // The same as if all experts were chosen, which takes no input: it may come before the wait for the kernel that writes them.
     __device__ __forceinline__ static void prefetch_early(const MegaMoeParams& params, int64_t row_bytes) {
         const int tiles = params.shape.local_experts() * (2 * params.shape.intermediate / kRoles.tile_rows);
-        if (blockIdx.x < tiles) prefetch_tile(params, blockIdx.x, row_bytes, params.early_bytes);
+        if (blockIdx.x < tiles) prefetch_tile(params, blockIdx.x, kRoles.tile_rows, row_bytes, params.early_bytes);
     }
 
     // By the same warps: the beginning of each row of a tile of the first linear, of all experts'.
-    __device__ __forceinline__ static void prefetch_tile(const MegaMoeParams& params, int tile, int64_t row_bytes, int bytes) {
+    __device__ __forceinline__ static void prefetch_tile(const MegaMoeParams& params, int tile, int tile_rows,
+                                                         int64_t row_bytes, int bytes) {
         const int thread = thread_index() - 128;
-        if (kRoles.tile_rows < 256 && thread >= kRoles.tile_rows) return;
-        prefetch_l2(params.l1 + (int64_t{tile} * kRoles.tile_rows + thread) * row_bytes, bytes);
+        if (tile_rows < 256 && thread >= tile_rows) return;
+        prefetch_l2(params.l1 + (int64_t{tile} * tile_rows + thread) * row_bytes, bytes);
     }
 
     __device__ __forceinline__ static bool enter(const MegaMoeParams& params, Tables& tables, MegaMoeHeader& header,
@@ -420,11 +431,21 @@ protected:
         __syncthreads();
     }
 
+    // Rows of weights of a tile, with so many blocks of tokens: the same in all CTAs, which find the same blocks.
+    __device__ __forceinline__ static int tile_rows_for(const MegaMoeParams& params, int num_blocks) {
+        if constexpr (kRoles.halves_tiles) {
+            constexpr int kHalf = kRoles.tile_rows / 2;
+            if (num_blocks * (2 * params.shape.intermediate / kHalf) <= params.most_half_tiles) return kHalf;
+        }
+        return kRoles.tile_rows;
+    }
+
     __device__ __forceinline__ static MegaTileList make_list(const MegaMoeParams& params, const Tables& tables) {
         MegaTileList tiles;
         tiles.num_blocks = tables.first_block[params.shape.local_experts()];
-        tiles.first_tiles = 2 * params.shape.intermediate / kRoles.tile_rows;
-        tiles.second_tiles = (params.shape.hidden + kRoles.tile_rows - 1) / kRoles.tile_rows;
+        tiles.tile_rows = tile_rows_for(params, tiles.num_blocks);
+        tiles.first_tiles = 2 * params.shape.intermediate / tiles.tile_rows;
+        tiles.second_tiles = (params.shape.hidden + tiles.tile_rows - 1) / tiles.tile_rows;
         tiles.lag = min(params.lag, tiles.num_blocks);
         return tiles;
     }
@@ -538,7 +559,7 @@ protected:
                 tiles.locate(index, tile);
                 find_block(params, tables, tile);
                 const int rows_of_expert = tile.is_second ? params.shape.hidden : 2 * params.shape.intermediate;
-                tile.weight_row = tile.expert * rows_of_expert + tile.weights * kRoles.tile_rows;
+                tile.weight_row = tile.expert * rows_of_expert + tile.weights * tiles.tile_rows;
                 tile.num_k_blocks = (tile.is_second ? params.shape.intermediate : params.shape.hidden) / kRoles.block_k;
             }
             if (before >= 0) ptx::mbarrier_wait(tables.queue.empty[before % kSlots], before / kSlots % 2);

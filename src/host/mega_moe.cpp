@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -34,6 +35,7 @@ struct LayerKernel {
     const void* check;
     std::string (*name)(int row);
     int tile_rows;
+    int box_rows;        // of a tile, that TMA loads at once
     int block_k;
     int threads;
     int shared_bytes;
@@ -50,6 +52,7 @@ LayerKernel sm90_kernel(int block_tokens, const MegaMoeShape& shape) {
             sm90::mega_moe_check_kernel(),
             [](int row) { return kernel_name("sm90", row); },
             sm90::kMegaTileRows,
+            layout.box_rows(),
             sm90::kMegaBlockBytes / shape.element_bytes(),
             layout.threads(),
             layout.shared_bytes(),
@@ -68,6 +71,7 @@ LayerKernel sm100_kernel(int block_tokens, const MegaMoeShape& shape) {
     return {sm100::mega_moe_kernel(layout),
             sm100::mega_moe_check_kernel(),
             [](int row) { return kernel_name("sm100", row); },
+            layout.tile_rows(),
             layout.tile_rows(),
             layout.block_k(),
             sm100::kMegaThreads,
@@ -146,11 +150,11 @@ void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int bloc
     };
     const int64_t experts = shape.local_experts(), pool_rows = shape.pool_rows();
     const auto weights_map = [&](const void* data, int64_t rows, int64_t k) {
-        if (!shape.is_fp4()) return operand_map(data, rows, k, shape.element_bytes(), kernel.tile_rows);
+        if (!shape.is_fp4()) return operand_map(data, rows, k, shape.element_bytes(), kernel.box_rows);
         const int64_t packed = kernel.unpacks ? 1 : 2;  // values in an element of the map; strides are in bytes
         const MatrixView view{data, rows, k / packed, k / 2,
                               kernel.unpacks ? CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B : type_of(1), 1};
-        return make_tensor_map(encode, view, kernel.tile_rows, static_cast<int>(kernel.block_k / packed));
+        return make_tensor_map(encode, view, kernel.box_rows, static_cast<int>(kernel.block_k / packed));
     };
     params.l1_map = weights_map(problem.l1, experts * 2 * shape.intermediate, shape.hidden);
     params.l2_map = weights_map(problem.l2, experts * shape.hidden, shape.intermediate);
@@ -168,7 +172,7 @@ void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int bloc
     if (shape.is_fp4()) {
         const auto words_map = [&](const int32_t* words, int64_t k, int64_t rows) {
             const MatrixView view{words, experts * (k / kMegaMoeGranK), rows, rows, CU_TENSOR_MAP_DATA_TYPE_INT32, 4};
-            return make_tensor_map(encode, view, 1, kernel.tile_rows, false);
+            return make_tensor_map(encode, view, 1, kernel.box_rows, false);
         };
         params.l1_sf_map = words_map(problem.l1_words, shape.hidden, 2 * shape.intermediate);
         params.l2_sf_map = words_map(problem.l2_words, shape.intermediate, shape.hidden);
@@ -200,6 +204,9 @@ void run_mega_moe(const MegaMoeProblem& problem, int arch, int num_sms, int bloc
                                                                       : 0;
     params.prefetch_bytes = static_cast<int>(std::min(row_bytes, most_bytes));
     params.early_bytes = static_cast<int>(std::min<int64_t>(row_bytes, std::max(tuning.early_bytes.load(), 0) / 16 * 16));
+    // A tile of half the rows takes some 0.7 of a whole one's time: it pays while the SMs hold all such tiles of the first linear.
+    const int tuned_rows = tuning.tile_rows;
+    params.most_half_tiles = tuned_rows < 0 ? num_sms : tuned_rows < kernel.tile_rows ? std::numeric_limits<int>::max() : 0;
     params.l1 = static_cast<const uint8_t*>(problem.l1);
     params.evicts_weights = tuning.evict_weights > 0;
     params.clamped = problem.clamped != 0;

@@ -49,6 +49,7 @@ struct MegaMoeTuning {
     std::atomic<int> prefetch_bytes{-1};  // of each row of a CTA's first tile of weights, a multiple of 16
     std::atomic<int> evict_weights{-1};   // whether L2 is to drop weights first
     std::atomic<int> early_bytes{-1};     // as prefetch_bytes, while the kernel before this one may still run
+    std::atomic<int> tile_rows{-1};       // of weights, where a kernel can halve tiles: 128 or 256
 };
 MegaMoeTuning& mega_moe_tuning();
 

@@ -17,13 +17,15 @@ DG_EXPORT void dg_mega_moe_offsets(const MegaMoeProblem* problem, int64_t* offse
 }
 
 // -1 where run_mega_moe chooses.
-DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights, int early_bytes) {
+DG_EXPORT void dg_tune_mega_moe(int block_tokens, int lag, int prefetch_bytes, int evict_weights, int early_bytes,
+                                int tile_rows) {
     MegaMoeTuning& tuning = mega_moe_tuning();
     tuning.block_tokens = block_tokens;
     tuning.lag = lag;
     tuning.prefetch_bytes = prefetch_bytes;
     tuning.evict_weights = evict_weights;
     tuning.early_bytes = early_bytes;
+    tuning.tile_rows = tile_rows;
 }
 
 // Tokens of a block for experts with so many each.

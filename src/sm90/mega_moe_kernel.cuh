@@ -23,7 +23,8 @@
 // Warpgroup 0: thread 0 loads weights, one of warp 1 tokens and their scales, warp 2 takes tiles and loads block scales,
 // warp 3 dispatches. Tiles go from warp 2 to the other roles in a queue.
 // The other warpgroups, two or, with FP4 weights, four, dispatch, too, before they begin to consume: of W warpgroups w has rows
-// (W p + w) 64 .. of the tile in its part p.
+// (W p + w) 64 .. of the tile in its part p. Where tiles have half the rows, the last two of four leave the barriers and have no
+// other work.
 //
 // barrier        arrivals                                    guards
 // full[s]        2 (weights' thread, tokens' thread), bytes  stage s is filled, scales per 32 included
@@ -32,7 +33,7 @@
 // scales_empty   consumer warps                              the chunk may be overwritten
 // tile full[s]   1 (a lane of warp 2)                        a tile is in slot s of the queue
 // tile empty[s]  consumer warps, weights', tokens' thread    all roles are done with it
-// named 1        all consumers                               results of the first linear in shared memory
+// named 1        all that consume                            results of the first linear in shared memory
 //                256                                         chosen experts, before they consume
 // named 2 + w    128                                         results of the second one, of warpgroup w
 #pragma once
@@ -54,7 +55,8 @@ constexpr MegaMoeRoles mega_moe_roles(int tokens, MegaMoeType type) {
     const MegaMoeLayout layout{tokens, type};
     const int dispatch_warps = 1 + 4 * layout.consumer_warpgroups();
     const bool sets_registers = mega_moe_sets_registers(tokens), has_scales = type == MegaMoeType::kFP8;
-    return {tokens, kMegaTileRows, block_k, has_scales, layout.threads(), dispatch_warps, 1, sets_registers, 2};
+    return {tokens, kMegaTileRows,  block_k, has_scales, layout.threads(), dispatch_warps,
+            1,      sets_registers, 2,       layout.halves_tiles()};
 }
 
 template <int kTokens, MegaMoeType kType>
@@ -152,7 +154,7 @@ private:
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kProducerRegisters>();
             if (warp == 0) {
-                if (ptx::elect_one()) load_weights(params, shared);
+                if (ptx::elect_one()) load_weights(params, shared, tiles.tile_rows);
             } else if (warp == 1) {
                 if (ptx::elect_one()) load_tokens(params, shared, tiles.first_tiles);
             } else if (warp == 2) {
@@ -166,7 +168,11 @@ private:
         } else {
             Protocol::dispatch(params, shared.tables, tiles.num_blocks, warp - 3, true);
             if constexpr (kSetRegisters) grow_registers<kConsumerRegisters>();
-            consume(params, shared);
+            if (kLayout.halves_tiles() && (warp - 4) / 4 * 64 >= tiles.tile_rows) {
+                leave_barriers(shared);
+            } else {
+                consume(params, shared, tiles.tile_rows);
+            }
         }
         __syncwarp();
         // What follows is code for all warps alike, which needs as many registers as at the start. The producers may take
@@ -178,7 +184,7 @@ private:
 
     // ---- producers ----
 
-    __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared) {
+    __device__ __forceinline__ static void load_weights(const MegaMoeParams& params, Storage& shared, int tile_rows) {
         // As createpolicy.fractional has it.
         constexpr auto kEvictFirst = static_cast<ptx::CacheHint>(0x12f0000000000000ull);
         const ptx::CacheHint hint = params.evicts_weights ? kEvictFirst : ptx::CacheHint::kEvictNormal;
@@ -192,11 +198,16 @@ private:
             for (int k = 0; k < tile.num_k_blocks; ++k, state.advance()) {
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
-                ptx::mbarrier_arrive_expect_tx(full, kLayout.weight_tile_bytes() + kLayout.weight_scales() * 4);
-                ptx::tma_load_2d(map, full, shared.weights[state.stage_idx], k * kWeightBlockK, tile.weight_row, hint);
-                if constexpr (kFP4) {
-                    ptx::tma_load_2d(scales_map, full, shared.weight_scales[state.stage_idx],
-                                     tile.weights * kMegaTileRows, tile.expert * tile.num_k_blocks + k, hint);
+                ptx::mbarrier_arrive_expect_tx(full, tile_rows * (kLayout.weight_row_bytes() + (kFP4 ? 4 : 0)));
+#pragma unroll
+                for (int row = 0; row < kMegaTileRows; row += kLayout.box_rows()) {
+                    if (row >= tile_rows) break;
+                    uint8_t* to = shared.weights[state.stage_idx] + row * kLayout.weight_row_bytes();
+                    ptx::tma_load_2d(map, full, to, k * kWeightBlockK, tile.weight_row + row, hint);
+                    if constexpr (kFP4) {
+                        ptx::tma_load_2d(scales_map, full, shared.weight_scales[state.stage_idx] + row,
+                                         tile.weights * tile_rows + row, tile.expert * tile.num_k_blocks + k, hint);
+                    }
                 }
             }
         }
@@ -262,7 +273,15 @@ private:
 
     // ---- consumers ----
 
-    __device__ __forceinline__ static void consume(const MegaMoeParams& params, Storage& shared) {
+    // By a warp that does not consume: nothing waits for it.
+    __device__ __forceinline__ static void leave_barriers(Storage& shared) {
+        static_assert(kStages <= 32 && Queue::kSlots <= 32 && (!kLayout.halves_tiles() || !kScaled));
+        const int lane = thread_index() % 32;
+        if (lane < kStages) arrive_for_the_last_time(shared.empty[lane]);
+        if (lane < Queue::kSlots) arrive_for_the_last_time(shared.tables.queue.empty[lane]);
+    }
+
+    __device__ __forceinline__ static void consume(const MegaMoeParams& params, Storage& shared, int tile_rows) {
         const int warpgroup = __shfl_sync(0xffffffff, thread_index() / 128 - 1, 0);
         const int lane = thread_index() % 32;
         State state;
@@ -291,9 +310,9 @@ private:
             }
             const MegaTile tile = shared.tables.queue.tiles[slot];
             if (is_second) {
-                store_results(params, shared, tile, warpgroup, total);
+                store_results(params, shared, tile, tile_rows, warpgroup, total);
             } else {
-                store_activated(params, shared, tile, warpgroup, total);
+                store_activated(params, shared, tile, tile_rows, warpgroup, total);
             }
             release(shared.tables.queue.empty[slot], lane);
         }
@@ -481,9 +500,9 @@ private:
 
     // ---- epilogue of the first linear ----
 
-    // SwiGLU, quantisation, and 128 columns of pool_h.
+    // SwiGLU, quantisation, and 128 columns of pool_h, or one half of them.
     __device__ __forceinline__ static void store_activated(const MegaMoeParams& params, Storage& shared,
-                                                           const MegaTile& tile, int warpgroup,
+                                                           const MegaTile& tile, int tile_rows, int warpgroup,
                                                            float (&total)[kParts][kTotals]) {
         constexpr int kPairs = kChunk / 8;  // of neighbouring tokens, of a thread
         constexpr int kPitch = kLayout.activated_pitch();
@@ -499,10 +518,12 @@ private:
         float* amax = reinterpret_cast<float*>(shared.staging + kLayout.activated_bytes());  // [warp][scale][token]
         constexpr int kSharers = kFP4 ? 4 : kConsumerWarps;  // warps with values under the same scale
         const int first_warp = kFP4 ? warpgroup * 4 : 0;
-        const int column = warpgroup * 32 + warp * 8 + lane / 4;  // of the part's
+        const int first_column = tile.weights * (tile_rows / 2), half = first_column / 64 % 2;
+        const int column = half * 64 + warpgroup * 32 + warp * 8 + lane / 4;  // of 128, in the first part
+        const int consumers = tile_rows / 64 / kParts * 128;
         // All warpgroups may still be storing results of the second linear from this memory; not from where maxima are, if they
         // lie behind all of it.
-        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, kConsumers);
+        if constexpr (kBF16 || kLayout.activated_bytes() < kLayout.results_bytes()) ptx::named_barrier_sync(1, consumers);
 #pragma unroll
         for (int chunk = 0; chunk < kTokens; chunk += kChunk) {
             if (chunk >= tile.count) break;
@@ -551,7 +572,7 @@ private:
                         }
                     }
                 }
-                ptx::named_barrier_sync(1, kConsumers);
+                ptx::named_barrier_sync(1, consumers);
 #pragma unroll
                 for (int j = 0; j < kPairs; ++j) {
                     const int at = chunk / 2 + 4 * j, token = 8 * j + lane % 4 * 2;
@@ -596,21 +617,23 @@ private:
                     }
                 }
             }
-            ptx::named_barrier_sync(1, kConsumers);
-            constexpr int kPerRow = 128 * kBytes / 16;
-            const int count = min(kChunk, tile.count - chunk) * kPerRow;
+            ptx::named_barrier_sync(1, consumers);
+            // Half of 128 columns are, in the order of K beside FP4, every other eight bytes.
+            using Piece = std::conditional_t<kLayout.halves_tiles(), uint2, uint4>;
+            constexpr int kPieceBytes = sizeof(Piece), kPerRow = 128 * kBytes / kPieceBytes;
+            const int count = min(kChunk, tile.count - chunk) * kPerRow, step = kMegaTileRows / tile_rows;
             const int64_t row_bytes = int64_t{params.shape.intermediate} * kBytes;
 #pragma unroll 1
-            for (int i = warpgroup * 128 + thread; i < count; i += kConsumers) {
-                const int token = i / kPerRow, piece = i % kPerRow * 16;
-                const uint4 values = *reinterpret_cast<const uint4*>(shared.staging + token * kPitch + piece);
-                *reinterpret_cast<uint4*>(pool + (row + chunk + token) * row_bytes + tile.weights * 128 * kBytes + piece) =
-                    values;
+            for (int i = (warpgroup * 128 + thread) * step + half; i < count; i += kConsumers) {
+                const int token = i / kPerRow, piece = i % kPerRow * kPieceBytes;
+                const Piece values = *reinterpret_cast<const Piece*>(shared.staging + token * kPitch + piece);
+                uint8_t* to = pool + (row + chunk + token) * row_bytes + first_column / 128 * 128 * kBytes + piece;
+                *reinterpret_cast<Piece*>(to) = values;
             }
-            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, kConsumers);  // else the maxima's is in between
+            if constexpr (kBF16 && kChunk < kTokens) ptx::named_barrier_sync(1, consumers);  // else the maxima's is in between
         }
         fence_async_global();
-        ptx::named_barrier_sync(1, kConsumers);
+        ptx::named_barrier_sync(1, consumers);
         if (warpgroup == 0 && thread == 0) {
             add_release_gpu(local<uint32_t>(params, params.offsets.activated) + tile.block, 1);
         }
@@ -627,7 +650,7 @@ private:
 
     // Up to 256 columns of each token's row in the combine buffer of its rank.
     __device__ __forceinline__ static void store_results(const MegaMoeParams& params, Storage& shared,
-                                                         const MegaTile& tile, int warpgroup,
+                                                         const MegaTile& tile, int tile_rows, int warpgroup,
                                                          const float (&total)[kParts][kTotals]) {
         const int thread = thread_index() % 128;
         const int lane = thread % 32, warp = thread / 32;
@@ -637,7 +660,7 @@ private:
         const uint32_t to = ptx::smem_address(staging + in_pair * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-            const int column = tile.weights * kMegaTileRows + (part * kWarpgroups + warpgroup) * 64;
+            const int column = tile.weights * tile_rows + (part * kWarpgroups + warpgroup) * 64;
             if (column >= params.shape.hidden) break;
 #pragma unroll
             for (int chunk = 0; chunk < kTokens; chunk += kChunk) {

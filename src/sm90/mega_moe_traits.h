@@ -33,6 +33,9 @@ struct MegaMoeLayout {
     constexpr int consumer_warpgroups() const { return is_fp4() && block_tokens <= 64 ? 4 : 2; }
     constexpr int parts() const { return kMegaTileRows / 64 / consumer_warpgroups(); }  // of 64 rows, of a warpgroup
     constexpr int threads() const { return 128 * (1 + consumer_warpgroups()); }
+    // Where few experts have tokens, a tile is one of half the rows, for half of the warpgroups.
+    constexpr bool halves_tiles() const { return consumer_warpgroups() == 4; }
+    constexpr int box_rows() const { return halves_tiles() ? kMegaTileRows / 2 : kMegaTileRows; }  // that TMA loads at once
 
     // Tokens of a box of TMA, and of those whose results are in shared memory at a time. A block with no more tokens is a
     // short one: of two boxes only the first is loaded and multiplied.
@@ -41,7 +44,8 @@ struct MegaMoeLayout {
     // Boxes side by side along K: FP4's stage has two, of 64 elements each.
     constexpr int boxes_along_k() const { return is_fp4() ? 2 : 1; }
     constexpr int token_tile_bytes() const { return boxes_along_k() * block_tokens * kMegaBlockBytes; }
-    constexpr int weight_tile_bytes() const { return kMegaTileRows * (is_fp4() ? kPackedBlockK : kMegaBlockBytes); }
+    constexpr int weight_row_bytes() const { return is_fp4() ? kPackedBlockK : kMegaBlockBytes; }
+    constexpr int weight_tile_bytes() const { return kMegaTileRows * weight_row_bytes(); }
     constexpr int weight_scales() const { return is_fp4() ? kMegaTileRows : 0; }  // words of four, in a stage
     // In a stage; TMA writes them to a multiple of 128 bytes.
     constexpr int token_scales() const { return has_bf16_tokens() ? 0 : std::max(block_tokens, 32); }

@@ -72,14 +72,23 @@ TUNING: list[dict[str, int]] = [
     {"early_bytes": 1024, "prefetch_bytes": 1536, "evict_weights": 1},
     {"lag": 7, "prefetch_bytes": 0},
 ]
+#: And where tiles can have half the rows.
+TUNING_OF_ROWS: list[dict[str, int]] = [
+    {"tile_rows": 128},
+    {"tile_rows": 256},
+    {"tile_rows": 128, "prefetch_bytes": 2048},
+]
+#: About 2, 4 and 7 experts have tokens: where whole tiles should become the faster ones.
+LAYERS_OF_ROWS = [Layer(tokens, intermediate, is_fp4=True) for intermediate in (2048, 3072) for tokens in (2, 4, 8)]
 
 
 def tuning_records(limits: timing.DeviceLimits, *, repeats: int = 7, quick: bool = False) -> Iterator[Record]:
     """Time each layer with other choices than the kernel's own."""
-    for layer in LAYERS[1:4:2] if quick else LAYERS:
+    for layer in LAYERS[1:4:2] if quick else LAYERS + LAYERS_OF_ROWS:
         problem = _Problem(layer)
         contenders: dict[str, Callable[[int], torch.Tensor]] = {OURS: problem.fused}
-        for choices in TUNING:
+        of_rows = TUNING_OF_ROWS if layer.is_fp4 and layer.tokens <= 512 else []
+        for choices in of_rows if layer in LAYERS_OF_ROWS else TUNING + of_rows:
             name = ", ".join(f"{choice} {value}" for choice, value in choices.items())
             contenders[name] = functools.partial(problem.tuned, choices)
         yield _measure(problem, contenders, limits, repeats)
