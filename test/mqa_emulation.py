@@ -306,7 +306,10 @@ def _keys(
 def _weights(shape: tuple[int, int], data: str, random: torch.Generator) -> torch.Tensor:
     if data == "normal":
         return torch.randn(shape, generator=random)
-    return torch.randint(-2, 3, shape, generator=random).float()
+    weights = torch.randint(-2, 3, shape, generator=random).float()
+    if data == "special" and weights.numel() > 0:
+        weights.view(-1)[torch.randint(weights.numel(), (1,), generator=random)] = math.nan
+    return weights
 
 
 @dataclasses.dataclass(frozen=True)

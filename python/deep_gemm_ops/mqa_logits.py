@@ -93,7 +93,7 @@ def fp8_mqa_logits(
         kv: float8_e4m3fn ``[S_kv, D]``, inner stride 1, row stride and base address multiples of 16 bytes.
         kv_sf: float32 ``[S_kv]``, stride 1, base address a multiple of 16 bytes. Any values: a negative scale turns
             the sign of a product before the ReLU.
-        weights: float32 ``[S, H]``, inner stride 1.
+        weights: float32 ``[S, H]``, inner stride 1. On Hopper a token with one that is Inf or NaN gets NaN for all its keys.
         cu_seq_len_k_start: int32 ``[S]``, any stride: the first key of each token. Values outside of 0 to S_kv are
             clamped; the range of a token may be empty.
         cu_seq_len_k_end: int32 ``[S]``, behind the last key of each token, likewise.
@@ -229,7 +229,7 @@ def fp8_paged_mqa_logits(
         kv_cache: uint8 ``[blocks, block_kv, 1, D + 4]``, block_kv 64 or 32. A block is dense and holds the FP8 values
             of all its keys, ``[block_kv, D]``, and then all their float32 scales. Blocks may lie further apart; their
             stride and the base address are multiples of 16 bytes.
-        weights: float32 ``[B * next_n, H]``, inner stride 1.
+        weights: float32 ``[B * next_n, H]``, inner stride 1. On Hopper a token with one that is Inf or NaN gets NaN.
         context_lens: int32, any strides. ``[B, next_n]``: the number of keys of each token. ``[B]``: that of each
             sequence's last token; the token before sees one key less, and so on. What lies between the two is set to
             -inf with ``clean_logits`` and holds values without it. Lengths are clamped to what ``block_table`` and

@@ -10,7 +10,8 @@
 namespace deep_gemm {
 
 // Weights are stored times the storage's kWeightFactor. Storage that has room for scales of queries takes them, too,
-// for all columns that kLoads words a lane cover: see its store_query_scales().
+// for all columns that kLoads words a lane cover: see its store_query_scales(). Storage that kMarksTokens has NaN for each token
+// with a weight that is not finite, else 0.
 template <int kHeads, int kTokens, class Storage, class Walk>
 __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& params, Storage& shared, Walk& walk) {
     constexpr int kLoads = kTokens * kHeads / 32;
@@ -45,6 +46,17 @@ __device__ __forceinline__ void stage_walked_groups(const MqaLogitsParams& param
         if (lane == 0) {
             shared.groups[s] = group;
             ptx::mbarrier_arrive(shared.group_full[s]);  // keys are loaded while the weights are on their way
+        }
+        if constexpr (Storage::kMarksTokens) {
+            unsigned columns = 0;  // those of token `lane` whose weights are not finite
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const unsigned lanes = __ballot_sync(kAllLanes, !isfinite(weights[i]));
+                if (lane * kHeads / 32 <= i && i * 32 < (lane + 1) * kHeads) {
+                    columns |= kHeads >= 32 ? lanes : (lanes >> lane * kHeads % 32) & ((1u << kHeads % 32) - 1);
+                }
+            }
+            if (lane < kTokens) shared.marks[s][lane] = columns != 0 ? __int_as_float(0x7fffffff) : 0;
         }
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) shared.weights[s][i * 32 + lane] = weights[i] * Storage::kWeightFactor;

@@ -57,6 +57,7 @@ struct alignas(1024) MqaStorage {
     static constexpr int kTokens = kType.cols() / kHeads;
     static constexpr bool kQueryScales = kFp4;
     static constexpr float kWeightFactor = 0.5f;  // see add_heads()
+    static constexpr bool kMarksTokens = false;
     static constexpr int kScaleGroups = 2;  // of 128 columns
 
     uint8_t kv[kType.stages()][kMqaKeys * kType.max_row_bytes()];      // [128][row_bytes], swizzled over a whole row

@@ -54,12 +54,14 @@ struct alignas(1024) MqaStorage {
     static constexpr int kStages = kLayout.num_stages();
     static constexpr bool kQueryScales = false;
     static constexpr float kWeightFactor = 1;
+    static constexpr bool kMarksTokens = true;
 
     uint8_t kv[kStages][kLayout.kv_bytes()];            // FP8 [64][head_dim], swizzled over a whole row
     uint8_t q[kMqaQueryStages][kLayout.q_bytes()];      // FP8 [tile_cols][head_dim], likewise
     alignas(128) float kv_sf[kStages][kMqaTileKeys];
     alignas(16) float weights[kMqaQueryStages][kLayout.row.tile_cols()];
     KeyRange ranges[kMqaQueryStages][kLayout.row.tile_tokens()];
+    float marks[kMqaQueryStages][kLayout.row.tile_tokens()];  // added to a token's logits: NaN where a weight is not finite
     MqaGroup groups[kMqaQueryStages];
     DenseWorkStorage dense_work;
     ptx::Barrier group_full[kMqaQueryStages];
@@ -268,6 +270,7 @@ private:
         char* begin;     // of the token's range
         int past;        // keys from there to that of the thread in its next tile; negative in front of the range
         unsigned count;  // keys of the range; 0 where another lane stores the same
+        float mark;      // of the token: heads that are not positive are left out, so their weights are not seen
     };
 
     // What a thread keeps of a group, for one accumulator.
@@ -330,6 +333,7 @@ private:
             output.begin = static_cast<char*>(params.logits) + (row + column) * params.logit_bytes;
             output.past = (kOutputs > 1 ? key : key + sum % 2 * 8) - range.begin;
             output.count = kSums == 2 && lane % 2 == 1 ? 0 : max(range.end - range.begin, 0);
+            output.mark = shared.marks[q_stage][token];
         }
     }
 
@@ -354,9 +358,9 @@ private:
     }
 
     // Sums the weighted heads of this thread's columns: sums[2 t] for the upper key and token t, sums[2 t + 1] for the
-    // lower. Where scales cannot be taken out they become 1.
-    __device__ __forceinline__ static void add_heads(Scales& scales, const Part& part, float (&accumulator)[kCols / 2],
-                                                     float (&sums)[kSums]) {
+    // lower.
+    __device__ __forceinline__ static void add_heads(const Scales& scales, const Part& part,
+                                                     float (&accumulator)[kCols / 2], float (&sums)[kSums]) {
         pin_registers(accumulator);
         if (!scales.factored) {
 #pragma unroll
@@ -412,7 +416,7 @@ private:
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
             const int key = kOutputs > 1 ? i : kSums == 4 ? lane : lane / 2;  // even: the upper one
-            if (scales.factored) values[i] *= scales.of(key);
+            values[i] = fmaf(values[i], scales.factored ? scales.of(key) : 1.0f, part.outputs[i / 2].mark);
         }
         const auto store_as = [&]<class T>(T*, auto&& convert) {
 #pragma unroll

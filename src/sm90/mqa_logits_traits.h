@@ -21,7 +21,7 @@ struct MqaLayout {
     constexpr int q_bytes() const { return row.tile_cols() * row.head_dim; }
     constexpr int kv_bytes() const { return kMqaTileKeys * row.head_dim; }
     constexpr int scale_bytes() const { return kMqaTileKeys * 4; }
-    constexpr int group_bytes() const { return row.tile_cols() * 4 + row.tile_tokens() * 8 + 32; }
+    constexpr int group_bytes() const { return row.tile_cols() * 4 + row.tile_tokens() * 12 + 32; }
     constexpr int fixed_bytes() const {
         return kMqaQueryStages * (q_bytes() + group_bytes() + 3 * 8) + 3 * 128 + 8 * 32;
     }
