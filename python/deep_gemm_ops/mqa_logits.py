@@ -93,7 +93,7 @@ def fp8_mqa_logits(
         kv: float8_e4m3fn ``[S_kv, D]``, inner stride 1, row stride and base address multiples of 16 bytes.
         kv_sf: float32 ``[S_kv]``, stride 1, base address a multiple of 16 bytes. Any values: a negative scale turns
             the sign of a product before the ReLU.
-        weights: float32 ``[S, H]``, inner stride 1. On Hopper a token with one that is Inf or NaN gets NaN for all its keys.
+        weights: float32 ``[S, H]``, inner stride 1. On Hopper a token with one that is Inf or NaN gets NaN.
         cu_seq_len_k_start: int32 ``[S]``, any stride: the first key of each token. Values outside of 0 to S_kv are
             clamped; the range of a token may be empty.
         cu_seq_len_k_end: int32 ``[S]``, behind the last key of each token, likewise.
