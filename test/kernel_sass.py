@@ -11,7 +11,6 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,34 +56,3 @@ def kernel_sass(kernel: str, arch: str) -> tuple[dict[str, Any], list[str], coll
     (cubin,) = [i for i, data in enumerate(_cubins(arch)) if section in data]
     lines = inspect._parse_sass(_listings(arch, cubin)[function])
     return resources, lines, collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines)
-
-
-def all_kernels(arch: str) -> Iterator[tuple[str, list[str]]]:
-    """Name and instructions of each function."""
-    for cubin in range(len(_cubins(arch))):
-        for function, listing in _listings(arch, cubin).items():
-            yield function, inspect._parse_sass(listing)
-
-
-def empty_descriptors(lines: list[str]) -> list[str]:
-    """``wgmma`` instructions in front of which the upper word of a descriptor, which is never zero, is set to zero.
-
-    ptxas 13.0 did that in a loop where descriptors were put together in 64 bits, though the PTX, which is all that the
-    emulator sees, was right. Writes are followed in the order of addresses: they stand next to their use.
-    """
-    last: dict[int, str] = {}
-    found = []
-    for line in lines:
-        instruction = re.sub(r"^@!?U?P\w+\s+", "", line)
-        if match := re.match(r"[HQIB]GMMA\S*\s+\S+, (R\d+\S*, )?gdesc\[UR(\d+)\]", instruction):
-            first = int(match[2])
-            # A's descriptor, then B's; A may be in registers instead.
-            words = [first + 3] if match[1] else [first + 1, first + 3]
-            if any(re.match(r"UMOV UR\d+, (URZ|0x0)\b", last.get(word, "")) for word in words):
-                found.append(line)
-        elif match := re.match(r"\S+\s+UR(\d+)", instruction):
-            register = int(match[1])
-            last[register] = instruction
-            if ".64" in instruction.split()[0]:
-                last[register + 1] = instruction
-    return found

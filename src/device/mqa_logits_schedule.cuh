@@ -54,7 +54,7 @@ __device__ __forceinline__ KeyRange join(KeyRange a, KeyRange b) {
 }
 
 // A new group costs a CTA as long as three tiles: its queries, weights and ranges have to arrive. With 2, and less so with 4,
-// products of short prompts took longer on an H200: some CTAs have many short groups.
+// most products of short prompts took longer on an H200: some CTAs have many short groups.
 inline constexpr int kGroupCost = 3;
 
 struct DensePosition {

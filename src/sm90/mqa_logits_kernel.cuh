@@ -8,8 +8,8 @@
 // comparison and an FMA where it is positive, and the scale is applied to the sum of the heads. Where a warp meets a scale
 // that is negative, huge, Inf or NaN it multiplies each product instead, as the formula says.
 //
-// Registers are what these sums and the tensor core compete for: its accumulators are read and written all the time, and each
-// operand that another instruction reads makes it wait. So little else is done for a tile.
+// Beside another warpgroup's products FP32 instructions make these wait (docs/measured.md), presumably for registers, where
+// accumulators are read and written all the time. So little else is done for a tile.
 //
 // A CTA works on a run of groups (device/mqa_logits_schedule.cuh): the queries of a group stay in shared memory, its weights in
 // registers, while tiles of keys pass. Tile n of the run belongs to consumer warpgroup n modulo their number. A warpgroup
@@ -79,8 +79,7 @@ struct SpanDescriptor {
 
     __device__ __forceinline__ static uint32_t low(const void* tile) { return 1u << 16 | ptx::smem_address(tile) >> 4; }
 
-    // `step`: of 32 values along K. Each is put together of its words: where they were added up in 64 bits ptxas 13.0 lost the
-    // high one, in a loop.
+    // `step`: of 32 values along K.
     __device__ __forceinline__ static uint64_t at(uint32_t low, int step) {
         return static_cast<uint64_t>(kHigh) << 32 | (low + step * (32 / 16));
     }
