@@ -156,6 +156,34 @@ GO: elect.sync %r0|%p, -1; selp.u32 %r1, 1, 0, %p; st.global.u32 [%out], %r1;
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_griddepcontrol_wait(seed):
+    """What touches global memory comes after a wait: the thread's own, or one that a barrier puts before it."""
+    start = """
+.shared .align 128 .b8 buf[128]; .reg .b32 %t, %a, %r<2>; .reg .b64 %out, %d, %map; .reg .pred %first, %p;
+mov.u32 %t, %tid.x; ld.param.u64 %out, [out]; mul.wide.u32 %d, %t, 4; add.u64 %out, %out, %d;
+mov.b64 %map, map; cvta.param.u64 %map, %map; mov.u32 %a, buf; mov.u32 %r1, 0;
+setp.lt.u32 %first, %t, 32; setp.eq.u32 %p, %t, 0;
+"""
+
+    def run(*body):
+        mod = module(start + "\n".join(body), ".param .align 64 .b8 map[128], .param .u64 out")
+        out = np.zeros(32, np.int32)
+        mod.launch("k", 1, 64, [ptx_emulator.tensor_map(out, "s32", [32]), np.zeros(64, np.int32)], seed=seed)
+
+    wait, barrier = "@%first griddepcontrol.wait;", "bar.sync 0;"
+    store, load = "st.global.u32 [%out], %t;", "ld.global.u32 %r0, [%out];"
+    bulk = "@%p cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%map, {%r1}], [%a];"
+    stage = "shl.b32 %r0, %t, 2; add.u32 %r0, %r0, %a; @%first st.shared.u32 [%r0], 0; fence.proxy.async; bar.sync 0;"
+    run(store)  # depends on nobody
+    run("griddepcontrol.wait;", load, store)
+    run("prefetch.global.L2 [%out];", wait, barrier, load, store)
+    for early in (load, store):
+        expect("grid_dependency", run, early, wait)
+        expect("grid_dependency", run, wait, early)  # the second warp does not wait
+    expect("grid_dependency", run, stage, bulk, wait)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_stores_to_a_peer(seed):
     """mapa and st.shared::cluster; the reader waits for a remote arrive."""
     mod = module("""

@@ -267,6 +267,7 @@ void orderExited(Machine& m, const Cluster& cl) {
 }
 
 GlobalAccess orderGlobalIssue(Warp& w, int lane) {
+    w.m->checkDependency(w, lane);
     if (!w.order) return {};
     orderNote(w);
     return threadOf(w, lane, std::make_shared<Clock>(w.order->of(lane).seen));

@@ -35,6 +35,7 @@ const char* blockName(Block b) {
         case Block::ClusterBarrier: return "waiting at barrier.cluster";
         case Block::BulkGroup: return "waiting for a bulk/cp.async group";
         case Block::Tmem: return "waiting for tensor memory";
+        case Block::GridDependency: return "waiting at griddepcontrol.wait";
     }
     return "?";
 }
@@ -284,6 +285,12 @@ void Machine::wakeGroups(Cta* c, Block kind) {
         if (any) wake(w.get());
     }
 }
+void Machine::endDependency(Launch& l) {
+    l.independent = true;
+    for (auto& cluster : clusters)
+        if (cluster->launch == &l)
+            for (auto& cta : cluster->ctas) wakeGroups(cta.get(), Block::GridDependency);
+}
 void Machine::schedule(u64 delay, std::function<void()> f) {
     Issuer from = issuer;  // of work that leads to more work
     if (running) {
@@ -501,6 +508,10 @@ void Machine::run() {
                 continue;
             }
             if (!anyLive()) break;
+            // The kernels before end when nothing else is left to do: who does not wait for them is found out.
+            for (auto& l : launches)
+                if (l->awaited && !l->independent) endDependency(*l);
+            if (!runq.empty()) continue;
             throw EmuError("deadlock",
                            "[deadlock] no warp can run and no asynchronous operation is pending:" + deadlockReport());
         }

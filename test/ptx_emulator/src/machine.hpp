@@ -75,6 +75,7 @@ struct Kernel {
     std::vector<u8> constants;
     u32 regBytes = 0, predCount = 0;
     u32 staticSmem = 0, localBytes = 0, paramBytes = 0;
+    bool dependent = false;  // has a griddepcontrol.wait
     std::vector<std::pair<std::string, u32>> specials;  // name -> register offset
     struct Param {
         u32 offset, size;
@@ -117,7 +118,7 @@ struct Mbarrier {
     u64 initTime = 0;
 };
 
-enum class Block : u8 { None, Converge, Mbarrier, NamedBarrier, WarpSync, ClusterBarrier, BulkGroup, Tmem };
+enum class Block : u8 { None, Converge, Mbarrier, NamedBarrier, WarpSync, ClusterBarrier, BulkGroup, Tmem, GridDependency };
 
 struct Group {
     u32 pc = 0, mask = 0;
@@ -261,6 +262,8 @@ struct Launch {
     u64 nextCluster = 0, numClusters = 0;
     u64 liveClusters = 0;
     u32 index = 0;
+    // The kernels before this one: somebody waits for their end, they have ended.
+    bool awaited = false, independent = false;
 };
 
 struct Region {
@@ -339,11 +342,18 @@ struct Machine {
     u64 randomDelay();
     // Global-memory access check; returns the host pointer.
     u8* global(Warp* w, int lane, u64 addr, u32 bytes, bool write);
+    // What a thread accesses in global memory may be the work of kernels that have not ended.
+    void checkDependency(Warp& w, int lane) {
+        const Launch& l = *w.cta->cluster->launch;
+        if (l.kernel->dependent && !l.independent) faultDependency(w, lane);
+    }
     Region* findRegion(u64 addr, u64 bytes);
     void addRegion(u64 addr, u64 bytes, bool readOnly, std::string name);
 
     [[noreturn]] void fault(Warp* w, int lane, const char* kind, const std::string& msg);
     void warn(const char* kind, const std::string& msg) { warnings[strf("[%s] ", kind) + msg]++; }
+    void endDependency(Launch& l);
+    [[noreturn]] void faultDependency(Warp& w, int lane);
     [[noreturn]] void faultAt(Cta* c, const char* kind, const std::string& msg);
 
  private:

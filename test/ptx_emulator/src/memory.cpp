@@ -25,7 +25,16 @@ Region* Machine::findRegion(u64 addr, u64 bytes) {
     return nullptr;
 }
 
+void Machine::faultDependency(Warp& w, int lane) {
+    fault(&w, lane, "grid_dependency", "access to global memory before a griddepcontrol.wait that it comes after has returned");
+}
+
 u8* Machine::global(Warp* w, int lane, u64 addr, u32 bytes, bool write) {
+    if (w) {
+        const Launch& l = *w->cta->cluster->launch;
+        const bool isParameter = addr >= u64(l.params) && addr < u64(l.params) + l.kernel->paramBytes;
+        if (!isParameter) checkDependency(*w, lane);
+    }
     if (!opt.checkBounds) return (u8*)addr;
     Region* r = findRegion(addr, bytes);
     if (!r) {

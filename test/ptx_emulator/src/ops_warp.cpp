@@ -245,6 +245,23 @@ void buildBrx(Decoder& d, const Stmt& s, Inst& in) {
 Status nanosleepExec(Warp&, const Inst&, u32) { return Status::Yield; }
 Status nopExec(Warp&, const Inst&, u32) { return Status::Next; }
 
+Status gridWaitExec(Warp& w, const Inst&, u32) {
+    constexpr u64 kLate = 200000;  // warp instructions: other launches may poll until this one goes on
+    Machine& m = *w.m;
+    Launch& l = *w.cta->cluster->launch;
+    if (l.independent) return Status::Next;
+    if (!l.awaited && m.launches.size() > 1) m.schedule(kLate, [&m, &l] { m.endDependency(l); });
+    l.awaited = true;
+    w.block = Block::GridDependency;
+    return Status::Block;
+}
+void buildGridDependency(Decoder& d, const Stmt& s, Inst& in) {
+    in.fn = nopExec;
+    if (!s.has("wait")) return;
+    in.fn = gridWaitExec;
+    d.kernel().dependent = true;
+}
+
 // setmaxnreg: registers are not limited, but the counts must fit the register file, where it would wait for ever.
 Status setmaxnregExec(Warp& w, const Inst& in, u32 m) {
     if (m != w.live) return converge(w);
@@ -383,7 +400,7 @@ PTX_OP("brkpt", buildTrap);
 PTX_OP("call", buildCall);
 PTX_OP("setmaxnreg", buildSetmaxnreg);
 PTX_OP("nanosleep", [](Decoder&, const Stmt&, Inst& in) { in.fn = nanosleepExec; });
-PTX_OP("griddepcontrol", [](Decoder&, const Stmt&, Inst& in) { in.fn = nopExec; });
+PTX_OP("griddepcontrol", buildGridDependency);
 PTX_OP("pmevent", [](Decoder&, const Stmt&, Inst& in) { in.fn = nopExec; });
 
 }  // namespace
