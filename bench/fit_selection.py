@@ -35,7 +35,7 @@ HOST = ROOT / "src" / "host"
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
-# The model behind C functions. A row is its eight fields in the order of the table.
+# The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups.
 DRIVER = """
 #include "selection.cpp"
 #include "../sm90/gemm_instances.h"
@@ -49,9 +49,10 @@ static GemmProblem problem_of(const int64_t* x) {  // m, n, k, gran_m, gran_n, g
     return problem;
 }
 extern "C" void rate(const CostModel* model, int count, const int64_t* problems, const int64_t* rows, double* us) {
-    for (int i = 0; i < count; ++i, problems += 7, rows += 8) {
-        const GemmRow row = {int(rows[0]), int(rows[1]), int(rows[2]), int(rows[3]), int(rows[4]),
+    for (int i = 0; i < count; ++i, problems += 7, rows += 9) {
+        GemmRow row = {int(rows[0]), int(rows[1]), int(rows[2]), int(rows[3]), int(rows[4]),
                              rows[5] != 0, rows[6] ? kScaling1D1D : kScaling1D2D, int(rows[7])};
+        row.k_warpgroups = int(rows[8]);
         us[i] = cost_us(row, problem_of(problems), {}, *model);
     }
 }
@@ -68,7 +69,7 @@ extern "C" int num_rows() { return sm90::kNumGemmRows; }
 
 ROW_NAME = re.compile(
     r"(?P<scaling>1d[12]d)_m(?P<m>\d+)n(?P<n>\d+)(_gran(?P<gran>\d+))?(?P<swap>_swap)?(_rows(?P<rows>\d+))?"
-    r"(_cols(?P<cols>\d+))?(_splitk(?P<split>\d+))?$"
+    r"(_cols(?P<cols>\d+))?(_splitk(?P<split>\d+))?(_kwg(?P<kwg>\d+))?$"
 )
 
 
@@ -91,7 +92,7 @@ class Model:
         self.table = [self.lib.name_of(i).decode().removeprefix("sm90_fp8_") for i in range(self.lib.num_rows())]
 
     def rate(self, constants: np.ndarray, problems: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Microseconds of ``rows[i]`` (int64 [count, 8]) on ``problems[i]`` (int64 [count, 7])."""
+        """Microseconds of ``rows[i]`` (int64 [count, 9]) on ``problems[i]`` (int64 [count, 7])."""
         us = np.empty(len(problems))
         arrays = [np.ascontiguousarray(array).ctypes.data_as(ctypes.c_void_p) for array in (problems, rows, us)]
         constants = np.ascontiguousarray(constants, dtype=np.float64)
@@ -105,14 +106,14 @@ class Model:
 
 
 def row_fields(name: str) -> list[int] | None:
-    """A row's fields in the order of the table, from its name without ``sm90_fp8_``."""
+    """A row's fields as the driver takes them, from its name without ``sm90_fp8_``."""
     match = ROW_NAME.match(name)
     if not match:
         return None
     m, n, swap = int(match["m"]), int(match["n"]), bool(match["swap"])
     block = [n, m] if swap else [m, n]
     clusters = [int(match[key] or 1) for key in ("rows", "cols", "split")]
-    return [*block, *clusters, int(swap), int(match["scaling"] == "1d1d"), int(match["gran"] or 128)]
+    return [*block, *clusters, int(swap), int(match["scaling"] == "1d1d"), int(match["gran"] or 128), int(match["kwg"] or 1)]
 
 
 @dataclass

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx_mbarrier.cuh"
+
 namespace deep_gemm::ptx {
 
 // The two halves of a cluster's barrier. The first one publishes nothing, and so waits for nothing, where that of

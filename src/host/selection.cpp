@@ -12,29 +12,30 @@ namespace {
 constexpr double kClockGHz = 1.98;    // of an SM that is not short of power; all clocks below are of this rate
 constexpr double kColumnClocks = 2;   // tensor core: a K block of 64 rows, per column
 constexpr double kLeastColumns = 32;  // an instruction of fewer columns takes as long
-constexpr double kFillBytes = 64;     // per clock, from L2 into an SM
-constexpr int kGpcs = 8;              // parts of the chip, of 16 SMs or a few more; a cluster lies in one
+constexpr int kGpcs = 7;              // parts of the chip, of 16 SMs or a few more; a cluster lies in one
 constexpr int kGpcSms = 16;
 
 // What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far
 // choices made with them are from the fastest row.
 struct CostModel {
-    double launch = 4780;           // clocks before the first K block and after the last store
-    double cluster_launch = 1570;   // more of them with clusters, whose CTAs start and end together
+    double launch = 3280;           // clocks before the first K block and after the last store
+    double cluster_launch = 490;    // more of them with clusters, whose CTAs start and end together
     double block_latency = 78;      // clocks of a K block to wait for a barrier and to read scales
     double result_latency = 79;     // clocks from a warpgroup's last instruction for the tensor core to its result
     double promotion = 0.78;        // clocks per column to scale 64 rows of a K block and add them to the totals
     double promotion_load = 2.0;    // more of them with swapped operands, whose few columns wait for their scales
     double promotion_change = 9.4;  // clocks per 16 columns where the block scale may change behind each of them
     double contention = 0.55;       // part of the other warpgroups' multiplying and promotion that delays a warpgroup
-    double outside_rows = 9.4;      // rows outside a matrix that all SMs together receive per clock
+    double outside_rows = 10.2;     // rows outside a matrix that all SMs together receive per clock
     double epilogue = 1450;         // clocks of a tile's end: drained pipeline, staging, start of the next one
     double epilogue_column = 1.8;   // more of them per column of 64 BF16 rows
-    double reduce = 690;            // split K: clocks to meet the other CTAs of a tile
-    double reduce_column = 15.6;    // more of them per column of the tile
-    double combine = 300;           // clocks to add up what warpgroups that take turns at the K blocks have
-    double combine_column = 6;      // more of them per column of the tile
+    double reduce = 300;            // split K: clocks to meet the other CTAs of a tile
+    double reduce_column = 13.3;    // more of them per column of the tile
+    double combine = 204;           // clocks to add up what warpgroups that take turns at the K blocks have
+    double combine_column = 5.5;    // more of them per column of the tile
     double memory_bytes = 2000;     // bytes per clock from and to device memory
+    double fill_bytes = 55.5;       // bytes per clock from L2 into an SM
+    double fill_share = 0.036;      // what a byte from L2 into an SM takes of the time that one from memory does
     double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
     // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
@@ -87,7 +88,7 @@ double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& mode
     const double part = waits * model.result_latency + tensor / (row.block_rows / 64) +
                         issue * (1 + model.contention * (warpgroups - 1));
     const double chain = (model.block_latency + part) / row.k_warpgroups;
-    return std::max({chain, issue * row.block_rows / 64, tensor, bytes / kFillBytes});
+    return std::max({chain, issue * row.block_rows / 64, tensor, bytes / model.fill_bytes});
 }
 
 // Clocks of the tensor core for a K block of a tile that has `parts` times 64 rows.
@@ -103,7 +104,7 @@ double block_clocks(const GemmRow& row, int parts, const CostModel& model) {
     if (row.has_fp4()) return fp4_block_clocks(row, tensor, model);
     const double bytes = 128.0 * 64 * parts / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
-    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / kFillBytes), model.block_latency);
+    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / model.fill_bytes), model.block_latency);
     const int warpgroups = row.block_rows == 256 ? std::min(parts, 2) : parts;  // of one K block
     const double others = static_cast<double>(parts) / ceil_div(parts, warpgroups) * row.k_warpgroups - 1;
     const double in_turn = static_cast<double>(ceil_div(parts, warpgroups));  // parts, one after the other
@@ -120,7 +121,7 @@ double block_clocks(const GemmRow& row, int parts, const CostModel& model) {
     const double part = promotions * model.result_latency + work * (1 + model.contention * others);
     // Warpgroups that take turns each work through their own K blocks.
     const double chain = (model.block_latency + in_turn * part) / row.k_warpgroups;
-    return std::max({chain, tensor, bytes / kFillBytes});
+    return std::max({chain, tensor, bytes / model.fill_bytes});
 }
 
 // The rows of a group are not known, only about how many: visit(rows), for as many as a few groups might have.
@@ -204,13 +205,17 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     const double bytes =
         (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
+    // Of a cluster's tile, bytes that go from L2 into the SMs.
+    const double filled = (static_cast<double>(row.block_rows) / row.col_ctas +
+                           static_cast<double>(row.block_cols) / row.row_ctas) *
+                          128 * k_blocks * row.cluster_size();
     const auto wave = [&](int64_t clusters) {
         double share = 1;  // of the memory's bandwidth; less for the few that are left
         if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
         if (row.cluster_size() > 2) {  // few large clusters load slower, as if they filled one GPC after the other
             share = std::min(share, static_cast<double>(ceil_div(clusters * row.cluster_size(), kGpcSms)) / kGpcs);
         }
-        return together(tile, bytes / tiles * clusters / (share * model.memory_bytes));
+        return together(tile, (bytes / tiles + model.fill_share * filled) * clusters / (share * model.memory_bytes));
     };
     double clocks = model.launch + (row.cluster_size() > 1 ? model.cluster_launch : 0);
     if (full_waves > 0) clocks += full_waves * wave(resident);
@@ -221,8 +226,8 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     }
     // Three warpgroups keep the tensor core busier, for which the chip's clock pays.
     if (row.block_rows == 192 && problem.grouping == Grouping::kDense) clocks *= 1.025;
-    // The model fits one tile along M. With two these rows took a little longer, at 4096 1.5 times as long as others.
-    if (row.k_warpgroups > 1 && m > row.block_m()) clocks *= m > 2 * row.block_m() ? 1.5 : 1.05;
+    // On all SMs, with two rows of tiles that read the same weights, split K took 4 to 16 % longer than the model has it.
+    if (row.split_k > 1 && row_tiles == 2 && 8 * tiles > 7 * resident) clocks *= 1.08;
     return clocks / (kClockGHz * 1000);
 }
 

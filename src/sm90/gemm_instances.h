@@ -26,9 +26,12 @@ inline constexpr GemmRow kGemmRows[] = {
     {128, 128, 2, 1, 1, false, kScaling1D2D, 128},
 
     // M around 128.
+    {128, 128, 1, 2, 1, false, kScaling1D2D, 128},
+    {128, 128, 1, 1, 2, false, kScaling1D2D, 128},
     {128, 112, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 96, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 64, 1, 1, 1, false, kScaling1D2D, 128},
+    {128, 64, 1, 4, 1, false, kScaling1D2D, 128},
     {128, 64, 1, 1, 2, false, kScaling1D2D, 128},
     {128, 32, 1, 1, 1, false, kScaling1D2D, 128},
 
@@ -45,7 +48,8 @@ inline constexpr GemmRow kGemmRows[] = {
     {64, 32, 1, 1, 2, false, kScaling1D2D, 128},
     {64, 16, 1, 1, 1, false, kScaling1D2D, 128},
 
-    // M up to 32: the weights on the instruction's M side.
+    // M up to 32, and up to 64 where few columns need many parts of K: the weights on the instruction's M side.
+    {64, 64, 1, 1, 8, true, kScaling1D2D, 128},
     {64, 32, 1, 1, 1, true, kScaling1D2D, 128},
     {64, 32, 1, 1, 2, true, kScaling1D2D, 128},
     {64, 32, 1, 1, 8, true, kScaling1D2D, 128},
@@ -68,6 +72,7 @@ inline constexpr GemmRow kGemmRows[] = {
     k_warpgroups(2, {64, 32, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 32, 1, 1, 2, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 1, false, kScaling1D2D, 128}),
+    k_warpgroups(2, {64, 64, 1, 4, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 2, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 4, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 96, 1, 1, 1, false, kScaling1D2D, 128}),

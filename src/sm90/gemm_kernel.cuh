@@ -11,6 +11,11 @@
 // little to overlap, k_warpgroups of them take turns at the K blocks of the same rows; the first of them, the finisher, adds
 // up their sums and stores. All walk the same tiles; nobody waits for a whole CTA after the start.
 //
+// Programmatic dependent launch: a CTA starts while the kernel before is ending. Only what reads global memory waits for that
+// end, the two loading warps and the one that finds tiles, each when nothing is left to do before its first access; the
+// consumers' results follow from loads. Weights are asked of L2 before. A CTA of a cluster ends when its own barriers have had
+// their last arrivals, not when all of the cluster have ended.
+//
 // Groups: M-grouped products (experts) share N and K and own rows of A and D, and a matrix B each; batched ones own all
 // three. Tensor maps then have the group as a third dimension. Where group sizes are in device memory warp 2 finds the
 // tiles and hands them to the other roles in a queue.
@@ -32,6 +37,7 @@
 
 #include "../device/gemm_params.h"
 #include "../device/pipeline.cuh"
+#include "../device/ptx_cluster.cuh"
 #include "../device/tile_scheduler.cuh"
 #include "../device/warp.cuh"
 #include "bf16_fp4_rows.cuh"
@@ -131,10 +137,13 @@ public:
             ptx::grid_dependency_wait();
             if (warp == 1) Scheduler::build(params.k_groups, shared.k_groups);
         }
-        sync_cluster();
+        if constexpr (kClusterSize > 1) {
+            ptx::cluster_arrive_relaxed();  // mbarriers have a fence of their own
+            ptx::cluster_wait();
+        }
+        if constexpr (kClusterSize == 1 || kKGrouped) __syncthreads();
         ptx::grid_dependency_launch();
         Scheduler scheduler = make_scheduler(params, shared, rank);
-        if constexpr (!kKGrouped) ptx::grid_dependency_wait();
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
@@ -143,15 +152,15 @@ public:
                 if (warp == 1) load_block_scales(params, shared, scheduler);
             }
             if constexpr (kLayout.has_work_queue()) {
-                if (warp == 2) GroupScheduler::run(params.groups, shared.groups);
+                if (warp == 2) {
+                    ptx::grid_dependency_wait();
+                    GroupScheduler::run(params.groups, shared.groups);
+                }
             }
         } else {
             if constexpr (kSetRegisters) grow_registers<kLayout.consumer_registers()>();
             consume(params, shared, scheduler, rank);
         }
-
-        // A CTA's shared memory must outlive the multicasts and remote arrivals that target it.
-        if constexpr (kClusterSize > 1) ptx::cluster_sync();
     }
 
 private:
@@ -203,14 +212,6 @@ private:
         }
     }
 
-    __device__ __forceinline__ static void sync_cluster() {
-        if constexpr (kClusterSize > 1) {
-            ptx::cluster_sync();
-        } else {
-            __syncthreads();
-        }
-    }
-
     // Of a panel that a cluster shares each CTA loads its part, into all.
     static constexpr int kRowPart = kRow.block_rows / kRow.col_ctas;
     static constexpr int kColPart = kBlockCols / kRow.row_ctas;
@@ -218,6 +219,10 @@ private:
     static constexpr int kPartBytes = 64 * kBlockK;  // of 64 rows in a stage
 
     // ---- producer, warp 0 ----
+
+    // The first block of weights that no other CTA loads for this one is asked of L2 while the previous kernel ends.
+    static constexpr bool kAsksEarly = kRow.grouping == Grouping::kDense && !kRow.b_mn_major &&
+                                       (kRow.swap_ab ? kRow.col_ctas : kRow.row_ctas) == 1;
 
     __device__ __forceinline__ static void load_operands(const GemmParams& params, Storage& shared,
                                                          Scheduler scheduler, uint32_t rank) {
@@ -228,9 +233,17 @@ private:
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
         State state;
         WorkTile work;
-        while (next_tile<false>(params, scheduler, work)) {
+        for (bool is_first = true; next_tile<false>(params, scheduler, work); is_first = false) {
             const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
             const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes;
+            if (is_first) {
+                if constexpr (kAsksEarly) {
+                    ptx::tma_prefetch_2d(kRow.swap_ab ? params.rows_map : params.cols_map,
+                                         work.k_block * kStageK / (kRow.swap_ab ? kRowElements : 1),
+                                         kRow.swap_ab ? work.row : work.col);
+                }
+                ptx::grid_dependency_wait();
+            }
             // Unrolled, as the compiler would, the producers' loops only take room in the instruction cache.
 #pragma unroll 1
             for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
@@ -269,6 +282,13 @@ private:
                     ptx::tma_load_2d(params.col_scales_map, full, shared.col_scales[state.stage_idx], work.col, k_group,
                                      kHint);
                 }
+            }
+        }
+        // This CTA's shared memory must outlive what others' consumers tell its barriers.
+        if constexpr (kMulticastCtas > 1) {
+#pragma unroll 1
+            for (int s = 0; s < kNumStages; ++s, state.advance()) {
+                ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
             }
         }
     }
@@ -349,12 +369,13 @@ private:
                                                              Scheduler scheduler) {
         PipelineState<kScaleChunks> state;
         WorkTile work;
-        while (scheduler.next(work)) {
+        for (bool is_first = true; scheduler.next(work); is_first = false) {
             const int block = (kRow.swap_ab ? work.row : work.col) / 128;
             const ScaleSource& source = params.block_scales;
             int64_t of_group = 0;
             if constexpr (kLayout.has_groups()) of_group = work.group * params.block_scales_group_stride;
             const int last = work.k_block + work.num_k_blocks - 1;
+            if (is_first) ptx::grid_dependency_wait();
 #pragma unroll 1
             for (int k_block = work.k_block; k_block <= last; k_block += kScaleChunk, state.advance()) {
                 const int chunk = state.stage_idx;
@@ -404,6 +425,7 @@ private:
                 if (helper > 0) continue;
             }
             if constexpr (kLayout.has_work_queue()) scheduler.read_again(work);
+            if (is_first) ptx::grid_dependency_wait();  // there may have been no block to load
 
             int rows[kRowParts];
 #pragma unroll
@@ -421,6 +443,10 @@ private:
                                             work.col + split_part * kLayout.store_cols(), thread, slice);
                 }
             }
+        }
+        if constexpr (kSplitK > 1) {
+            // As must the rest of it outlive the other finishers' last arrivals.
+            if (helper == 0 && other_slices(rank) > 0) ptx::mbarrier_wait(shared.reduce_empty, reduce_phase ^ 1);
         }
         // The staging memory must outlive the stores that read it; their completion is the end of the grid's business.
         if (thread == 0) ptx::tma_store_wait_read<0>();

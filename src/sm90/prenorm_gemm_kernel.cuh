@@ -32,8 +32,8 @@
 // named 2    threads of the product            (clusters) the part is where copies read it
 // ready      1 from each CTA of the cluster    (clusters) they no longer read their stages
 // received   1, and the bytes of the slices    (clusters) the slices are there
-// cluster    all threads of the cluster        (clusters) ready and received are initialised; then: the slices have arrived
-//                                              everywhere, so that the CTA may end. Who has ended has arrived
+// done       1 from each CTA of the cluster    (clusters) they have their slices: the CTA, which copies read, may end
+// cluster    all threads of the cluster        (clusters) ready, received and done are initialised
 #pragma once
 
 #include "../device/pipeline.cuh"
@@ -65,6 +65,7 @@ class PrenormGemmKernel {
         ptx::Barrier empty[kStages];
         ptx::Barrier ready;
         ptx::Barrier received;
+        ptx::Barrier done;
 
         // Rows of prenorm_part_pitch(n): this CTA's part, [tile_rows], and its slice of each part, [parts][slice_rows].
         __device__ float* part() { return reinterpret_cast<float*>(a); }
@@ -93,6 +94,7 @@ public:
             if (params.in_cluster) {
                 ptx::mbarrier_init(shared.ready, params.num_splits);
                 ptx::mbarrier_init(shared.received, 1);
+                ptx::mbarrier_init(shared.done, params.num_splits);
                 ptx::mbarrier_arrive_expect_tx(shared.received,
                                                params.num_splits * slice_bytes(params, ptx::cluster_rank()));
             }
@@ -110,8 +112,9 @@ public:
         __syncthreads();
         if (params.in_cluster) ptx::cluster_arrive_relaxed();
         ptx::grid_dependency_launch();
-        ptx::grid_dependency_wait();
         if (params.in_cluster) ptx::cluster_wait();
+        // Results follow loads, which wait, but where there are parts without a block.
+        if (params.num_k_blocks < params.num_splits) ptx::grid_dependency_wait();
 
         if (warpgroup == 0) {
             if constexpr (kSetRegisters) shrink_registers<88>();
@@ -127,8 +130,8 @@ public:
             });
             if (params.in_cluster && threadIdx.x < 32) {
                 ptx::mbarrier_wait(shared.received, 0);
-                __syncwarp();
-                ptx::cluster_sync();
+                if (threadIdx.x < params.num_splits) ptx::mbarrier_arrive_remote(shared.done, threadIdx.x);
+                ptx::mbarrier_wait(shared.done, 0);
             }
         } else if (warpgroup <= kProducts) {
             if constexpr (kSetRegisters) grow_registers<168>();
@@ -141,7 +144,12 @@ public:
             if constexpr (kSetRegisters) shrink_registers<40>();
             if (threadIdx.x / 32 == kLayout.num_threads() / 32 - 4 && ptx::elect_one()) {
                 State state;
-                for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) { load(params, shared, work, state); });
+                bool is_first = true;
+                for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
+                    if (is_first) ptx::grid_dependency_wait();
+                    is_first = false;
+                    load(params, shared, work, state);
+                });
             }
         }
     }

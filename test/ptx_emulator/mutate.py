@@ -190,6 +190,8 @@ def survey_row(row: int) -> list[tuple[Mutant, str]]:
     blocks = info["num_stages"] + 3
     at_once = cluster_tile(info)
     shapes = [(m, n, blocks, "tma"), (m, n, blocks + 1, "float32"), (at_once[0], 2 * at_once[1], 195, "tma")]
+    if info["k_warpgroups"] > 1 and info["col_ctas"] > 1:
+        shapes.append((m, n, 4, "tma"))  # with more, stages that come and go order what the barriers of a tile do
     cases = [
         RowCase(info["name"], m, n, blocks * step - ragged, d, data="integer", num_sms=info["cluster_size"])
         for m, n, blocks, d in shapes
