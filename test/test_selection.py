@@ -29,18 +29,18 @@ def test_activations_by_weights() -> None:
 1 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2_kwg2
 16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2_kwg2
 64 2112 7168: sm90_fp8_1d2d_m64n32_splitk2_kwg2
-128 2112 7168: sm90_fp8_1d2d_m64n32_kwg2
+128 2112 7168: sm90_fp8_1d2d_m128n32_splitk2_kwg2
 1024 2112 7168: sm90_fp8_1d2d_m128n160
 4096 2112 7168: sm90_fp8_1d2d_m192n128
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8_kwg2
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
-64 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
+64 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk8
 128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
-1024 576 7168: sm90_fp8_1d2d_m64n96
+1024 576 7168: sm90_fp8_1d2d_m64n96_kwg2
 4096 576 7168: sm90_fp8_1d2d_m128n160
 1 24576 1536: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 24576 1536: sm90_fp8_1d2d_m16n64_swap_kwg2
-64 24576 1536: sm90_fp8_1d2d_m64n96_kwg2
+64 24576 1536: sm90_fp8_1d2d_m64n96
 128 24576 1536: sm90_fp8_1d2d_m128n192
 1024 24576 1536: sm90_fp8_1d2d_m256n128
 4096 24576 1536: sm90_fp8_1d2d_m256n128
@@ -49,22 +49,22 @@ def test_activations_by_weights() -> None:
 64 32768 512: sm90_fp8_1d2d_m64n128
 128 32768 512: sm90_fp8_1d2d_m128n128
 1024 32768 512: sm90_fp8_1d2d_m256n128
-4096 32768 512: sm90_fp8_1d2d_m256n128
+4096 32768 512: sm90_fp8_1d2d_m256n128_cols2
 1 7168 16384: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 7168 16384: sm90_fp8_1d2d_m16n64_swap_kwg2
-64 7168 16384: sm90_fp8_1d2d_m64n64_kwg2
-128 7168 16384: sm90_fp8_1d2d_m128n64_kwg2
+64 7168 16384: sm90_fp8_1d2d_m64n64_cols4_kwg2
+128 7168 16384: sm90_fp8_1d2d_m128n128_splitk2
 1024 7168 16384: sm90_fp8_1d2d_m128n160
 4096 7168 16384: sm90_fp8_1d2d_m256n128
-1 4096 7168: sm90_fp8_1d2d_m8n64_swap_kwg2
-16 4096 7168: sm90_fp8_1d2d_m16n64_swap_kwg2
-64 4096 7168: sm90_fp8_1d2d_m64n32_kwg2
+1 4096 7168: sm90_fp8_1d2d_m8n64_swap_splitk2_kwg2
+16 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2_kwg2
+64 4096 7168: sm90_fp8_1d2d_m64n64_splitk2_kwg2
 128 4096 7168: sm90_fp8_1d2d_m128n64_splitk2
 1024 4096 7168: sm90_fp8_1d2d_m256n128
 4096 4096 7168: sm90_fp8_1d2d_m256n128
 1 7168 2048: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 7168 2048: sm90_fp8_1d2d_m16n64_swap_kwg2
-64 7168 2048: sm90_fp8_1d2d_m64n64_kwg2
+64 7168 2048: sm90_fp8_1d2d_m64n64_cols4_kwg2
 128 7168 2048: sm90_fp8_1d2d_m128n64
 1024 7168 2048: sm90_fp8_1d2d_m128n160
 4096 7168 2048: sm90_fp8_1d2d_m256n128""",
@@ -106,9 +106,9 @@ def test_groups_along_k() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-8 groups, 2048 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped
+8 groups, 2048 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped_cols2
 8 groups, 2048 7168 32768: sm90_bf16_tn_m128n256_kgrouped_rows2
-8 groups, 4096 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped
+8 groups, 4096 7168 32768: sm90_fp8_1d1d_m256n128_kgrouped_cols2
 8 groups, 4096 7168 32768: sm90_bf16_tn_m128n256_kgrouped_rows2
 32 groups, 512 512 8192: sm90_fp8_1d1d_m256n128_kgrouped
 32 groups, 512 512 8192: sm90_bf16_tn_m128n256_kgrouped
@@ -139,12 +139,12 @@ def test_bf16() -> None:
 8192 2112 7168 tt: sm90_bf16_tt_m128n256_rows2
 1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
 16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
-64 24576 1536 nt: sm90_bf16_nt_m64n64
+64 24576 1536 nt: sm90_bf16_nt_m128n192
 128 24576 1536 tn: sm90_bf16_tn_m128n192
 1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
 4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
 8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
-1 4096 7168 nt: sm90_bf16_nt_m8n64_swap
+1 4096 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
 64 4096 7168 nt: sm90_bf16_nt_m64n32
 128 4096 7168 tn: sm90_bf16_tn_m64n64
@@ -176,20 +176,20 @@ def test_experts_one_after_the_other() -> None:
 4 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
-64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n128_mgrouped
+64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-64 groups, 6400 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
+64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-64 groups, 6400 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped""",
+64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n128_mgrouped""",
     )
 
 
