@@ -274,6 +274,11 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
             return "the warp has met, in wgmma.wait_group too, since it last read what the arrive that follows frees"
     if mutant.kind == "cluster arrive" and not any("cluster" in line for line in lines[mutant.line : mutant.line + 3]):
         return "the thread ends here, which the emulator takes for an arrival that publishes what it has written"
+    rest = [line for line in after if line and not line.startswith("$")]
+    while mutant.kind == "warp barrier" and rest[0].startswith("barrier.cluster.wait"):
+        rest.pop(0)
+    if mutant.kind in ("warp barrier", "cluster wait") and rest[0] == "ret;":
+        return "the thread ends here: it owes the cluster its arrival alone"
     if mutant.kind == "tcgen05 fence":
         # The first two are around the allocation, the last one is in front of the end.
         fences = [i for i, line in enumerate(lines, 1) if "tcgen05.fence" in line]

@@ -28,13 +28,16 @@
 // barrier    arrivals                          guards
 // full[s]    1 (the TMA thread), and the bytes stage s is filled
 // empty[s]   consumer warps                    stage s may be overwritten
+// named 3    all threads                       barriers are initialised, rows beyond the tile cleared; the producer arrives
 // named 1    consumers                         (clusters) no stage is read any more
 // named 2    threads of the product            (clusters) the part is where copies read it
 // ready      1 from each CTA of the cluster    (clusters) they no longer read their stages
 // received   1, and the bytes of the slices    (clusters) the slices are there
 // done       1 from each CTA of the cluster    (clusters) they have their slices: the CTA, which copies read, may end
-// cluster    all threads of the cluster        (clusters) ready, received and done are initialised
+// cluster    all threads of the cluster        (clusters) ready, received and done are initialised: before the first use
 #pragma once
+
+#include <algorithm>
 
 #include "../device/pipeline.cuh"
 #include "../device/prenorm_gemm.cuh"
@@ -42,6 +45,7 @@
 #include "../device/ptx_cluster.cuh"
 #include "../device/ptx_memory.cuh"
 #include "../device/ptx_tma.cuh"
+#include "../device/warp.cuh"
 #include "prenorm_gemm_traits.h"
 #include "wgmma.cuh"
 
@@ -80,39 +84,18 @@ class PrenormGemmKernel {
 public:
     __device__ __forceinline__ static void run(const PrenormGemmParams& params, uint8_t* memory) {
         Storage& shared = *reinterpret_cast<Storage*>(memory);
-        const int warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128, 0);
+        const int warp = uniform(static_cast<int>(threadIdx.x) / 32), warpgroup = warp / 4;
 
-        if (threadIdx.x == kLayout.num_threads() - 128) prefetch(params);
-        if (threadIdx.x == 0) {
-            ptx::prefetch_tensor_map(params.a_map);
-            if (params.n > 0) ptx::prefetch_tensor_map(params.b_map);
-            const int consumer_warps = 4 * (1 + kProducts);
-            for (int s = 0; s < kStages; ++s) {
-                ptx::mbarrier_init(shared.full[s], 1);
-                ptx::mbarrier_init(shared.empty[s], consumer_warps);
-            }
-            if (params.in_cluster) {
-                ptx::mbarrier_init(shared.ready, params.num_splits);
-                ptx::mbarrier_init(shared.received, 1);
-                ptx::mbarrier_init(shared.done, params.num_splits);
-                ptx::mbarrier_arrive_expect_tx(shared.received,
-                                               params.num_splits * slice_bytes(params, ptx::cluster_rank()));
-            }
-            ptx::fence_mbarrier_init();
+        // The warp that loads goes on at once: the last CTA to start is the last to end.
+        if (warp == kProducerWarp) {
+            if (ptx::elect_one()) start(params, shared);
+            ptx::named_barrier_arrive(kStarted, kLayout.num_threads());
+        } else {
+            clear_rows_beyond_tile(params, shared);
+            ptx::named_barrier_sync(kStarted, kLayout.num_threads());
         }
-        // Rows that no load writes go through the tensor core like the others.
-        if (params.tile_rows < kRows) {
-            const int first = params.tile_rows * 8, count = kRows * 8 - first;  // in units of 16 bytes
-            for (int s = 0; s < kStages; ++s) {
-                uint4* rows = reinterpret_cast<uint4*>(shared.a[s]) + first;
-                for (int i = threadIdx.x; i < count; i += kLayout.num_threads()) rows[i] = uint4{};
-            }
-            ptx::fence_async_shared();
-        }
-        __syncthreads();
         if (params.in_cluster) ptx::cluster_arrive_relaxed();
         ptx::grid_dependency_launch();
-        if (params.in_cluster) ptx::cluster_wait();
         // Results follow loads, which wait, but where there are parts without a block.
         if (params.num_k_blocks < params.num_splits) ptx::grid_dependency_wait();
 
@@ -128,7 +111,8 @@ public:
                     sum_prenorm_squares<kRows>(params, shared, work, state, threadIdx.x);
                 }
             });
-            if (params.in_cluster && threadIdx.x < 32) {
+            if (params.in_cluster) ptx::cluster_wait();
+            if (params.in_cluster && warp == 0) {
                 ptx::mbarrier_wait(shared.received, 0);
                 if (threadIdx.x < params.num_splits) ptx::mbarrier_arrive_remote(shared.done, threadIdx.x);
                 ptx::mbarrier_wait(shared.done, 0);
@@ -142,20 +126,60 @@ public:
             if (params.in_cluster) add_parts(params, shared, threadIdx.x - 128);
         } else {
             if constexpr (kSetRegisters) shrink_registers<40>();
-            if (threadIdx.x / 32 == kLayout.num_threads() / 32 - 4 && ptx::elect_one()) {
-                State state;
+            if (warp == kProducerWarp && ptx::elect_one()) {
+                Ring ring;
                 bool is_first = true;
                 for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
                     if (is_first) ptx::grid_dependency_wait();
                     is_first = false;
-                    load(params, shared, work, state);
+                    load(params, shared, work, ring);
                 });
+            }
+            if (params.in_cluster) {
+                __syncwarp();
+                ptx::cluster_wait();
             }
         }
     }
 
 private:
     static constexpr int kConsumers = 128 * (1 + kProducts);
+    static constexpr int kProducerWarp = kLayout.num_threads() / 32 - 4;
+    static constexpr int kStarted = 3;  // a named barrier
+
+    // ---- start ----
+
+    // By one thread.
+    __device__ __forceinline__ static void start(const PrenormGemmParams& params, Storage& shared) {
+        prefetch(params);
+        ptx::prefetch_tensor_map(params.a_map);
+        if (params.n > 0) ptx::prefetch_tensor_map(params.b_map);
+        const int consumer_warps = 4 * (1 + kProducts);
+        for (int s = 0; s < kStages; ++s) {
+            ptx::mbarrier_init(shared.full[s], 1);
+            ptx::mbarrier_init(shared.empty[s], consumer_warps);
+        }
+        if (params.in_cluster) {
+            ptx::mbarrier_init(shared.ready, params.num_splits);
+            ptx::mbarrier_init(shared.received, 1);
+            ptx::mbarrier_init(shared.done, params.num_splits);
+            ptx::mbarrier_arrive_expect_tx(shared.received, params.num_splits * slice_bytes(params, ptx::cluster_rank()));
+        }
+        ptx::fence_mbarrier_init();
+    }
+
+    // By all warps but one. Rows that no load writes go through the tensor core like the others.
+    __device__ __forceinline__ static void clear_rows_beyond_tile(const PrenormGemmParams& params, Storage& shared) {
+        constexpr int kThreads = kLayout.num_threads() - 32;
+        if (params.tile_rows == kRows) return;
+        const int thread = threadIdx.x < kProducerWarp * 32 ? threadIdx.x : threadIdx.x - 32;
+        const int first = params.tile_rows * 8, count = kRows * 8 - first;  // in units of 16 bytes
+        for (int s = 0; s < kStages; ++s) {
+            uint4* rows = reinterpret_cast<uint4*>(shared.a[s]) + first;
+            for (int i = thread; i < count; i += kThreads) rows[i] = uint4{};
+        }
+        ptx::fence_async_shared();
+    }
 
     // ---- clusters ----
 
@@ -234,21 +258,36 @@ private:
         ptx::tma_prefetch_2d(params.b_map, k + 32, work.col);
     }
 
+    // Where the next block goes, and which is the oldest on its way. Were all stages asked for at once, CTAs would get their
+    // shares of memory unevenly: with 200 KB of each SM on their way the last one ended 5 us after the first, with 120 KB 3 us.
+    struct Ring {
+        static constexpr int kMostInFlight =
+            std::min(kStages - 1, std::max(3, 128 * 1024 / (kLayout.a_bytes() + kLayout.b_bytes())));
+        State next, oldest;
+        int in_flight = 0;
+    };
+
     __device__ __forceinline__ static void load(const PrenormGemmParams& params, Storage& shared, const PrenormWork& work,
-                                                State& state) {
+                                                Ring& ring) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const uint32_t bytes = params.tile_rows * 128 + (params.n > 0 ? params.b_box_rows * 256 : 0);
 #pragma unroll 1
-        for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
+        for (int i = 0; i < work.num_k_blocks; ++i, ring.next.advance()) {
             const int k = (work.k_block + i) * kPrenormBlockK;
-            ptx::Barrier& full = shared.full[state.stage_idx];
-            uint8_t* b = shared.b[state.stage_idx];
-            ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
+            const uint32_t s = ring.next.stage_idx;
+            ptx::Barrier& full = shared.full[s];
+            if (ring.in_flight < Ring::kMostInFlight) {
+                ++ring.in_flight;
+            } else {
+                ptx::mbarrier_wait(shared.full[ring.oldest.stage_idx], ring.oldest.phase);
+                ring.oldest.advance();
+            }
+            ptx::mbarrier_wait(shared.empty[s], ring.next.phase ^ 1);
             ptx::mbarrier_arrive_expect_tx(full, bytes);
-            ptx::tma_load_2d(params.a_map, full, shared.a[state.stage_idx], k, work.row, kHint);
+            ptx::tma_load_2d(params.a_map, full, shared.a[s], k, work.row, kHint);
             if (params.n > 0) {
-                ptx::tma_load_2d(params.b_map, full, b, k, work.col, kHint);
-                ptx::tma_load_2d(params.b_map, full, b + kCols * 128, k + 32, work.col, kHint);
+                ptx::tma_load_2d(params.b_map, full, shared.b[s], k, work.col, kHint);
+                ptx::tma_load_2d(params.b_map, full, shared.b[s] + kCols * 128, k + 32, work.col, kHint);
             }
         }
     }
@@ -333,6 +372,7 @@ private:
 
         const int col = work.col + b_row;
         if (params.in_cluster) {
+            ptx::cluster_wait();
             ptx::named_barrier_sync(1, kConsumers);
             if (group == 0 && thread < params.num_splits) ptx::mbarrier_arrive_remote(shared.ready, thread);
             if (!has_cols) return;
