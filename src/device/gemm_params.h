@@ -108,6 +108,7 @@ struct GemmParams {
     int64_t c_stride;
     int m;
     int n;
+    int most_in_flight;    // K blocks of a CTA that are loaded at a time (SM90, dense, K not split)
     int zero;              // always 0 (see in_another_register)
     OutputMode output_mode;
     bool d_is_float;

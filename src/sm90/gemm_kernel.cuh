@@ -224,6 +224,9 @@ private:
     static constexpr bool kAsksEarly = kRow.grouping == Grouping::kDense && !kRow.b_mn_major &&
                                        (kRow.swap_ab ? kRow.col_ctas : kRow.row_ctas) == 1;
 
+    // Few rows and several tiles for each CTA: with all stages on their way CTAs get their shares of memory unevenly.
+    static constexpr bool kLimitsLoads = kRow.grouping == Grouping::kDense && kSplitK == 1;
+
     __device__ __forceinline__ static void load_operands(const GemmParams& params, Storage& shared,
                                                          Scheduler scheduler, uint32_t rank) {
         constexpr uint32_t kStageBytes = kLayout.row_tile_bytes() + kLayout.col_tile_bytes() +
@@ -231,7 +234,8 @@ private:
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int part = rank % kMulticastCtas;
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
-        State state;
+        State state, oldest;
+        int in_flight = 0;
         WorkTile work;
         for (bool is_first = true; next_tile<false>(params, scheduler, work); is_first = false) {
             const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
@@ -252,6 +256,14 @@ private:
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
+                if constexpr (kLimitsLoads) {
+                    if (in_flight < params.most_in_flight) {
+                        ++in_flight;
+                    } else {
+                        ptx::mbarrier_wait(shared.full[oldest.stage_idx], oldest.phase);
+                        oldest.advance();
+                    }
+                }
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, bytes);
                 if constexpr (kSummed) {

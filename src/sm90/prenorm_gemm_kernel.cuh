@@ -259,10 +259,10 @@ private:
     }
 
     // Where the next block goes, and which is the oldest on its way. Were all stages asked for at once, CTAs would get their
-    // shares of memory unevenly: with 200 KB of each SM on their way the last one ended 5 us after the first, with 120 KB 3 us.
+    // shares of memory unevenly: with 200 KB of each SM on their way the last one ended 5 us after the first, with 96 KB 3 us.
     struct Ring {
         static constexpr int kMostInFlight =
-            std::min(kStages - 1, std::max(3, 128 * 1024 / (kLayout.a_bytes() + kLayout.b_bytes())));
+            std::min(kStages - 1, std::max(3, 96 * 1024 / (kLayout.a_bytes() + kLayout.b_bytes())));
         State next, oldest;
         int in_flight = 0;
     };
