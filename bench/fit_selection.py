@@ -113,7 +113,8 @@ def row_fields(name: str) -> list[int] | None:
     m, n, swap = int(match["m"]), int(match["n"]), bool(match["swap"])
     block = [n, m] if swap else [m, n]
     clusters = [int(match[key] or 1) for key in ("rows", "cols", "split")]
-    return [*block, *clusters, int(swap), int(match["scaling"] == "1d1d"), int(match["gran"] or 128), int(match["kwg"] or 1)]
+    others = [int(swap), int(match["scaling"] == "1d1d"), int(match["gran"] or 128), int(match["kwg"] or 1)]
+    return [*block, *clusters, *others]
 
 
 @dataclass

@@ -131,8 +131,8 @@ def test_bf16() -> None:
         "\n".join(lines),
         """\
 1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
-16 2112 7168 nn: sm90_bf16_nn_m16n64_swap
-64 2112 7168 nt: sm90_bf16_nt_m64n32
+16 2112 7168 nn: sm90_bf16_nn_m16n64_swap_splitk4
+64 2112 7168 nt: sm90_bf16_nt_m64n64_splitk4
 128 2112 7168 tn: sm90_bf16_tn_m64n64
 1024 2112 7168 nt: sm90_bf16_nt_m128n160
 4096 2112 7168 nn: sm90_bf16_nn_m128n192
@@ -146,7 +146,7 @@ def test_bf16() -> None:
 8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
 1 4096 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
-64 4096 7168 nt: sm90_bf16_nt_m64n32
+64 4096 7168 nt: sm90_bf16_nt_m64n128_splitk2
 128 4096 7168 tn: sm90_bf16_tn_m64n64
 1024 4096 7168 nt: sm90_bf16_nt_m128n256_rows2
 4096 4096 7168 nn: sm90_bf16_nn_m128n256_rows2

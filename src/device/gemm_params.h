@@ -108,7 +108,7 @@ struct GemmParams {
     int64_t c_stride;
     int m;
     int n;
-    int most_in_flight;    // K blocks of a CTA that are loaded at a time (SM90, dense, K not split)
+    int most_in_flight;    // K blocks of a CTA that are loaded at a time; 0: as many as there are stages
     int zero;              // always 0 (see in_another_register)
     OutputMode output_mode;
     bool d_is_float;

@@ -156,12 +156,11 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     }
 
     params.block_scales_group_stride = problem.sfb.stride_group;
-    // Of the weights, of all CTAs together, no more than twice what hides the latency of memory, where loads never pause.
-    constexpr int64_t kMostBytes = 8 << 20;
-    const int64_t weights = int64_t{row.block_n()} * sm90::kBlockK / b_pack * clusters * row.cluster_size();
-    const bool in_waves = params.schedule.num_tiles > clusters;
-    params.most_in_flight =
-        static_cast<int>(in_waves ? std::clamp<int64_t>(kMostBytes / weights, 3, layout.num_stages()) : layout.num_stages());
+    if (row.limits_loads() && params.schedule.num_tiles > clusters) {
+        constexpr int64_t kMostBytes = 8 << 20;  // of the weights, for all CTAs: twice what hides the latency of memory
+        const int64_t stages_bytes = int64_t{row.block_n()} * sm90::kBlockK / b_pack * clusters;
+        params.most_in_flight = static_cast<int>(std::clamp<int64_t>(kMostBytes / stages_bytes, 3, layout.num_stages()));
+    }
     const RowKernel kernel = {row_idx, find_kernel(row_idx), &kernel_name, &kernel_symbol};
     launch_row(kernel, problem, row, row_resources(row), clusters, &params, sizeof(params), pdl, backend);
 }

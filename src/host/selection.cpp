@@ -21,6 +21,7 @@ struct CostModel {
     double launch = 3280;           // clocks before the first K block and after the last store
     double cluster_launch = 490;    // more of them with clusters, whose CTAs start and end together
     double block_latency = 78;      // clocks of a K block to wait for a barrier and to read scales
+    double unscaled_block = 300;    // BF16: clocks of a K block at least, from its barrier to the next one's
     double result_latency = 79;     // clocks from a warpgroup's last instruction for the tensor core to its result
     double promotion = 0.78;        // clocks per column to scale 64 rows of a K block and add them to the totals
     double promotion_load = 2.0;    // more of them with swapped operands, whose few columns wait for their scales
@@ -104,7 +105,7 @@ double block_clocks(const GemmRow& row, int parts, const CostModel& model) {
     if (row.has_fp4()) return fp4_block_clocks(row, tensor, model);
     const double bytes = 128.0 * 64 * parts / row.col_ctas + 128.0 * row.block_cols / row.row_ctas;
     // BF16: instructions of one block wait in line behind those of the block before, and nothing is promoted.
-    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / model.fill_bytes), model.block_latency);
+    if (row.scaling == kNoScaling) return std::max(together(tensor, bytes / model.fill_bytes), model.unscaled_block);
     const int warpgroups = row.block_rows == 256 ? std::min(parts, 2) : parts;  // of one K block
     const double others = static_cast<double>(parts) / ceil_div(parts, warpgroups) * row.k_warpgroups - 1;
     const double in_turn = static_cast<double>(ceil_div(parts, warpgroups));  // parts, one after the other

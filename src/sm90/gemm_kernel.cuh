@@ -224,8 +224,8 @@ private:
     static constexpr bool kAsksEarly = kRow.grouping == Grouping::kDense && !kRow.b_mn_major &&
                                        (kRow.swap_ab ? kRow.col_ctas : kRow.row_ctas) == 1;
 
-    // Few rows and several tiles for each CTA: with all stages on their way CTAs get their shares of memory unevenly.
-    static constexpr bool kLimitsLoads = kRow.grouping == Grouping::kDense && kSplitK == 1;
+    // Few tokens and several tiles for each CTA: with all stages on their way CTAs get their shares of memory unevenly.
+    static constexpr bool kLimitsLoads = kRow.limits_loads();
 
     __device__ __forceinline__ static void load_operands(const GemmParams& params, Storage& shared,
                                                          Scheduler scheduler, uint32_t rank) {
@@ -256,7 +256,7 @@ private:
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
-                if constexpr (kLimitsLoads) {
+                if (kLimitsLoads && params.most_in_flight > 0) {
                     if (in_flight < params.most_in_flight) {
                         ++in_flight;
                     } else {
