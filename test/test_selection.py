@@ -134,7 +134,7 @@ def test_bf16() -> None:
 16 2112 7168 nn: sm90_bf16_nn_m16n64_swap_splitk4
 64 2112 7168 nt: sm90_bf16_nt_m64n64_splitk4
 128 2112 7168 tn: sm90_bf16_tn_m64n64
-1024 2112 7168 nt: sm90_bf16_nt_m128n160
+1024 2112 7168 nt: sm90_bf16_nt_m128n144
 4096 2112 7168 nn: sm90_bf16_nn_m128n192
 8192 2112 7168 tt: sm90_bf16_tt_m128n256_rows2
 1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
