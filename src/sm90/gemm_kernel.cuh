@@ -456,8 +456,8 @@ private:
                 }
             }
         }
+        // The barriers must outlive the other finishers' last arrivals.
         if constexpr (kSplitK > 1) {
-            // As must the rest of it outlive the other finishers' last arrivals.
             if (helper == 0 && other_slices(rank) > 0) ptx::mbarrier_wait(shared.reduce_empty, reduce_phase ^ 1);
         }
         // The staging memory must outlive the stores that read it; their completion is the end of the grid's business.
