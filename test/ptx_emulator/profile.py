@@ -149,8 +149,10 @@ def profile_row(
     gran_n = 128 if info["scaling"] == "1d2d" else 1
 
     def run(tiles: int, blocks: int) -> Counters:
-        # Two tiles of columns, so that both kinds of CTA pairs have work; each CTA of a split tile has its share of K.
-        m, n, k = tiles // 2 * info["block_m"], 2 * info["block_n"], blocks * split * info["block_k"]
+        # Two tiles of columns, or as many as a cluster has, so that all CTAs have work; each CTA of a split tile has
+        # its share of K.
+        cols = max(2, info["col_ctas"])
+        m, n, k = tiles // cols * info["block_m"], cols * info["block_n"], blocks * split * info["block_k"]
         gran = None
         if info["scaling"] == "none":
             mn_major = (info["a_mn_major"], info["b_mn_major"])
