@@ -51,7 +51,7 @@ static GemmProblem problem_of(const int64_t* x) {  // m, n, k, gran_m, gran_n, g
 extern "C" void rate(const CostModel* model, int count, const int64_t* problems, const int64_t* rows, double* us) {
     for (int i = 0; i < count; ++i, problems += 7, rows += 9) {
         GemmRow row = {int(rows[0]), int(rows[1]), int(rows[2]), int(rows[3]), int(rows[4]),
-                             rows[5] != 0, rows[6] ? kScaling1D1D : kScaling1D2D, int(rows[7])};
+                       rows[5] != 0, rows[6] ? kScaling1D1D : kScaling1D2D, int(rows[7])};
         row.k_warpgroups = int(rows[8]);
         us[i] = cost_us(row, problem_of(problems), {}, *model);
     }

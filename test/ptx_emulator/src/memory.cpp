@@ -26,7 +26,7 @@ Region* Machine::findRegion(u64 addr, u64 bytes) {
 }
 
 void Machine::faultDependency(Warp& w, int lane) {
-    fault(&w, lane, "grid_dependency", "access to global memory before a griddepcontrol.wait that it comes after has returned");
+    fault(&w, lane, "grid_dependency", "access to global memory that no griddepcontrol.wait comes before");
 }
 
 u8* Machine::global(Warp* w, int lane, u64 addr, u32 bytes, bool write) {
