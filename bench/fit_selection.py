@@ -3,7 +3,7 @@
     python bench/fit_selection.py SWEEP.json [MORE.json ...] [--fit] [--seconds 60] [--never-selected]
 
 A sweep is the JSON of ``python -m deep_gemm_ops.bench --rows --json SWEEP.json``, or a list of ``{"m", "n", "k",
-"times": {"all:<index>:<row name>": microseconds}}`` with names as in the table below. For each problem the table shows
+"times": {"all:<index>:<row name>": microseconds}}``. For each problem the table shows
 the fastest timed row, the timed row that the model finds cheapest, and the regret: how much longer the latter takes. An
 asterisk marks a problem whose choice from the whole table of rows was not timed: it is named, and the cheapest timed
 row is judged instead.
@@ -35,23 +35,27 @@ HOST = ROOT / "src" / "host"
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
-# The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups.
+# The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups; `scaling` is an index
+# of SCALINGS.
 DRIVER = """
 #include "selection.cpp"
 #include "../sm90/gemm_instances.h"
 using namespace deep_gemm;
 
-static GemmProblem problem_of(const int64_t* x) {  // m, n, k, gran_m, gran_n, gran_k, d is FP32
+static GemmProblem problem_of(const int64_t* x) {  // m, n, k, gran_m, gran_n, gran_k (0: BF16), d is FP32
     GemmProblem problem;
+    if (x[5] == 0) problem.operands = OperandType::kBF16;
     problem.m = x[0], problem.n = x[1], problem.k = x[2];
     problem.sfa.gran_mn = x[3], problem.sfb.gran_mn = x[4], problem.gran_k = x[5];
     problem.d_type = x[6] ? DataType::kFloat32 : DataType::kBFloat16;
     return problem;
 }
+static const Scaling scalings[] = {kScaling1D2D, kScaling1D1D, kNoScaling};
 extern "C" void rate(const CostModel* model, int count, const int64_t* problems, const int64_t* rows, double* us) {
     for (int i = 0; i < count; ++i, problems += 7, rows += 9) {
         GemmRow row = {int(rows[0]), int(rows[1]), int(rows[2]), int(rows[3]), int(rows[4]),
-                       rows[5] != 0, rows[6] ? kScaling1D1D : kScaling1D2D, int(rows[7])};
+                       rows[5] != 0, scalings[rows[6]], int(rows[7])};
+        if (row.scaling == kNoScaling) row.operands = OperandType::kBF16;
         row.k_warpgroups = int(rows[8]);
         us[i] = cost_us(row, problem_of(problems), {}, *model);
     }
@@ -67,8 +71,9 @@ extern "C" const char* name_of(int row) {
 extern "C" int num_rows() { return sm90::kNumGemmRows; }
 """
 
+SCALINGS = ["1d2d", "1d1d", "bf16_nt"]
 ROW_NAME = re.compile(
-    r"(?P<scaling>1d[12]d)_m(?P<m>\d+)n(?P<n>\d+)(_gran(?P<gran>\d+))?(?P<swap>_swap)?(_rows(?P<rows>\d+))?"
+    r"(?P<scaling>1d[12]d|bf16_nt)_m(?P<m>\d+)n(?P<n>\d+)(_gran(?P<gran>\d+))?(?P<swap>_swap)?(_rows(?P<rows>\d+))?"
     r"(_cols(?P<cols>\d+))?(_splitk(?P<split>\d+))?(_kwg(?P<kwg>\d+))?$"
 )
 
@@ -89,7 +94,7 @@ class Model:
             subprocess.run([*command, "-o", str(library)], input=DRIVER, text=True, check=True)
             self.lib = ctypes.CDLL(str(library))
         self.lib.name_of.restype = ctypes.c_char_p
-        self.table = [self.lib.name_of(i).decode().removeprefix("sm90_fp8_") for i in range(self.lib.num_rows())]
+        self.table = [short_name(self.lib.name_of(i).decode()) for i in range(self.lib.num_rows())]
 
     def rate(self, constants: np.ndarray, problems: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Microseconds of ``rows[i]`` (int64 [count, 9]) on ``problems[i]`` (int64 [count, 7])."""
@@ -105,16 +110,21 @@ class Model:
         return self.table[row] if row >= 0 else "none"
 
 
+def short_name(name: str) -> str:
+    return name.removeprefix("sm90_").removeprefix("fp8_")
+
+
 def row_fields(name: str) -> list[int] | None:
-    """A row's fields as the driver takes them, from its name without ``sm90_fp8_``."""
+    """A row's fields as the driver takes them, from its short name."""
     match = ROW_NAME.match(name)
     if not match:
         return None
     m, n, swap = int(match["m"]), int(match["n"]), bool(match["swap"])
     block = [n, m] if swap else [m, n]
     clusters = [int(match[key] or 1) for key in ("rows", "cols", "split")]
-    others = [int(swap), int(match["scaling"] == "1d1d"), int(match["gran"] or 128), int(match["kwg"] or 1)]
-    return [*block, *clusters, *others]
+    scaling = SCALINGS.index(match["scaling"])
+    gran_k = int(match["gran"] or 128) if match["scaling"] != "bf16_nt" else 0
+    return [*block, *clusters, int(swap), scaling, gran_k, int(match["kwg"] or 1)]
 
 
 @dataclass
@@ -132,15 +142,15 @@ def load(path: Path) -> list[Measured]:
     found = []
     for record in run["rows"] if isinstance(run, dict) else run:
         if "times" in record:
-            times = {key.split(":")[-1]: us for key, us in record["times"].items() if key.startswith("all:")}
-            times = {name if name.startswith("1d") else f"1d2d_{name}": us for name, us in times.items()}
+            names = {key: short_name(key.split(":")[-1]) for key in record["times"] if key.startswith("all:")}
+            times = {names[key]: us for key, us in record["times"].items() if key in names}
         else:
-            times = {row["name"].removeprefix("sm90_fp8_"): row["us"] for row in record["rows"] if row.get("us")}
+            times = {short_name(row["name"]): row["us"] for row in record["rows"] if row.get("us")}
         times = {name: us for name, us in times.items() if row_fields(name)}
         if len(times) < 2:
             continue
         fields = row_fields(next(iter(times))) or []
-        recipe = [1, 1 if fields[6] else 128, fields[7]]
+        recipe = [0, 0, 0] if fields[7] == 0 else [1, 1 if fields[6] else 128, fields[7]]
         is_float = int(record.get("out_dtype") in ("float32", "torch.float32"))
         measured = Measured([record["m"], record["n"], record["k"], *recipe, is_float])
         measured.names, measured.us = list(times), list(times.values())
@@ -232,7 +242,7 @@ def selected_counts(model: Model) -> dict[str, int]:
     for m in sizes_m:
         for n in sizes_n:
             for k in sizes_k:
-                for recipe in ([1, 128, 128, 0], [1, 1, 128, 1], [1, 1, 32, 1]):
+                for recipe in ([1, 128, 128, 0], [1, 1, 128, 1], [1, 1, 32, 1], [0, 0, 0, 0]):
                     counts[model.choose([m, n, k, *recipe])] += 1
     return counts
 

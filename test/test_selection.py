@@ -132,11 +132,11 @@ def test_bf16() -> None:
         """\
 1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 2112 7168 nn: sm90_bf16_nn_m16n64_swap_splitk4
-64 2112 7168 nt: sm90_bf16_nt_m64n64_splitk4
+64 2112 7168 nt: sm90_bf16_nt_m128n64_splitk2
 128 2112 7168 tn: sm90_bf16_tn_m64n64
 1024 2112 7168 nt: sm90_bf16_nt_m128n144
 4096 2112 7168 nn: sm90_bf16_nn_m128n192
-8192 2112 7168 tt: sm90_bf16_tt_m128n256_rows2
+8192 2112 7168 tt: sm90_bf16_tt_m128n128
 1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
 16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
 64 24576 1536 nt: sm90_bf16_nt_m128n192
@@ -238,9 +238,9 @@ def test_batches() -> None:
 64 512 128: sm90_fp8_1d2d_m64n128_batched
 128 512 128: sm90_fp8_1d2d_m128n128_batched
 4096 512 128: sm90_fp8_1d2d_m256n128_batched
-1 128 4096: sm90_fp8_1d1d_m128n128_batched
+1 128 4096: sm90_fp8_1d1d_m64n64_batched
 16 128 4096: sm90_fp8_1d1d_m64n64_batched
-64 128 4096: sm90_fp8_1d1d_m64n64_batched
+64 128 4096: sm90_fp8_1d1d_m128n128_batched
 128 128 4096: sm90_fp8_1d1d_m128n128_batched
 4096 128 4096: sm90_fp8_1d1d_m128n128_batched""",
     )

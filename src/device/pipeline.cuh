@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx_mbarrier.cuh"
+
 namespace deep_gemm {
 
 template <int kNumStages>
@@ -31,6 +33,28 @@ struct PipelineState {
         stage_idx = wraps ? stage_idx + kCount - kNumStages : stage_idx + kCount;
         phase ^= wraps;
     }
+};
+
+// How many stages of a ring are on their way at a time. Were all asked for at once, CTAs would get their shares of memory
+// unevenly, and one that starts late would wait behind what the others have asked for.
+template <int kNumStages>
+class LoadLimit {
+public:
+    __device__ __forceinline__ explicit LoadLimit(int most) : free_places_(most) {}
+
+    // Before the next stage is asked for.
+    __device__ __forceinline__ void wait(ptx::Barrier (&full)[kNumStages]) {
+        if (free_places_ > 0) {
+            --free_places_;
+        } else {
+            ptx::mbarrier_wait(full[oldest_.stage_idx], oldest_.phase);
+            oldest_.advance();
+        }
+    }
+
+private:
+    PipelineState<kNumStages> oldest_;  // of those that are on their way
+    int free_places_;
 };
 
 }  // namespace deep_gemm

@@ -108,12 +108,20 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
 
     GemmParams params = {};
     const int clusters = set_problem(params, problem, row, limits);
-    // A shared panel is loaded in halves, one by each CTA of the pair.
-    params.rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k / (row.swap_ab ? b_pack : 1),
-                                       row.block_rows / row.col_ctas);
-    if (row.skips_row_parts()) params.part_rows_map = make_operand_map(encode, rows, layout.rows_mn_major(), block_k, 64);
-    params.cols_map = make_operand_map(encode, cols, layout.cols_mn_major(), layout.has_bf16_tokens() ? block_k / 2 : block_k,
-                                       row.block_cols / row.row_ctas);
+    const int a_block_k = layout.has_bf16_tokens() ? block_k / 2 : block_k;
+    // A shared panel is loaded in parts, one by each CTA that shares it.
+    const int box_m = row.block_m() / (row.swap_ab ? row.row_ctas : row.col_ctas);
+    const int box_n = row.block_n() / (row.swap_ab ? row.col_ctas : row.row_ctas);
+    CUtensorMap& tokens_map = row.swap_ab ? params.cols_map : params.rows_map;
+    (row.swap_ab ? params.rows_map : params.cols_map) =
+        make_operand_map(encode, b, row.b_mn_major, block_k / b_pack, box_n);
+    const int tail = row.skips_tail() ? static_cast<int>(problem.m % row.block_m()) : 0;
+    const int box_tail = row.skips_row_parts() ? 64 : tail;
+    if (box_tail > 0) params.tail_map = make_operand_map(encode, a, false, a_block_k, box_tail);
+    if (tail > 0) params.tail_bytes = (row.block_m() - tail) * sm90::kBlockK;
+    const bool all_tail = tail > 0 && problem.m < row.block_m();
+    tokens_map = all_tail ? params.tail_map : make_operand_map(encode, a, row.a_mn_major, a_block_k, box_m);
+    if (box_tail == 0) params.tail_map = tokens_map;
 
     const int element_bytes = size_of(problem.d_type);
     params.d_pairs = problem.d_stride % 2 == 0 && problem.d_group_stride % 2 == 0 &&

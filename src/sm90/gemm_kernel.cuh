@@ -86,6 +86,8 @@ class GemmKernel {
     // sums stay zero, and zeros are all that may be stored of them.
     static constexpr bool kSkipsParts = kRow.skips_row_parts();
     static_assert(!kSkipsParts || (kRowParts <= 2 && !kLayout.rows_mn_major()));
+    // M's last tile may have fewer tokens than others. What its stages hold instead makes rows or columns that are not stored.
+    static constexpr bool kSkipsTail = kRow.skips_tail();
     static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
     static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
     using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
@@ -111,7 +113,7 @@ public:
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
             ptx::prefetch_tensor_map(params.cols_map);
-            if constexpr (kSkipsParts) ptx::prefetch_tensor_map(params.part_rows_map);
+            if constexpr (kSkipsParts || kSkipsTail) ptx::prefetch_tensor_map(params.tail_map);
             if constexpr (kLayout.row_scales_are_vector()) ptx::prefetch_tensor_map(params.row_scales_map);
             if constexpr (kLayout.col_scales_are_vector()) ptx::prefetch_tensor_map(params.col_scales_map);
             ptx::prefetch_tensor_map(params.d_map);
@@ -224,7 +226,7 @@ private:
     static constexpr bool kAsksEarly = kRow.grouping == Grouping::kDense && !kRow.b_mn_major &&
                                        (kRow.swap_ab ? kRow.col_ctas : kRow.row_ctas) == 1;
 
-    // Few tokens and several tiles for each CTA: with all stages on their way CTAs get their shares of memory unevenly.
+    // Few tokens and several tiles for each CTA.
     static constexpr bool kLimitsLoads = kRow.limits_loads();
 
     __device__ __forceinline__ static void load_operands(const GemmParams& params, Storage& shared,
@@ -234,17 +236,19 @@ private:
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int part = rank % kMulticastCtas;
         const uint16_t sharers = ((1 << kMulticastCtas) - 1) << (rank - part);
-        State state, oldest;
-        int in_flight = 0;
+        State state;
+        LoadLimit<kNumStages> limit(params.most_in_flight);
         WorkTile work;
         for (bool is_first = true; next_tile<false>(params, scheduler, work); is_first = false) {
             const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
-            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes;
+            const bool is_tail = kSkipsTail && (kRow.swap_ab ? work.col : work.row) + kRow.block_m() > params.m;
+            const CUtensorMap& rows_map = !kRow.swap_ab && is_tail ? params.tail_map : params.rows_map;
+            const CUtensorMap& cols_map = kRow.swap_ab && is_tail ? params.tail_map : params.cols_map;
+            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes - (is_tail ? params.tail_bytes : 0);
             if (is_first) {
                 if constexpr (kAsksEarly) {
                     ptx::tma_prefetch_2d(kRow.swap_ab ? params.rows_map : params.cols_map,
-                                         work.k_block * kStageK / (kRow.swap_ab ? kRowElements : 1),
-                                         kRow.swap_ab ? work.row : work.col);
+                                         work.k_block * kStageK / kRowElements, kRow.swap_ab ? work.row : work.col);
                 }
                 ptx::grid_dependency_wait();
             }
@@ -256,14 +260,7 @@ private:
                 uint8_t* rows = shared.rows[state.stage_idx];
                 uint8_t* cols = shared.cols[state.stage_idx];
                 ptx::Barrier& full = shared.full[state.stage_idx];
-                if (kLimitsLoads && params.most_in_flight > 0) {
-                    if (in_flight < params.most_in_flight) {
-                        ++in_flight;
-                    } else {
-                        ptx::mbarrier_wait(shared.full[oldest.stage_idx], oldest.phase);
-                        oldest.advance();
-                    }
-                }
+                if (kLimitsLoads && params.most_in_flight > 0) limit.wait(shared.full);
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
                 ptx::mbarrier_arrive_expect_tx(full, bytes);
                 if constexpr (kSummed) {
@@ -274,17 +271,15 @@ private:
                     continue;
                 }
                 if constexpr (kLayout.has_groups()) {
-                    load_stage_of_group(params, shared, state.stage_idx, work, parts, k, k_group);
+                    load_stage_of_group(params, rows_map, cols_map, shared, state.stage_idx, work, parts, k, k_group);
                     continue;
                 }
-                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(params.rows_map, full, rows,
-                                                                                   k / kRowElements, work.row, part,
+                load_panel<kLayout.rows_mn_major(), kRowPart, (kRow.col_ctas > 1)>(rows_map, full, rows, k / kRowElements,
+                                                                                   work.row, part, sharers);
+                load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(cols_map, full, cols, k, work.col, part,
                                                                                    sharers);
-                load_panel<kLayout.cols_mn_major(), kColPart, (kRow.row_ctas > 1)>(params.cols_map, full, cols, k,
-                                                                                   work.col, part, sharers);
                 if constexpr (kLayout.has_bf16_tokens()) {
-                    ptx::tma_load_2d(params.cols_map, full, cols + kLayout.col_tile_bytes() / 2, k + kStageK / 2, work.col,
-                                     kHint);
+                    ptx::tma_load_2d(cols_map, full, cols + kLayout.col_tile_bytes() / 2, k + kStageK / 2, work.col, kHint);
                 }
                 if constexpr (kLayout.row_scales_are_vector()) {
                     ptx::tma_load_2d(params.row_scales_map, full, shared.row_scales[state.stage_idx], work.row,
@@ -337,26 +332,27 @@ private:
     }
 
     // With the group as a third coordinate. `parts` of the rows, each 64 of them.
-    __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, Storage& shared, int stage_idx,
+    __device__ __forceinline__ static void load_stage_of_group(const GemmParams& params, const CUtensorMap& rows_map,
+                                                               const CUtensorMap& cols_map, Storage& shared, int stage_idx,
                                                                const WorkTile& work, int parts, int k, int k_group) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const int row_group = kRow.swap_ab ? work.group : work.token_group;
         const int col_group = kRow.swap_ab ? work.token_group : work.group;
         ptx::Barrier& full = shared.full[stage_idx];
         if (parts == kAllParts) {
-            load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(params.rows_map, full, shared.rows[stage_idx],
+            load_panel<kLayout.rows_mn_major(), kRow.block_rows, false, true>(rows_map, full, shared.rows[stage_idx],
                                                                               k / kRowElements, work.row, 0, 0, row_group);
         } else {
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) {
-                ptx::tma_load_3d(params.part_rows_map, full, shared.rows[stage_idx] + part * kPartBytes, k,
+                ptx::tma_load_3d(params.tail_map, full, shared.rows[stage_idx] + part * kPartBytes, k,
                                  work.row + part * 64, row_group, kHint);
             }
         }
-        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(params.cols_map, full, shared.cols[stage_idx], k,
-                                                                     work.col, 0, 0, col_group);
+        load_panel<kLayout.cols_mn_major(), kBlockCols, false, true>(cols_map, full, shared.cols[stage_idx], k, work.col, 0,
+                                                                     0, col_group);
         if constexpr (kLayout.has_bf16_tokens()) {
-            ptx::tma_load_3d(params.cols_map, full, shared.cols[stage_idx] + kLayout.col_tile_bytes() / 2, k + kStageK / 2,
+            ptx::tma_load_3d(cols_map, full, shared.cols[stage_idx] + kLayout.col_tile_bytes() / 2, k + kStageK / 2,
                              work.col, col_group, kHint);
         }
         if constexpr (kLayout.row_scales_are_vector()) {
@@ -456,9 +452,10 @@ private:
                 }
             }
         }
-        // The barriers must outlive the other finishers' last arrivals.
+        // The barriers must outlive the other finishers' last arrivals. One thread waits: ptxas would no longer know of a warp that
+        // all its threads are at the same stage.
         if constexpr (kSplitK > 1) {
-            if (helper == 0 && other_slices(rank) > 0) ptx::mbarrier_wait(shared.reduce_empty, reduce_phase ^ 1);
+            if (threadIdx.x == 128 && other_slices(rank) > 0) ptx::mbarrier_wait(shared.reduce_empty, reduce_phase ^ 1);
         }
         // The staging memory must outlive the stores that read it; their completion is the end of the grid's business.
         if (thread == 0) ptx::tma_store_wait_read<0>();

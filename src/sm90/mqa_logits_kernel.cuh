@@ -155,17 +155,11 @@ private:
         static constexpr int kMostInFlight = 8;
         static_assert(kStages > kMostInFlight);
         PipelineState<kStages> next;
-        PipelineState<kStages> oldest;   // of those that are on their way
-        int free_places = kMostInFlight;
+        LoadLimit<kStages> limit{kMostInFlight};
 
         // All lanes, for the next tile's stage.
         __device__ __forceinline__ void wait(Storage& shared) {
-            if (free_places > 0) {
-                --free_places;
-            } else {
-                ptx::mbarrier_wait(shared.kv_full[oldest.stage_idx], oldest.phase);
-                oldest.advance();
-            }
+            limit.wait(shared.kv_full);
             ptx::mbarrier_wait(shared.kv_empty[next.stage_idx], next.phase ^ 1);
         }
 

@@ -127,12 +127,13 @@ public:
         } else {
             if constexpr (kSetRegisters) shrink_registers<40>();
             if (warp == kProducerWarp && ptx::elect_one()) {
-                Ring ring;
+                State state;
+                LoadLimit<kStages> limit(kMostInFlight);
                 bool is_first = true;
                 for_each_prenorm_tile(params, kCols, [&](const PrenormWork& work) {
                     if (is_first) ptx::grid_dependency_wait();
                     is_first = false;
-                    load(params, shared, work, ring);
+                    load(params, shared, work, state, limit);
                 });
             }
             if (params.in_cluster) {
@@ -258,31 +259,21 @@ private:
         ptx::tma_prefetch_2d(params.b_map, k + 32, work.col);
     }
 
-    // Where the next block goes, and which is the oldest on its way. Were all stages asked for at once, CTAs would get their
-    // shares of memory unevenly: with 200 KB of each SM on their way the last one ended 5 us after the first, with 96 KB 3 us.
-    struct Ring {
-        static constexpr int kMostInFlight =
-            std::min(kStages - 1, std::max(3, 96 * 1024 / (kLayout.a_bytes() + kLayout.b_bytes())));
-        State next, oldest;
-        int in_flight = 0;
-    };
+    // With 200 KB of each SM on their way the last CTA ended 5 us after the first, with 96 KB 3 us.
+    static constexpr int kMostInFlight =
+        std::min(kStages - 1, std::max(3, 96 * 1024 / (kLayout.a_bytes() + kLayout.b_bytes())));
 
     __device__ __forceinline__ static void load(const PrenormGemmParams& params, Storage& shared, const PrenormWork& work,
-                                                Ring& ring) {
+                                                State& state, LoadLimit<kStages>& limit) {
         constexpr auto kHint = ptx::CacheHint::kEvictNormal;
         const uint32_t bytes = params.tile_rows * 128 + (params.n > 0 ? params.b_box_rows * 256 : 0);
 #pragma unroll 1
-        for (int i = 0; i < work.num_k_blocks; ++i, ring.next.advance()) {
+        for (int i = 0; i < work.num_k_blocks; ++i, state.advance()) {
             const int k = (work.k_block + i) * kPrenormBlockK;
-            const uint32_t s = ring.next.stage_idx;
+            const uint32_t s = state.stage_idx;
             ptx::Barrier& full = shared.full[s];
-            if (ring.in_flight < Ring::kMostInFlight) {
-                ++ring.in_flight;
-            } else {
-                ptx::mbarrier_wait(shared.full[ring.oldest.stage_idx], ring.oldest.phase);
-                ring.oldest.advance();
-            }
-            ptx::mbarrier_wait(shared.empty[s], ring.next.phase ^ 1);
+            limit.wait(shared.full);
+            ptx::mbarrier_wait(shared.empty[s], state.phase ^ 1);
             ptx::mbarrier_arrive_expect_tx(full, bytes);
             ptx::tma_load_2d(params.a_map, full, shared.a[s], k, work.row, kHint);
             if (params.n > 0) {

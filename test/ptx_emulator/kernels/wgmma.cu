@@ -91,10 +91,11 @@ extern "C" __global__ void gemm_mn_major(const __grid_constant__ TensorMap ta, c
 }
 
 // FP8 operands without swizzle, written by the threads as 8 x 16-byte core matrices.
-extern "C" __global__ void gemm_fp8_noswizzle(const int4* ga, const int4* gb, float* out) {
+// `rows` of A are written to shared memory.
+extern "C" __global__ void gemm_fp8_noswizzle(const int4* ga, const int4* gb, float* out, int rows) {
     __shared__ __align__(128) int4 a[128], b[128];  // [k chunk][row]
     int r = threadIdx.x % 64, c = threadIdx.x / 64;
-    a[c * 64 + r] = ga[r * 2 + c];
+    if (r < rows) a[c * 64 + r] = ga[r * 2 + c];
     b[c * 64 + r] = gb[r * 2 + c];
     fence_async();
     __syncthreads();

@@ -91,6 +91,8 @@ int ptx_emulator_session_option(ptx_emulator_session* s, const char* name, int64
         o.budget = u64(v);
     else if (n == "check_uninit_smem")
         o.checkUninitSmem = v;
+    else if (n == "nan_operands")
+        o.nanOperands = v;
     else if (n == "check_proxy")
         o.checkProxy = v;
     else if (n == "check_inflight")

@@ -277,6 +277,7 @@ struct Options {
     u32 numSms = 132;
     u64 budget = 4000000000ull;  // warp instructions
     bool checkUninitSmem = true;
+    bool nanOperands = false;  // of the tensor core, where nothing was written
     bool checkProxy = true;
     bool strictProxy = false;  // only a fence by the writing thread counts
     bool checkInflight = true;
@@ -373,7 +374,8 @@ u32 smemOffset(Warp& w, int lane, Cta* c, u32 addr, u32 bytes);  // bounds check
 void smemGenericWrite(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
 void smemGenericRead(Warp& w, int lane, Cta* c, u32 off, u32 bytes);
 // Async-proxy accesses; `w` may be null when the operation runs detached.
-void smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what);
+// Whether all was written before; if not, it is an error unless that may be.
+bool smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what, bool mayBeUnwritten = false);
 void smemAsyncWriteBegin(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what);
 void smemAsyncWriteEnd(Cta* c, u32 off, u32 bytes);
 void holdReads(const SmemRange& r);

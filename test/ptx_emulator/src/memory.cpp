@@ -120,20 +120,22 @@ const Warp* warpOfThread(Cluster* cl, u32 thread, int& lane) {
 }
 }  // namespace
 
-void smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what) {
+bool smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what, bool mayBeUnwritten) {
+    bool written = true;
     if (m.opt.checkUninitSmem) {
         const u8* p = &c->smemInit[off];
         u32 i = 0;
         while (i + 8 <= bytes && *(const u64*)(p + i) == 0x0101010101010101ull) i += 8;
         while (i < bytes && p[i] == kInit) i++;
-        if (i < bytes) {
+        written = i == bytes;
+        if (!written && !(mayBeUnwritten && !std::memchr(p, kInflight, bytes))) {
             std::string msg =
                 strf("%s reads %s at offset %#x of CTA rank %u", what, shadowText(p[i]), off + i, c->rank);
             if (w) m.fault(w, -1, shadowKind(p[i]), msg);
             m.faultAt(c, shadowKind(p[i]), msg);
         }
     }
-    if (!m.opt.checkProxy) return;
+    if (!m.opt.checkProxy) return written;
     for (u32 g = off / 16; g <= (off + bytes - 1) / 16; g++) {
         Granule& x = c->granules[g];
         if (!x.writer) continue;
@@ -158,6 +160,7 @@ void smemAsyncRead(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* 
         }
         x.writer = 0;  // checked once; stays clean until the next generic write
     }
+    return written;
 }
 
 void smemAsyncWriteBegin(Machine& m, Warp* w, Cta* c, u32 off, u32 bytes, const char* what) {

@@ -1,5 +1,7 @@
 #include "tensorcore.hpp"
 
+#include <limits>
+
 namespace ptx_emulator {
 
 Elem elemFromName(std::string_view n, bool& ok) {
@@ -190,7 +192,7 @@ void gatherOperand(Machine& m, Warp* w, Cta* c, const OperandLayout& l, Elem e, 
                 if (w) m.fault(w, -1, "smem_bounds", msg);
                 m.faultAt(c, "smem_bounds", msg);
             }
-            smemAsyncRead(m, w, c, at, 16, what);
+            const bool written = smemAsyncRead(m, w, c, at, 16, what, m.opt.nanOperands);
             granules.push_back(at / 16);
             u32 n = std::min(perChunk, inner - x);
             if (packed4) {
@@ -211,6 +213,7 @@ void gatherOperand(Machine& m, Warp* w, Cta* c, const OperandLayout& l, Elem e, 
             } else {
                 decodeElems(e, &c->smem[at], n, tmp);
             }
+            if (!written && m.opt.nanOperands) std::fill_n(tmp, n, std::numeric_limits<double>::quiet_NaN());
             if (l.mnMajor)
                 for (u32 q = 0; q < n; q++) out[size_t(x + q) * k + o] = tmp[q];
             else
