@@ -35,8 +35,8 @@ HOST = ROOT / "src" / "host"
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
-# The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups; `scaling` is an index
-# of SCALINGS.
+# The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups; `scaling` is an
+# index of SCALINGS.
 DRIVER = """
 #include "selection.cpp"
 #include "../sm90/gemm_instances.h"

@@ -35,7 +35,7 @@ def test_activations_by_weights() -> None:
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8_kwg2
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
 64 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk8
-128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
+128 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
 1024 576 7168: sm90_fp8_1d2d_m64n96_kwg2
 4096 576 7168: sm90_fp8_1d2d_m128n160
 1 24576 1536: sm90_fp8_1d2d_m8n64_swap_kwg2
@@ -43,13 +43,13 @@ def test_activations_by_weights() -> None:
 64 24576 1536: sm90_fp8_1d2d_m64n96
 128 24576 1536: sm90_fp8_1d2d_m128n192
 1024 24576 1536: sm90_fp8_1d2d_m256n128
-4096 24576 1536: sm90_fp8_1d2d_m256n128
+4096 24576 1536: sm90_fp8_1d2d_m192n128
 1 32768 512: sm90_fp8_1d2d_m8n128_swap
 16 32768 512: sm90_fp8_1d2d_m16n128_swap
 64 32768 512: sm90_fp8_1d2d_m64n128
 128 32768 512: sm90_fp8_1d2d_m128n128
 1024 32768 512: sm90_fp8_1d2d_m256n128
-4096 32768 512: sm90_fp8_1d2d_m256n128_cols2
+4096 32768 512: sm90_fp8_1d2d_m192n128
 1 7168 16384: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 7168 16384: sm90_fp8_1d2d_m16n64_swap_kwg2
 64 7168 16384: sm90_fp8_1d2d_m64n64_cols4_kwg2
@@ -131,22 +131,22 @@ def test_bf16() -> None:
         "\n".join(lines),
         """\
 1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
-16 2112 7168 nn: sm90_bf16_nn_m16n64_swap_splitk4
-64 2112 7168 nt: sm90_bf16_nt_m128n64_splitk2
+16 2112 7168 nn: sm90_bf16_nn_m16n64_swap
+64 2112 7168 nt: sm90_bf16_nt_m64n32
 128 2112 7168 tn: sm90_bf16_tn_m64n64
 1024 2112 7168 nt: sm90_bf16_nt_m128n144
 4096 2112 7168 nn: sm90_bf16_nn_m128n192
 8192 2112 7168 tt: sm90_bf16_tt_m128n128
 1 24576 1536 nt: sm90_bf16_nt_m8n64_swap
 16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
-64 24576 1536 nt: sm90_bf16_nt_m128n192
+64 24576 1536 nt: sm90_bf16_nt_m64n64
 128 24576 1536 tn: sm90_bf16_tn_m128n192
 1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
 4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
 8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
 1 4096 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
-64 4096 7168 nt: sm90_bf16_nt_m64n128_splitk2
+64 4096 7168 nt: sm90_bf16_nt_m64n32
 128 4096 7168 tn: sm90_bf16_tn_m64n64
 1024 4096 7168 nt: sm90_bf16_nt_m128n256_rows2
 4096 4096 7168 nn: sm90_bf16_nn_m128n256_rows2
@@ -214,7 +214,7 @@ def test_experts_with_masks() -> None:
 32 groups, 192 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 6 groups, 1024 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
 32 groups, 20 4096 2048: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
+6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
 256 groups, 1 4096 2048: sm90_fp8_1d2d_m16n128_mgrouped_swap""",
     )
 

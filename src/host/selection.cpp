@@ -18,28 +18,28 @@ constexpr int kGpcSms = 16;
 // What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far
 // choices made with them are from the fastest row.
 struct CostModel {
-    double launch = 3280;           // clocks before the first K block and after the last store
-    double cluster_launch = 490;    // more of them with clusters, whose CTAs start and end together
-    double block_latency = 78;      // clocks of a K block to wait for a barrier and to read scales
-    double unscaled_block = 236;    // BF16: clocks of a K block at least, from its barrier to the next one's
-    double unscaled_fill_bytes = 68;  // BF16: fill_bytes
-    double unscaled_power = 0.25;    // BF16: power
+    double launch = 4200;           // clocks before the first K block and after the last store
+    double cluster_launch = 250;    // more of them with clusters, whose CTAs start and end together
+    double block_latency = 94;      // clocks of a K block to wait for a barrier and to read scales
+    double unscaled_block = 162;    // BF16: clocks of a K block at least, from its barrier to the next one's
+    double unscaled_fill_bytes = 77;  // BF16: fill_bytes
+    double unscaled_power = 0.265;    // BF16: power
     double result_latency = 79;     // clocks from a warpgroup's last instruction for the tensor core to its result
     double promotion = 0.78;        // clocks per column to scale 64 rows of a K block and add them to the totals
     double promotion_load = 2.0;    // more of them with swapped operands, whose few columns wait for their scales
     double promotion_change = 9.4;  // clocks per 16 columns where the block scale may change behind each of them
-    double contention = 0.55;       // part of the other warpgroups' multiplying and promotion that delays a warpgroup
-    double outside_rows = 10.2;     // rows outside a matrix that all SMs together receive per clock
-    double epilogue = 1450;         // clocks of a tile's end: drained pipeline, staging, start of the next one
-    double epilogue_column = 1.8;   // more of them per column of 64 BF16 rows
-    double reduce = 300;            // split K: clocks to meet the other CTAs of a tile
-    double reduce_column = 13.3;    // more of them per column of the tile
-    double combine = 204;           // clocks to add up what warpgroups that take turns at the K blocks have
-    double combine_column = 5.5;    // more of them per column of the tile
-    double memory_bytes = 2000;     // bytes per clock from and to device memory
-    double fill_bytes = 55.5;       // bytes per clock from L2 into an SM
-    double fill_share = 0.036;      // what a byte from L2 into an SM takes of the time that one from memory does
-    double power = 0.3;             // more clocks where all tensor cores are busy all the time: the chip slows down
+    double contention = 0.44;       // part of the other warpgroups' multiplying and promotion that delays a warpgroup
+    double outside_rows = 7.77;     // rows outside a matrix that all SMs together receive per clock
+    double epilogue = 781;          // clocks of a tile's end: drained pipeline, staging, start of the next one
+    double epilogue_column = 6.0;   // more of them per column of 64 BF16 rows
+    double reduce = 171;            // split K: clocks to meet the other CTAs of a tile
+    double reduce_column = 34;      // more of them per column of the tile
+    double combine = 161;           // clocks to add up what warpgroups that take turns at the K blocks have
+    double combine_column = 8.0;    // more of them per column of the tile
+    double memory_bytes = 2174;     // bytes per clock from and to device memory
+    double fill_bytes = 58;         // bytes per clock from L2 into an SM
+    double fill_share = 0.0335;     // what a byte from L2 into an SM takes of the time that one from memory does
+    double power = 0.323;           // more clocks where all tensor cores are busy all the time: the chip slows down
     // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
     double instruction = 1.75;
@@ -202,12 +202,17 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     // operand and D once, evenly over the tiles.
     const double loaded = is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) * row.block_m()
                                        : static_cast<double>(m) * results;
+    // Tiles of a group beyond its first. BF16, 32 groups of about 64 rows: tiles of 64, of which half of the groups need two, took
+    // 36 to 44 % longer than those of 128. The second ones seem to find little of their weights in L2.
+    const double again =
+        is_m_grouped ? static_cast<double>(tiles_along_m(row, problem)) / static_cast<double>(problem.num_groups) - 1 : 0;
+    const double weights_read = row.swap_ab || row.skips_row_parts() ? 1 : 1 + 0.8 * std::min(again, 1.0);
     // A weight of FP4 is half a byte, and its share of a scale.
     const double weight_bytes = !row.has_fp4()                 ? row.element_bytes()
                                 : row.scaling == kUE8M0Scaling ? 0.5 + 1.0 / 32
                                                                : 0.5 + 4.0 / 32;
     const double bytes =
-        (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes) * k +
+        (loaded * row.element_bytes() + static_cast<double>(problem.n) * results * weight_bytes * weights_read) * k +
         static_cast<double>(m) * results * problem.n * size_of(problem.d_type);
     // Of a cluster's tile, bytes that go from L2 into the SMs.
     const double filled = (static_cast<double>(row.block_rows) / row.col_ctas +
@@ -225,13 +230,11 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     if (full_waves > 0) clocks += full_waves * wave(resident);
     if (left > 0) clocks += wave(left);
     // Groups of 20 rows: two tiles that read the same weights took 7 to 9 % longer than one that holds them all.
-    if (is_m_grouped && row.swap_ab) {
-        clocks *= 1 + 0.1 * (static_cast<double>(tiles_along_m(row, problem)) / static_cast<double>(problem.num_groups) - 1);
-    }
+    if (is_m_grouped && row.swap_ab) clocks *= 1 + 0.1 * again;
     // Three warpgroups keep the tensor core busier, and so do the largest BF16 tiles, for which the chip's clock pays.
     if (problem.grouping == Grouping::kDense) {
-        if (row.block_rows == 192) clocks *= 1.025;
-        if (row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256 && full_waves > 0) clocks *= 1.037;
+        if (row.block_rows == 192) clocks *= 1.035;
+        if (row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256 && full_waves > 0) clocks *= 1.015;
     }
     // On all SMs, with rows of tiles that read the same weights, clusters took longer than the model has it: split K with two
     // rows 4 to 16 %, four CTAs that share tokens with three rows 13 to 20 %.
