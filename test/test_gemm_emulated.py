@@ -223,7 +223,7 @@ def mutated_rows() -> list[Row]:
     if os.environ.get("DG_EMULATED_MUTANTS") == "all":
         return rows
     kinds: dict[tuple, Row] = {}
-    for row in sorted(rows, key=lambda row: row["block_m"] * row["block_n"]):
+    for row in sorted(rows, key=lambda row: (row["k_warpgroups"], row["block_m"] * row["block_n"])):
         multicast, reduction = row["row_ctas"] * row["col_ctas"] > 1, row["split_k"] > 1
         kind: tuple = (row["scaling"], row["gran_k"], multicast, reduction, row["swap_ab"], row["block_m"] == 256)
         if row["scaling"] == "none" and row["grouping"] == "dense":  # swapped operands and parts change nothing here
@@ -253,10 +253,10 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         if fences and not any(re.search(r"^\s*(?!mov)\w+\S*\.f32\s+%f", line) for line in before[fences[-1] :]):
             return "since the fence before nothing but the tensor core has written the accumulators"
     if mutant.kind == "warp barrier":
-        meets = r"wgmma\.wait_group|bar\.warp\.sync|shfl\.sync|vote\.sync"
+        meets = r"wgmma\.wait_group|bar\.warp\.sync|shfl\.sync|vote\.sync|elect\.sync"
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):
-            return "the warp has met, for products, a shuffle or a vote, since it last read what is given back"
+            return "the warp has met, for products, a shuffle, a vote or an election, since it last read what is given back"
         if "st.shared" in before[-1] and any(re.match(r"\s*@%p\d+ bra", line) for line in after[:4]):
             return "what the loop over groups leaves in shared memory is read behind the shuffles and votes that follow"
     return ""

@@ -94,12 +94,11 @@ struct BlocksToRedo {
     int k_blocks;
 };
 
+// From `block_scales` to `block_scales_group_stride` numbers that all kernels read lie within 256 bytes of the constant bank:
+// with one more tensor map before them calls took 0.1 to 0.4 us longer.
 struct GemmParams {
     CUtensorMap rows_map;  // FP8 operand on the instruction's M side, [rows, K]
     CUtensorMap cols_map;  // FP8 operand on the instruction's N side, [cols, K]
-    // The tokens again, in boxes for tiles that have fewer of them. M-grouped: 64 rows, several of which are a tile's. Dense and
-    // batched: what M's last tile has.
-    CUtensorMap tail_map;
     CUtensorMap d_map;     // [M, N]; unused with kStoreDirect
     CUtensorMap row_scales_map;  // FP32 [K groups, rows], where each row has its scale
     CUtensorMap col_scales_map;  // FP32 [K groups, cols], where each column has its scale
@@ -111,7 +110,6 @@ struct GemmParams {
     int64_t c_stride;
     int m;
     int n;
-    int tail_bytes;        // of a stage, which tail_map's boxes leave as they are
     int most_in_flight;    // K blocks of a CTA that are loaded at a time; 0: as many as there are stages
     int zero;              // always 0 (see in_another_register)
     OutputMode output_mode;
@@ -122,6 +120,10 @@ struct GemmParams {
     int64_t d_group_stride;  // elements
     int64_t c_group_stride;
     int64_t block_scales_group_stride;
+
+    // The tokens again, in boxes for tiles that have fewer of them. M-grouped: 64 rows, several of which are a tile's. Dense and
+    // batched: what M's last tile has, where it is not the only one.
+    CUtensorMap tail_map;
     MGroupSchedule groups;
     KGroupSchedule k_groups;
     BatchSchedule batch;

@@ -116,12 +116,10 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     (row.swap_ab ? params.rows_map : params.cols_map) =
         make_operand_map(encode, b, row.b_mn_major, block_k / b_pack, box_n);
     const int tail = row.skips_tail() ? static_cast<int>(problem.m % row.block_m()) : 0;
-    const int box_tail = row.skips_row_parts() ? 64 : tail;
-    if (box_tail > 0) params.tail_map = make_operand_map(encode, a, false, a_block_k, box_tail);
-    if (tail > 0) params.tail_bytes = (row.block_m() - tail) * sm90::kBlockK;
     const bool all_tail = tail > 0 && problem.m < row.block_m();
-    tokens_map = all_tail ? params.tail_map : make_operand_map(encode, a, row.a_mn_major, a_block_k, box_m);
-    if (box_tail == 0) params.tail_map = tokens_map;
+    const int box_tail = row.skips_row_parts() ? 64 : tail;
+    tokens_map = make_operand_map(encode, a, row.a_mn_major, a_block_k, all_tail ? tail : box_m);
+    if (box_tail > 0 && !all_tail) params.tail_map = make_operand_map(encode, a, false, a_block_k, box_tail);
 
     const int element_bytes = size_of(problem.d_type);
     params.d_pairs = problem.d_stride % 2 == 0 && problem.d_group_stride % 2 == 0 &&

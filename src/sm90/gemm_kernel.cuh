@@ -113,7 +113,7 @@ public:
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
             ptx::prefetch_tensor_map(params.cols_map);
-            if constexpr (kSkipsParts || kSkipsTail) ptx::prefetch_tensor_map(params.tail_map);
+            if constexpr (kSkipsParts) ptx::prefetch_tensor_map(params.tail_map);
             if constexpr (kLayout.row_scales_are_vector()) ptx::prefetch_tensor_map(params.row_scales_map);
             if constexpr (kLayout.col_scales_are_vector()) ptx::prefetch_tensor_map(params.col_scales_map);
             ptx::prefetch_tensor_map(params.d_map);
@@ -149,7 +149,7 @@ public:
 
         if (warp < 4) {
             if constexpr (kSetRegisters) shrink_registers<kLayout.producer_registers()>();
-            if (warp == 0 && ptx::elect_one()) load_operands(params, shared, scheduler, rank);
+            if (warp == 0) load_operands(params, shared, scheduler, rank);
             if constexpr (kLayout.has_block_scales()) {
                 if (warp == 1) load_block_scales(params, shared, scheduler);
             }
@@ -239,14 +239,17 @@ private:
         State state;
         LoadLimit<kNumStages> limit(params.most_in_flight);
         WorkTile work;
-        for (bool is_first = true; next_tile<false>(params, scheduler, work); is_first = false) {
+        for (bool is_first = true; next_tile(params, scheduler, work); is_first = false) {
             const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
-            const bool is_tail = kSkipsTail && (kRow.swap_ab ? work.col : work.row) + kRow.block_m() > params.m;
-            const CUtensorMap& rows_map = !kRow.swap_ab && is_tail ? params.tail_map : params.rows_map;
-            const CUtensorMap& cols_map = kRow.swap_ab && is_tail ? params.tail_map : params.cols_map;
-            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes - (is_tail ? params.tail_bytes : 0);
+            const int tail = kSkipsTail ? params.m % kRow.block_m() : 0;
+            const bool is_tail = tail > 0 && (kRow.swap_ab ? work.col : work.row) + kRow.block_m() > params.m;
+            const bool other_boxes = is_tail && params.m > kRow.block_m();  // than all other tiles
+            const CUtensorMap& rows_map = !kRow.swap_ab && other_boxes ? params.tail_map : params.rows_map;
+            const CUtensorMap& cols_map = kRow.swap_ab && other_boxes ? params.tail_map : params.cols_map;
+            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes -
+                                   (is_tail ? (kRow.block_m() - tail) * kBlockK : 0);
             if (is_first) {
-                if constexpr (kAsksEarly) {
+                if (kAsksEarly && ptx::elect_one()) {
                     ptx::tma_prefetch_2d(kRow.swap_ab ? params.rows_map : params.cols_map,
                                          work.k_block * kStageK / kRowElements, kRow.swap_ab ? work.row : work.col);
                 }
@@ -262,6 +265,7 @@ private:
                 ptx::Barrier& full = shared.full[state.stage_idx];
                 if (kLimitsLoads && params.most_in_flight > 0) limit.wait(shared.full);
                 ptx::mbarrier_wait(shared.empty[state.stage_idx], state.phase ^ 1);
+                if (!ptx::elect_one()) continue;
                 ptx::mbarrier_arrive_expect_tx(full, bytes);
                 if constexpr (kSummed) {
                     const int product = divide(work.k_block + i, params.k_blocks_of_product);
