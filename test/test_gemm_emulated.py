@@ -256,7 +256,7 @@ def reason_harmless(ptx: str, mutant: mutate.Mutant) -> str:
         meets = r"wgmma\.wait_group|bar\.warp\.sync|shfl\.sync|vote\.sync|elect\.sync"
         met = max(i for i, line in enumerate(before) if re.search(meets, line))
         if not any(re.search(r"\b(ld|st|stmatrix)\b.*\.shared", line) for line in before[met:]):
-            return "the warp has met, for products, a shuffle, a vote or an election, since it last read what is given back"
+            return "the warp has met, for products, shuffle, vote or election, since it last read what is given back"
         if "st.shared" in before[-1] and any(re.match(r"\s*@%p\d+ bra", line) for line in after[:4]):
             return "what the loop over groups leaves in shared memory is read behind the shuffles and votes that follow"
     return ""
