@@ -3,10 +3,10 @@
     python bench/fit_selection.py SWEEP.json [MORE.json ...] [--fit] [--seconds 60] [--never-selected]
 
 A sweep is the JSON of ``python -m deep_gemm_ops.bench --rows --json SWEEP.json``, or a list of ``{"m", "n", "k",
-"times": {"all:<index>:<row name>": microseconds}}``. For each problem the table shows
-the fastest timed row, the timed row that the model finds cheapest, and the regret: how much longer the latter takes. An
-asterisk marks a problem whose choice from the whole table of rows was not timed: it is named, and the cheapest timed
-row is judged instead.
+"times": {"all:<index>:<row name>": microseconds}}``. For each problem the table shows the fastest timed row, the
+timed row that the model finds cheapest, and the regret: how much longer the latter takes. An asterisk marks a
+problem whose choice from the whole table of rows was not timed: it is named, and the cheapest timed row is judged
+instead.
 
 The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies
 the constants of ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of
@@ -142,8 +142,8 @@ def load(path: Path) -> list[Measured]:
     found = []
     for record in run["rows"] if isinstance(run, dict) else run:
         if "times" in record:
-            names = {key: short_name(key.split(":")[-1]) for key in record["times"] if key.startswith("all:")}
-            times = {names[key]: us for key, us in record["times"].items() if key in names}
+            timed = record["times"].items()
+            times = {short_name(key.split(":")[-1]): us for key, us in timed if key.startswith("all:")}
         else:
             times = {short_name(row["name"]): row["us"] for row in record["rows"] if row.get("us")}
         times = {name: us for name, us in times.items() if row_fields(name)}

@@ -61,7 +61,8 @@ struct GemmRow {
         return grouping == Grouping::kMGrouped && operands == OperandType::kFP8 && !swap_ab && block_rows > 64;
     }
     // SM90: what a tile has past M's end is not loaded. TMA would fill it with zeros, which is slower than bringing values:
-    // (4096, 7168) took 20.4 us at M 200 instead of 17. Not where CTAs share the tokens; FP4 rows have other bounds.
+    // (4096, 7168) took 20.4 us at M 200 instead of 17. Not where CTAs share the tokens, and
+    // not in FP4 rows, which read tokens in shared memory themselves where scales are far apart.
     constexpr bool skips_tail() const {
         return (grouping == Grouping::kDense || grouping == Grouping::kBatched) && !a_mn_major && !has_fp4() &&
                (swap_ab ? row_ctas : col_ctas) == 1;
