@@ -194,12 +194,11 @@ private:
     }
 
     // The next tile that is wanted; all roles pass over the same ones.
-    template <bool kWholeWarp = true>
     __device__ __forceinline__ static bool next_tile(const GemmParams& params, Scheduler& scheduler, WorkTile& work) {
         if constexpr (!kLayout.is_fp4()) {
-            return scheduler.template next<kWholeWarp>(work);
+            return scheduler.next(work);
         } else {
-            while (scheduler.template next<kWholeWarp>(work)) {
+            while (scheduler.next(work)) {
                 if (params.redo.flags == nullptr) return true;
                 const int group = kLayout.has_groups() ? work.group : 0;
                 const uint8_t* flags = params.redo.flags + (static_cast<int64_t>(group) * params.redo.row_blocks +
@@ -207,8 +206,7 @@ private:
                 int found = 0;
 #pragma unroll 1
                 for (int i = 0; i < params.redo.k_blocks; ++i) found |= flags[i];
-                if constexpr (kWholeWarp) found = uniform(found);
-                if (found != 0) return true;
+                if (uniform(found) != 0) return true;
             }
             return false;
         }
