@@ -276,10 +276,12 @@ def launch(
 ) -> ptx_emulator.Stats:
     """Any problem on one row of the table; ``inputs`` are the tensors that it reads."""
     info = _capi.instances(None)[row]
-    # What a stage has past the end of M is left as it is.
-    others = info["row_ctas" if info["swap_ab"] else "col_ctas"] > 1 or info["a_mn_major"] or "fp4" in info["family"]
-    skips_tail = info["arch"] == "sm_90a" and info["grouping"] in ("dense", "batched") and not others
-    options.setdefault("nan_operands", skips_tail and problem.m % info["block_m"] != 0)
+    # What a stage has past the end of M or N is left as it is, but for operands that CTAs share.
+    m_ctas, n_ctas = (info[key] for key in (("row_ctas", "col_ctas") if info["swap_ab"] else ("col_ctas", "row_ctas")))
+    has_tails = info["arch"] == "sm_90a" and info["grouping"] in ("dense", "batched") and "fp4" not in info["family"]
+    skips_m = m_ctas == 1 and not info["a_mn_major"] and problem.m % info["block_m"] != 0
+    skips_n = n_ctas == 1 and not info["b_mn_major"] and problem.n % info["block_n"] != 0
+    options.setdefault("nan_operands", has_tails and (skips_m or skips_n))
     buffers = [_region(d, "d", False), *(_region(x, name, True) for name, x in inputs.items())]
     result: list[ptx_emulator.Stats] = []
     failure: list[BaseException] = []

@@ -71,10 +71,10 @@ def instances(arch: str | None = "sm_90a") -> list[dict[str, Any]]:
 
     Each is a dict with ``index``, ``name``, ``arch``, ``family`` ("fp8_gemm", "fp8_fp4_gemm", "bf16_fp4_gemm" or
     "bf16_gemm"), ``kernel`` (a part of the mangled kernel name), ``block_m``, ``block_n``, ``block_k``,
-    ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``a_mn_major``,
-    ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling`` ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0
-    without scales, and on SM100, whose rows take any, and operands as they lie), ``num_stages``, ``shared_bytes``
-    and ``num_threads``. Empty without the library.
+    ``swap_ab``, ``row_ctas``, ``col_ctas``, ``cluster_size``, ``split_k``, ``k_warpgroups``, ``overlaps_promotion``
+    (two accumulators in each warpgroup), ``a_mn_major``, ``b_mn_major``, ``grouping`` (of GROUPINGS), ``scaling``
+    ("1d2d", "1d1d", "ue8m0" or "none"), ``gran_k`` (0 without scales, and on SM100, whose rows take any, and operands
+    as they lie), ``num_stages``, ``shared_bytes`` and ``num_threads``. Empty without the library.
     """
     return [dict(row) for row in _instances() if arch is None or row["arch"] == arch]
 

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "group_limits.h"
@@ -121,9 +122,12 @@ struct GemmParams {
     int64_t c_group_stride;
     int64_t block_scales_group_stride;
 
-    // The tokens again, in boxes for tiles that have fewer of them. M-grouped: 64 rows, several of which are a tile's. Dense and
-    // batched: what M's last tile has, where it is not the only one.
-    CUtensorMap tail_map;
+    // Operands in boxes for tiles that have less of them. Dense and batched: for the last tile of several along M, along N, and
+    // along both. M-grouped: the first rows map has the tokens in boxes of 64 rows, several of which are a tile's.
+    struct Operands {
+        CUtensorMap rows;
+        CUtensorMap cols;
+    } tails[3];
     MGroupSchedule groups;
     KGroupSchedule k_groups;
     BatchSchedule batch;

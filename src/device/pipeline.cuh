@@ -29,6 +29,7 @@ struct PipelineState {
     template <int kCount>
     __device__ __forceinline__ void advance_few() {
         static_assert(kCount < kNumStages);
+        if constexpr (kCount == 1) return advance();
         const bool wraps = stage_idx + kCount >= kNumStages;
         stage_idx = wraps ? stage_idx + kCount - kNumStages : stage_idx + kCount;
         phase ^= wraps;

@@ -38,7 +38,8 @@ std::string json_row(int index, int row_idx, const GemmRow& row) {
          << ", \"b_mn_major\": " << (row.b_mn_major ? "true" : "false")
          << ", \"swap_ab\": " << (row.swap_ab ? "true" : "false") << ", \"row_ctas\": " << row.row_ctas
          << ", \"col_ctas\": " << row.col_ctas << ", \"cluster_size\": " << row.cluster_size() << ", \"split_k\": "
-         << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"scaling\": \""
+         << row.split_k << ", \"k_warpgroups\": " << row.k_warpgroups << ", \"overlaps_promotion\": "
+         << (row.overlaps_promotion() ? "true" : "false") << ", \"scaling\": \""
          << scaling << "\", \"gran_k\": " << row.gran_k
          << ", \"grouping\": \"" << kGroupings[static_cast<int>(row.grouping)] << "\""
          << ", \"num_stages\": " << resources.num_stages << ", \"shared_bytes\": " << resources.shared_bytes

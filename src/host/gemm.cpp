@@ -112,14 +112,30 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     // A shared panel is loaded in parts, one by each CTA that shares it.
     const int box_m = row.block_m() / (row.swap_ab ? row.row_ctas : row.col_ctas);
     const int box_n = row.block_n() / (row.swap_ab ? row.col_ctas : row.row_ctas);
-    CUtensorMap& tokens_map = row.swap_ab ? params.cols_map : params.rows_map;
-    (row.swap_ab ? params.rows_map : params.cols_map) =
-        make_operand_map(encode, b, row.b_mn_major, block_k / b_pack, box_n);
-    const int tail = row.skips_tail() ? static_cast<int>(problem.m % row.block_m()) : 0;
-    const bool all_tail = tail > 0 && problem.m < row.block_m();
-    const int box_tail = row.skips_row_parts() ? 64 : tail;
-    tokens_map = make_operand_map(encode, a, row.a_mn_major, a_block_k, all_tail ? tail : box_m);
-    if (box_tail > 0 && !all_tail) params.tail_map = make_operand_map(encode, a, false, a_block_k, box_tail);
+    // The only tile along M or N may have all of its boxes smaller; of several tiles the last one has boxes of its own.
+    const auto rest = [](bool skips, int64_t size, int block) { return skips ? static_cast<int>(size % block) : 0; };
+    const int m_tail = rest(row.skips_tail(), problem.m, row.block_m());
+    const int n_tail = rest(row.skips_weights_tail(), problem.n, row.block_n());
+    const bool one_m_tile = problem.m < row.block_m(), one_n_tile = problem.n < row.block_n();
+    const auto tokens_map = [&](int box) { return make_operand_map(encode, a, row.a_mn_major, a_block_k, box); };
+    const auto weights_map = [&](int box) { return make_operand_map(encode, b, row.b_mn_major, block_k / b_pack, box); };
+    const auto operands = [&](const CUtensorMap& tokens, const CUtensorMap& weights) {
+        return row.swap_ab ? GemmParams::Operands{weights, tokens} : GemmParams::Operands{tokens, weights};
+    };
+    const CUtensorMap tokens = tokens_map(m_tail > 0 && one_m_tile ? m_tail : box_m);
+    const CUtensorMap weights = weights_map(n_tail > 0 && one_n_tile ? n_tail : box_n);
+    params.rows_map = operands(tokens, weights).rows;
+    params.cols_map = operands(tokens, weights).cols;
+    const bool own_m = m_tail > 0 && !one_m_tile, own_n = n_tail > 0 && !one_n_tile;
+    if (row.skips_row_parts()) {
+        params.tails[0].rows = tokens_map(64);
+    } else if (own_m || own_n) {
+        const CUtensorMap last_tokens = own_m ? tokens_map(m_tail) : tokens;
+        const CUtensorMap last_weights = own_n ? weights_map(n_tail) : weights;
+        params.tails[0] = operands(last_tokens, weights);
+        params.tails[1] = operands(tokens, last_weights);
+        params.tails[2] = operands(last_tokens, last_weights);
+    }
 
     const int element_bytes = size_of(problem.d_type);
     params.d_pairs = problem.d_stride % 2 == 0 && problem.d_group_stride % 2 == 0 &&

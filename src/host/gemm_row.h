@@ -60,12 +60,21 @@ struct GemmRow {
     constexpr bool skips_row_parts() const {
         return grouping == Grouping::kMGrouped && operands == OperandType::kFP8 && !swap_ab && block_rows > 64;
     }
-    // SM90: what a tile has past M's end is not loaded. TMA would fill it with zeros, which is slower than bringing values:
-    // (4096, 7168) took 20.4 us at M 200 instead of 17. Not where CTAs share the tokens, and
-    // not in FP4 rows, which read tokens in shared memory themselves where scales are far apart.
-    constexpr bool skips_tail() const {
-        return (grouping == Grouping::kDense || grouping == Grouping::kBatched) && !a_mn_major && !has_fp4() &&
-               (swap_ab ? row_ctas : col_ctas) == 1;
+    // SM90: what a tile has past the end of M, or N, is not loaded. TMA would fill it with zeros, which is slower than bringing
+    // values: (4096, 7168) took 20.4 us at M 200 instead of 17. Not of an operand that CTAs share, and not in FP4 rows, which
+    // read tokens in shared memory themselves where scales are far apart.
+    constexpr bool skips_tail() const { return has_tails() && !a_mn_major && (swap_ab ? row_ctas : col_ctas) == 1; }
+    constexpr bool skips_weights_tail() const { return has_tails() && !b_mn_major && (swap_ab ? col_ctas : row_ctas) == 1; }
+    constexpr bool has_tails() const {
+        return (grouping == Grouping::kDense || grouping == Grouping::kBatched) && !has_fp4();
+    }
+    // SM90: each consumer warpgroup has two accumulators, for which registers suffice up to 128 columns. Not where four CTAs share
+    // tokens or warpgroups take turns at the K blocks, which were 2 and up to 7 % slower with it, nor for M-grouped products,
+    // whose tiles of that size are seldom chosen.
+    constexpr bool overlaps_promotion() const {
+        return (grouping == Grouping::kDense || grouping == Grouping::kBatched) && operands == OperandType::kFP8 &&
+               scaling == kScaling1D2D && !swap_ab && block_rows <= 128 && block_cols <= (split_k == 1 ? 128 : 64) &&
+               k_warpgroups == 1 && col_ctas <= 2;
     }
     // SM90: the host may limit how much of the weights is on its way. Where tokens are more, the thread that loads has no
     // time for another wait: with it (2112, 7168) took 11.1 us at M 128 instead of 8.7.

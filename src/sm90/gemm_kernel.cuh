@@ -7,9 +7,10 @@
 // tensor core's sum is scaled and added to FP32 totals in registers. BF16: the tensor core sums over all of K.
 //
 // Warpgroup 0 produces: warp 0 issues the TMA loads of operands and of scales per row or column, warp 1 loads scales per
-// block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. Where few rows leave a K block
-// little to overlap, k_warpgroups of them take turns at the K blocks of the same rows; the first of them, the finisher, adds
-// up their sums and stores. All walk the same tiles; nobody waits for a whole CTA after the start.
+// block. Each further warpgroup consumes 64 rows, or twice 64: wgmma, promotion, epilogue. A K block's promotion overlaps the
+// next one's products where registers suffice for two accumulators, otherwise other warpgroups' products. Where few rows leave
+// little to overlap, k_warpgroups of them may take turns at the K blocks of the same rows; the first of them, the finisher,
+// adds up their sums and stores. All walk the same tiles; nobody waits for a whole CTA after the start.
 //
 // Programmatic dependent launch: a CTA starts while the kernel before is ending. Only what reads global memory waits for that
 // end, the two loading warps and the one that finds tiles, each when nothing is left to do before its first access; the
@@ -86,8 +87,6 @@ class GemmKernel {
     // sums stay zero, and zeros are all that may be stored of them.
     static constexpr bool kSkipsParts = kRow.skips_row_parts();
     static_assert(!kSkipsParts || (kRowParts <= 2 && !kLayout.rows_mn_major()));
-    // M's last tile may have fewer tokens than others. What its stages hold instead makes rows or columns that are not stored.
-    static constexpr bool kSkipsTail = kRow.skips_tail();
     static constexpr bool kRaggedK = kKGrouped && kLayout.is_bf16();  // groups start anywhere, and the next one follows
     static constexpr bool kSummed = kRow.grouping == Grouping::kSummed;
     using GroupScheduler = MGroupedScheduler<kRow.block_m(), kRow.block_n(), kRow.swap_ab>;
@@ -113,7 +112,7 @@ public:
         if (warp == 0 && ptx::elect_one()) {
             ptx::prefetch_tensor_map(params.rows_map);
             ptx::prefetch_tensor_map(params.cols_map);
-            if constexpr (kSkipsParts) ptx::prefetch_tensor_map(params.tail_map);
+            if constexpr (kSkipsParts) ptx::prefetch_tensor_map(params.tails[0].rows);
             if constexpr (kLayout.row_scales_are_vector()) ptx::prefetch_tensor_map(params.row_scales_map);
             if constexpr (kLayout.col_scales_are_vector()) ptx::prefetch_tensor_map(params.col_scales_map);
             ptx::prefetch_tensor_map(params.d_map);
@@ -224,6 +223,30 @@ private:
     static constexpr bool kAsksEarly = kRow.grouping == Grouping::kDense && !kRow.b_mn_major &&
                                        (kRow.swap_ab ? kRow.col_ctas : kRow.row_ctas) == 1;
 
+    // What a tile that reaches past the end of M or N has less than others. What its stages hold there instead makes rows or
+    // columns that are not stored.
+    struct Tail {
+        int missing;
+        bool has_boxes;  // of its own; where it is the only tile all boxes are as small
+    };
+    template <bool kSkips, int kBlock>
+    __device__ __forceinline__ static Tail tail_of(int size, int first) {
+        if constexpr (!kSkips) return {0, false};
+        const int rest = size % kBlock;
+        const bool is_tail = rest > 0 && first + kBlock > size;
+        return {is_tail ? kBlock - rest : 0, is_tail && size > kBlock};
+    }
+
+    // Tensor maps of the row and of the column operand. One number says which: with two, ptxas gives up uniform registers, and a
+    // K block takes 60 instructions instead of 38.
+    __device__ __forceinline__ static const CUtensorMap* operand_maps(const GemmParams& params, bool is_m_tail, bool is_n_tail) {
+        constexpr int kSize = sizeof(CUtensorMap);
+        static_assert(offsetof(GemmParams, cols_map) == offsetof(GemmParams, rows_map) + kSize);
+        constexpr int kFirst = (offsetof(GemmParams, tails) - offsetof(GemmParams, rows_map)) / kSize;
+        const int tail = is_m_tail + 2 * is_n_tail;
+        return &params.rows_map + (tail == 0 ? 0 : kFirst + 2 * (tail - 1));
+    }
+
     // Few tokens and several tiles for each CTA.
     static constexpr bool kLimitsLoads = kRow.limits_loads();
 
@@ -239,13 +262,11 @@ private:
         WorkTile work;
         for (bool is_first = true; next_tile(params, scheduler, work); is_first = false) {
             const int parts = kSkipsParts ? min((work.group_end - work.row + 63) / 64, kAllParts) : kAllParts;
-            const int tail = kSkipsTail ? params.m % kRow.block_m() : 0;
-            const bool is_tail = tail > 0 && (kRow.swap_ab ? work.col : work.row) + kRow.block_m() > params.m;
-            const bool other_boxes = is_tail && params.m > kRow.block_m();  // than all other tiles
-            const CUtensorMap& rows_map = !kRow.swap_ab && other_boxes ? params.tail_map : params.rows_map;
-            const CUtensorMap& cols_map = kRow.swap_ab && other_boxes ? params.tail_map : params.cols_map;
-            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes -
-                                   (is_tail ? (kRow.block_m() - tail) * kBlockK : 0);
+            const Tail tokens = tail_of<kRow.skips_tail(), kRow.block_m()>(params.m, kRow.swap_ab ? work.col : work.row);
+            const Tail weights = tail_of<kRow.skips_weights_tail(), kRow.block_n()>(params.n, kRow.swap_ab ? work.row : work.col);
+            const CUtensorMap* maps = operand_maps(params, tokens.has_boxes, weights.has_boxes);
+            const CUtensorMap &rows_map = maps[0], &cols_map = maps[1];
+            const uint32_t bytes = kStageBytes - (kAllParts - parts) * kPartBytes - (tokens.missing + weights.missing) * kBlockK;
             if (is_first) {
                 if (kAsksEarly && ptx::elect_one()) {
                     ptx::tma_prefetch_2d(kRow.swap_ab ? params.rows_map : params.cols_map,
@@ -347,7 +368,7 @@ private:
         } else {
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) {
-                ptx::tma_load_3d(params.tail_map, full, shared.rows[stage_idx] + part * kPartBytes, k,
+                ptx::tma_load_3d(params.tails[0].rows, full, shared.rows[stage_idx] + part * kPartBytes, k,
                                  work.row + part * 64, row_group, kHint);
             }
         }
@@ -418,6 +439,8 @@ private:
                 accumulate_unscaled(shared, state, work, warpgroup, thread % 32, total);
             } else if constexpr (kLayout.is_fp4()) {
                 accumulate_fp4(shared, state, work, warpgroup, helper, thread, total[0]);
+            } else if constexpr (kRow.overlaps_promotion()) {
+                accumulate_overlapped(shared, state, scale_state, work, warpgroup, thread, total[0]);
             } else {
                 const int parts = kSkipsParts ? parts_of_group(work, warpgroup) : kRowParts;
                 if (parts == kRowParts) {
@@ -603,6 +626,81 @@ private:
         }
     }
 
+    struct BlockScales {
+        float upper_row, lower_row;
+        float blocks[kBlockScales + (kBlockScales == 0)];
+    };
+
+    // Waits for a stage, reads its scales, since a load would wait behind the products, and issues these.
+    __device__ __forceinline__ static void issue_k_block(const FirstStage& first_stage, State& state, const float* blocks,
+                                                         BlockScales& scales, float (&accumulator)[kAccumulators]) {
+        const uint32_t s = state.stage_idx;
+        ptx::mbarrier_wait(ptx::element_address<sizeof(ptx::Barrier)>(first_stage.full, s), state.phase);
+#pragma unroll
+        for (int j = 0; j < kBlockScales; ++j) scales.blocks[j] = blocks[j * kScaleChunk];
+        const float* rows = scales_at(ptx::element_address<kLayout.row_scale_pitch()>(first_stage.row_scales, s));
+        scales.upper_row = rows[0];
+        scales.lower_row = rows[8];
+        multiply<kStageK / 32>(Descriptor(first_stage.rows).template of_stage<kLayout.row_tile_bytes()>(s),
+                               Descriptor(first_stage.cols).template of_stage<kLayout.col_tile_bytes()>(s), 0, 0, accumulator);
+        state.advance();
+    }
+
+    // Promotes the oldest block on its way; `kPending` have been issued behind it.
+    template <int kPending>
+    __device__ __forceinline__ static void promote_k_block(const FirstStage& first_stage, State& state, int lane, int col_offset,
+                                                           const BlockScales& scales, float (&accumulator)[kAccumulators],
+                                                           float (&total)[kAccumulators]) {
+        wgmma_wait<kPending>();
+        pin_registers(accumulator);
+        release<kFullToEmpty>(ptx::element_address<sizeof(ptx::Barrier)>(first_stage.full, state.stage_idx), lane);
+        state.advance();
+        Promotion<Traits>::by_block(scales.upper_row, scales.lower_row, scales.blocks, col_offset, accumulator, total);
+    }
+
+    // As accumulate(), with two accumulators: while one is promoted, the tensor core works on the next K block. Where registers
+    // suffice this is 3 to 13 % faster.
+    __device__ __forceinline__ static void accumulate_overlapped(Storage& shared, State& state,
+                                                                 PipelineState<kScaleChunks>& scale_state, const WorkTile& work,
+                                                                 int warpgroup, int thread, float (&total)[kAccumulators]) {
+        const int col_offset = work.col % 128;
+        const int lane = thread % 32;
+        const FirstStage first_stage(shared, warpgroup, thread, 0);
+        State promoted = state;
+        float even[kAccumulators], odd[kAccumulators];
+        BlockScales even_scales, odd_scales;
+        for (int left = work.num_k_blocks; left > 0; left -= kScaleChunk) {
+            const int chunk = scale_state.stage_idx;
+            ptx::mbarrier_wait(shared.scales_full[chunk], scale_state.phase);
+            const int count = min(left, kScaleChunk);
+            uint32_t blocks = ptx::smem_address(shared.block_scales[chunk][0]);
+            const auto issue = [&](BlockScales& scales, float(&accumulator)[kAccumulators]) {
+                issue_k_block(first_stage, state, scales_at(blocks), scales, accumulator);
+                blocks += sizeof(float);
+            };
+            issue(even_scales, even);
+            int i = 0;
+#pragma unroll(kUnrollKBlocks / 2)
+            for (; i + 2 < count; i += 2) {
+                issue(odd_scales, odd);
+                promote_k_block<1>(first_stage, promoted, lane, col_offset, even_scales, even, total);
+                issue(even_scales, even);
+                promote_k_block<1>(first_stage, promoted, lane, col_offset, odd_scales, odd, total);
+            }
+            // Nothing is left on its way to the next chunk: ptxas would let no products overlap at all.
+            if (i + 1 < count) {
+                issue(odd_scales, odd);
+                promote_k_block<1>(first_stage, promoted, lane, col_offset, even_scales, even, total);
+                promote_k_block<0>(first_stage, promoted, lane, col_offset, odd_scales, odd, total);
+            } else {
+                promote_k_block<0>(first_stage, promoted, lane, col_offset, even_scales, even, total);
+            }
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(shared.scales_empty[chunk]);
+            scale_state.advance();
+        }
+    }
+
     // Gives back a stage that has nothing for this warpgroup.
     __device__ __forceinline__ static void pass_over(const FirstStage& first_stage, State& state, int lane) {
         const uint32_t full = ptx::element_address<sizeof(ptx::Barrier)>(first_stage.full, state.stage_idx);
@@ -737,11 +835,7 @@ private:
                 }
             }
         }
-        if constexpr (kKWarpgroups == 1) {
-            state.advance();
-        } else {
-            state.template advance_few<kKWarpgroups>();
-        }
+        state.template advance_few<kKWarpgroups>();
     }
 
     // BF16: the tensor core sums all K blocks of a tile. While a block's instructions run the next ones are issued, so a
