@@ -29,44 +29,44 @@ def test_activations_by_weights() -> None:
 1 2112 7168: sm90_fp8_1d2d_m8n64_swap_splitk2_kwg2
 16 2112 7168: sm90_fp8_1d2d_m16n64_swap_splitk2_kwg2
 64 2112 7168: sm90_fp8_1d2d_m64n32_splitk2_kwg2
-128 2112 7168: sm90_fp8_1d2d_m128n32_splitk2_kwg2
-1024 2112 7168: sm90_fp8_1d2d_m128n160
+128 2112 7168: sm90_fp8_1d2d_m64n32_kwg2
+1024 2112 7168: sm90_fp8_1d2d_m192n96
 4096 2112 7168: sm90_fp8_1d2d_m192n128
 1 576 7168: sm90_fp8_1d2d_m8n64_swap_splitk8_kwg2
 16 576 7168: sm90_fp8_1d2d_m16n64_swap_splitk8
 64 576 7168: sm90_fp8_1d2d_m64n64_swap_splitk8
-128 576 7168: sm90_fp8_1d2d_m64n64_splitk4_kwg2
-1024 576 7168: sm90_fp8_1d2d_m64n96_kwg2
-4096 576 7168: sm90_fp8_1d2d_m128n160
+128 576 7168: sm90_fp8_1d2d_m64n64_splitk4
+1024 576 7168: sm90_fp8_1d2d_m64n96
+4096 576 7168: sm90_fp8_1d2d_m192n96
 1 24576 1536: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 24576 1536: sm90_fp8_1d2d_m16n64_swap_kwg2
 64 24576 1536: sm90_fp8_1d2d_m64n96
 128 24576 1536: sm90_fp8_1d2d_m128n192
 1024 24576 1536: sm90_fp8_1d2d_m256n128
-4096 24576 1536: sm90_fp8_1d2d_m192n128
+4096 24576 1536: sm90_fp8_1d2d_m256n128
 1 32768 512: sm90_fp8_1d2d_m8n128_swap
 16 32768 512: sm90_fp8_1d2d_m16n128_swap
 64 32768 512: sm90_fp8_1d2d_m64n128
 128 32768 512: sm90_fp8_1d2d_m128n128
 1024 32768 512: sm90_fp8_1d2d_m256n128
-4096 32768 512: sm90_fp8_1d2d_m192n128
-1 7168 16384: sm90_fp8_1d2d_m8n64_swap_kwg2
-16 7168 16384: sm90_fp8_1d2d_m16n64_swap_kwg2
+4096 32768 512: sm90_fp8_1d2d_m256n128_cols2
+1 7168 16384: sm90_fp8_1d2d_m8n128_swap_splitk4
+16 7168 16384: sm90_fp8_1d2d_m16n128_swap_splitk4
 64 7168 16384: sm90_fp8_1d2d_m64n64_cols4_kwg2
-128 7168 16384: sm90_fp8_1d2d_m128n128_splitk2
-1024 7168 16384: sm90_fp8_1d2d_m128n160
+128 7168 16384: sm90_fp8_1d2d_m128n64_cols4
+1024 7168 16384: sm90_fp8_1d2d_m128n112
 4096 7168 16384: sm90_fp8_1d2d_m256n128
 1 4096 7168: sm90_fp8_1d2d_m8n64_swap_splitk2_kwg2
 16 4096 7168: sm90_fp8_1d2d_m16n64_swap_splitk2_kwg2
-64 4096 7168: sm90_fp8_1d2d_m64n64_splitk2_kwg2
+64 4096 7168: sm90_fp8_1d2d_m64n32_kwg2
 128 4096 7168: sm90_fp8_1d2d_m128n64_splitk2
 1024 4096 7168: sm90_fp8_1d2d_m256n128
 4096 4096 7168: sm90_fp8_1d2d_m256n128
 1 7168 2048: sm90_fp8_1d2d_m8n64_swap_kwg2
 16 7168 2048: sm90_fp8_1d2d_m16n64_swap_kwg2
 64 7168 2048: sm90_fp8_1d2d_m64n64_cols4_kwg2
-128 7168 2048: sm90_fp8_1d2d_m128n64
-1024 7168 2048: sm90_fp8_1d2d_m128n160
+128 7168 2048: sm90_fp8_1d2d_m128n64_cols4
+1024 7168 2048: sm90_fp8_1d2d_m256n128
 4096 7168 2048: sm90_fp8_1d2d_m256n128""",
     )
 
@@ -131,7 +131,7 @@ def test_bf16() -> None:
         "\n".join(lines),
         """\
 1 2112 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
-16 2112 7168 nn: sm90_bf16_nn_m16n64_swap
+16 2112 7168 nn: sm90_bf16_nn_m16n64_swap_splitk4
 64 2112 7168 nt: sm90_bf16_nt_m64n32
 128 2112 7168 tn: sm90_bf16_tn_m64n64
 1024 2112 7168 nt: sm90_bf16_nt_m128n144
@@ -141,8 +141,8 @@ def test_bf16() -> None:
 16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
 64 24576 1536 nt: sm90_bf16_nt_m64n64
 128 24576 1536 tn: sm90_bf16_tn_m128n192
-1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
-4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
+1024 24576 1536 nt: sm90_bf16_nt_m128n192
+4096 24576 1536 nn: sm90_bf16_nn_m128n192
 8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
 1 4096 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 4096 7168 nn: sm90_bf16_nn_m16n64_swap
@@ -173,23 +173,23 @@ def test_experts_one_after_the_other() -> None:
         grouped(cases),
         """\
 4 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
+4 groups, 32768 6144 7168: sm90_fp8_1d2d_m256n128_mgrouped
 8 groups, 32768 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 6144 7168: sm90_fp8_1d2d_m256n128_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 6144 7168: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
+4 groups, 32768 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
 8 groups, 32768 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 7168 3072: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 7168 3072: sm90_fp8_1d2d_m256n128_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 64 groups, 6400 7168 3072: sm90_fp8_1d2d_m128n192_mgrouped
 4 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-4 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
+4 groups, 32768 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 8 groups, 32768 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-8 groups, 32768 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
+8 groups, 32768 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
-64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n128_mgrouped""",
+64 groups, 6400 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped""",
     )
 
 
@@ -202,7 +202,7 @@ def test_experts_with_masks() -> None:
         grouped(cases),
         """\
 32 groups, 192 6144 7168: sm90_fp8_1d2d_m256n128_mgrouped
-6 groups, 1024 6144 7168: sm90_fp8_1d2d_m192n128_mgrouped
+6 groups, 1024 6144 7168: sm90_fp8_1d2d_m256n128_mgrouped
 32 groups, 20 6144 7168: sm90_fp8_1d2d_m32n128_mgrouped_swap
 6 groups, 20 6144 7168: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
 256 groups, 1 6144 7168: sm90_fp8_1d2d_m8n64_mgrouped_swap_kwg2
@@ -212,9 +212,9 @@ def test_experts_with_masks() -> None:
 6 groups, 20 7168 3072: sm90_fp8_1d2d_m32n128_mgrouped_swap
 256 groups, 1 7168 3072: sm90_fp8_1d2d_m16n128_mgrouped_swap
 32 groups, 192 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
-6 groups, 1024 4096 2048: sm90_fp8_1d2d_m192n128_mgrouped
+6 groups, 1024 4096 2048: sm90_fp8_1d2d_m256n128_mgrouped
 32 groups, 20 4096 2048: sm90_fp8_1d2d_m32n128_mgrouped_swap
-6 groups, 20 4096 2048: sm90_fp8_1d2d_m32n64_mgrouped_swap_kwg2
+6 groups, 20 4096 2048: sm90_fp8_1d2d_m128n192_mgrouped
 256 groups, 1 4096 2048: sm90_fp8_1d2d_m16n128_mgrouped_swap""",
     )
 
@@ -240,7 +240,7 @@ def test_batches() -> None:
 4096 512 128: sm90_fp8_1d2d_m256n128_batched
 1 128 4096: sm90_fp8_1d1d_m64n64_batched
 16 128 4096: sm90_fp8_1d1d_m64n64_batched
-64 128 4096: sm90_fp8_1d1d_m128n128_batched
+64 128 4096: sm90_fp8_1d1d_m64n64_batched
 128 128 4096: sm90_fp8_1d1d_m128n128_batched
 4096 128 4096: sm90_fp8_1d1d_m128n128_batched""",
     )

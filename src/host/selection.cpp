@@ -12,45 +12,55 @@ namespace {
 constexpr double kClockGHz = 1.98;    // of an SM that is not short of power; all clocks below are of this rate
 constexpr double kColumnClocks = 2;   // tensor core: a K block of 64 rows, per column
 constexpr double kLeastColumns = 32;  // an instruction of fewer columns takes as long
-constexpr int kGpcs = 7;              // parts of the chip, of 16 SMs or a few more; a cluster lies in one
-constexpr int kGpcSms = 16;
 
 // What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far
 // choices made with them are from the fastest row.
 struct CostModel {
-    double launch = 4200;           // clocks before the first K block and after the last store
-    double cluster_launch = 250;    // more of them with clusters, whose CTAs start and end together
-    double block_latency = 94;      // clocks of a K block to wait for a barrier and to read scales
-    double unscaled_block = 162;    // BF16: clocks of a K block at least, from its barrier to the next one's
-    double unscaled_fill_bytes = 77;  // BF16: fill_bytes
-    double unscaled_power = 0.265;    // BF16: power
-    double result_latency = 79;     // clocks from a warpgroup's last instruction for the tensor core to its result
-    double promotion = 0.78;        // clocks per column to scale 64 rows of a K block and add them to the totals
-    double promotion_load = 2.0;    // more of them with swapped operands, whose few columns wait for their scales
-    double promotion_change = 9.4;  // clocks per 16 columns where the block scale may change behind each of them
-    double contention = 0.44;       // part of the other warpgroups' multiplying and promotion that delays a warpgroup
-    double outside_rows = 7.77;     // rows outside a matrix that all SMs together receive per clock
-    double epilogue = 781;          // clocks of a tile's end: drained pipeline, staging, start of the next one
-    double epilogue_column = 6.0;   // more of them per column of 64 BF16 rows
-    double reduce = 171;            // split K: clocks to meet the other CTAs of a tile
-    double reduce_column = 34;      // more of them per column of the tile
-    double combine = 161;           // clocks to add up what warpgroups that take turns at the K blocks have
-    double combine_column = 8.0;    // more of them per column of the tile
-    double memory_bytes = 2174;     // bytes per clock from and to device memory
-    double fill_bytes = 58;         // bytes per clock from L2 into an SM
-    double fill_share = 0.0335;     // what a byte from L2 into an SM takes of the time that one from memory does
-    double power = 0.323;           // more clocks where all tensor cores are busy all the time: the chip slows down
+    double launch = 4085;             // clocks before the first K block and after the last store
+    double cluster_launch = 645.2;    // more of them with clusters, whose CTAs start and end together
+    double block_latency = 155.8;     // clocks of a K block to wait for a barrier and to read scales
+    double unscaled_block = 172.2;    // BF16: clocks of a K block at least, from its barrier to the next one's
+    double unscaled_fill_bytes = 62.56; // BF16: fill_bytes
+    double unscaled_power = 0.3195;   // BF16: power
+    double result_latency = 17.35;    // clocks from a warpgroup's last instruction for the tensor core to its result
+    double promotion = 0.03151;       // clocks per column to scale 64 rows of a K block and add them to the totals
+    double promotion_load = 2.876;    // more of them with swapped operands, whose few columns wait for their scales
+    double promotion_change = 3.512;  // clocks per 16 columns where the block scale may change behind each of them
+    double overlap_latency = 141.3;   // clocks of a K block beside its products, where its promotion overlaps the next one's
+    double contention = 1.096;        // part of the other warpgroups' multiplying and promotion that delays a warpgroup
+    double outside_rows = 12.75;      // rows outside a matrix that all SMs together receive per clock
+    double epilogue = 836.8;          // clocks of a tile's end: drained pipeline, staging, start of the next one
+    double epilogue_column = 3.403;   // more of them per column of 64 BF16 rows
+    double reduce = 97.69;            // split K: clocks to meet the other CTAs of a tile
+    double reduce_column = 24.61;     // more of them per column of the tile
+    double combine = 125.2;           // clocks to add up what warpgroups that take turns at the K blocks have
+    double combine_column = 25.66;    // more of them per column of the tile
+    double memory_bytes = 2556;       // bytes per clock from and to device memory
+    double fill_bytes = 79.44;        // bytes per clock from L2 into an SM
+    double fill_share = 0.08192;      // what a byte from L2 into an SM takes of the time that one from memory does
+    double sm_share = 1.129;          // what an SM takes of the memory's bandwidth at most, times the number of SMs
+    double last_wave = 0.2491;        // the share of the last wave's clusters, as a power of their number
+    double power = 0.2967;            // more clocks where all tensor cores are busy all the time: the chip slows down
+    double three_warpgroups = 0.9732; // ... and with them, since they keep the tensor core busier
+    double largest_bf16 = 1.044;      // likewise
+    double four_share = 0.9266;       // clocks where four CTAs share tokens, as a part of what the rest says
+    // FP4 weights, and scales per row of both operands, which no sweep has: fitted to other products before.
+    double other_block_latency = 94;
+    double other_result_latency = 79;
+    double other_promotion = 0.78;
+    double other_promotion_load = 2.0;
+    double other_contention = 0.44;
     // FP4 weights: counted instructions of a warp for a K block of 64 rows, and clocks for each. Integer ones, most of the
     // expansion, issue every other clock; the number is from products with scales of A per 32 of K on an H200.
     double instruction = 1.75;
-    double expansion = 140;         // loads, look-ups, addresses
-    double expansion_promotion = 4.85;  // more of them per column
-    double fold = 185;              // the first with scales of A per 128 of K, and with those of B as a part of the values
-    double fold_promotion = 1.75;   // more of them per column
-    double bf16_expansion = 290;    // clocks, not fitted: 230 instructions, most of which no longer are integer ones
-    double bf16_promotion = 1.2;    // ... per column with scales of A per 128 of K, not fitted
-    double tokens_kernel = 2.5;     // us, not fitted: the start of the kernel that makes BF16 of tokens
-    double small_kernels = 4.5;     // us, not fitted: the start of the kernel that folds, and one that finds nothing to do
+    double expansion = 140;           // loads, look-ups, addresses
+    double expansion_promotion = 4.85; // more of them per column
+    double fold = 185;                // the first with scales of A per 128 of K, and with those of B as a part of the values
+    double fold_promotion = 1.75;     // more of them per column
+    double bf16_expansion = 290;      // clocks, not fitted: 230 instructions, most of which no longer are integer ones
+    double bf16_promotion = 1.2;      // ... per column with scales of A per 128 of K, not fitted
+    double tokens_kernel = 2.5;       // us, not fitted: the start of the kernel that makes BF16 of tokens
+    double small_kernels = 4.5;       // us, not fitted: the start of the kernel that folds, and one that finds nothing to do
 };
 constexpr CostModel kModel;
 
@@ -88,9 +98,9 @@ double fp4_block_clocks(const GemmRow& row, double tensor, const CostModel& mode
     if (bf16) issue = model.bf16_expansion + (folded ? model.bf16_promotion * row.block_cols : 0);
     // For the tensor core: BF16 sums without scales go on meanwhile.
     const double waits = bf16 && !folded ? 0 : folded || row.block_cols <= 32 ? 1 : 4;
-    const double part = waits * model.result_latency + tensor / (row.block_rows / 64) +
-                        issue * (1 + model.contention * (warpgroups - 1));
-    const double chain = (model.block_latency + part) / row.k_warpgroups;
+    const double part = waits * model.other_result_latency + tensor / (row.block_rows / 64) +
+                        issue * (1 + model.other_contention * (warpgroups - 1));
+    const double chain = (model.other_block_latency + part) / row.k_warpgroups;
     return std::max({chain, issue * row.block_rows / 64, tensor, bytes / model.fill_bytes});
 }
 
@@ -113,17 +123,20 @@ double block_clocks(const GemmRow& row, int parts, const CostModel& model) {
     const double in_turn = static_cast<double>(ceil_div(parts, warpgroups));  // parts, one after the other
     const double multiply = tensor / parts;
     const double promotions = 128 / row.gran_k;
-    double column = model.promotion;
-    if (row.scaling == kScaling1D1D) {
-        column *= 2;
-    } else if (!row.swap_ab && row.block_cols > 16 && row.block_cols % 32 != 0) {
-        column += model.promotion_change / 16;
+    const bool is_swept = row.scaling == kScaling1D2D;
+    const double contended = 1 + (is_swept ? model.contention : model.other_contention) * others;
+    double column = is_swept ? model.promotion : 2 * model.other_promotion;
+    if (is_swept && !row.swap_ab && row.block_cols > 16 && row.block_cols % 32 != 0) column += model.promotion_change / 16;
+    if (row.swap_ab) column += is_swept ? model.promotion_load : model.other_promotion_load;
+    const double promote = promotions * column * row.block_cols;
+    if (row.overlaps_promotion()) {
+        return std::max({model.overlap_latency + std::max(multiply, promote) * contended, tensor, bytes / model.fill_bytes});
     }
-    if (row.swap_ab) column += model.promotion_load;
-    const double work = multiply + promotions * column * row.block_cols;
-    const double part = promotions * model.result_latency + work * (1 + model.contention * others);
+    const double result = is_swept ? model.result_latency : model.other_result_latency;
+    const double part = promotions * result + (multiply + promote) * contended;
     // Warpgroups that take turns each work through their own K blocks.
-    const double chain = (model.block_latency + in_turn * part) / row.k_warpgroups;
+    const double chain =
+        ((is_swept ? model.block_latency : model.other_block_latency) + in_turn * part) / row.k_warpgroups;
     return std::max({chain, tensor, bytes / model.fill_bytes});
 }
 
@@ -182,6 +195,7 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     double outside_cols = (tile_cols - static_cast<double>(cols) / col_tiles) / row.col_ctas;
     // Other groups' rows follow, or nothing is loaded.
     if (is_m_grouped || row.skips_tail()) (row.swap_ab ? outside_cols : outside_rows) = 0;
+    if (row.skips_weights_tail()) (row.swap_ab ? outside_rows : outside_cols) = 0;
     const double outside = (outside_rows + outside_cols) * row.cluster_size() * std::min(tiles, resident);
     MeanTile mean = {row.block_rows / 64.0, block_clocks(row, row.block_rows / 64, model)};
     if (row.skips_row_parts() && problem.layout != GroupLayout::kIndices) mean = mean_group_tile(row, problem, model);
@@ -219,11 +233,10 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
                            static_cast<double>(row.block_cols) / row.row_ctas) *
                           128 * k_blocks * row.cluster_size();
     const auto wave = [&](int64_t clusters) {
-        double share = 1;  // of the memory's bandwidth; less for the few that are left
-        if (full_waves > 0) share = std::sqrt(static_cast<double>(clusters) / resident);
-        if (row.cluster_size() > 2) {  // few large clusters load slower, as if they filled one GPC after the other
-            share = std::min(share, static_cast<double>(ceil_div(clusters * row.cluster_size(), kGpcSms)) / kGpcs);
-        }
+        // Of the memory's bandwidth. Where some pairs of SMs have two CTAs and others one, the first are the last to end.
+        const double ctas = static_cast<double>(clusters * row.cluster_size()) / limits.num_sms;
+        double share = ctas > 0.5 ? std::min(1.0, ctas * model.sm_share) : 1;
+        if (full_waves > 0) share = std::pow(static_cast<double>(clusters) / resident, model.last_wave);
         return together(tile, (bytes / tiles + model.fill_share * filled) * clusters / (share * model.memory_bytes));
     };
     double clocks = model.launch + (row.cluster_size() > 1 ? model.cluster_launch : 0);
@@ -231,15 +244,13 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     if (left > 0) clocks += wave(left);
     // Groups of 20 rows: two tiles that read the same weights took 7 to 9 % longer than one that holds them all.
     if (is_m_grouped && row.swap_ab) clocks *= 1 + 0.1 * again;
-    // Three warpgroups keep the tensor core busier, and so do the largest BF16 tiles, for which the chip's clock pays.
     if (problem.grouping == Grouping::kDense) {
-        if (row.block_rows == 192) clocks *= 1.035;
-        if (row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256 && full_waves > 0) clocks *= 1.015;
+        if (row.block_rows == 192) clocks *= model.three_warpgroups;
+        if (row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256 && full_waves > 0) {
+            clocks *= model.largest_bf16;
+        }
     }
-    // On all SMs, with rows of tiles that read the same weights, clusters took longer than the model has it: split K with two
-    // rows 4 to 16 %, four CTAs that share tokens with three rows 13 to 20 %.
-    const bool reads_again = row.split_k > 1 ? row_tiles == 2 : row.col_ctas > 2 && row_tiles > 1;
-    if (reads_again && 8 * tiles > 7 * resident) clocks *= row.split_k > 1 ? 1.08 : 1.15;
+    if (row.col_ctas > 2) clocks *= model.four_share;
     return clocks / (kClockGHz * 1000);
 }
 

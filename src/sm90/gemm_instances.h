@@ -17,6 +17,8 @@ inline constexpr GemmRow kGemmRows[] = {
     {256, 128, 2, 1, 1, false, kScaling1D2D, 128},
     {256, 128, 1, 2, 1, false, kScaling1D2D, 128},
     {192, 128, 1, 1, 1, false, kScaling1D2D, 128},
+    {192, 96, 1, 1, 1, false, kScaling1D2D, 128},
+    {192, 64, 1, 2, 1, false, kScaling1D2D, 128},
     {128, 192, 1, 1, 1, false, kScaling1D2D, 128},
     {128, 192, 1, 2, 1, false, kScaling1D2D, 128},
     {128, 176, 1, 1, 1, false, kScaling1D2D, 128},
