@@ -396,7 +396,8 @@ def test_host_records(on_cpu):
     assert "reference deep_gemm" in names
     on_cpu.setattr(suites, "_ours", lambda *arguments: 1 / 0)
     run = {"host": suites.host_records(references=False)}
-    assert report.failures(run) == ["host time of torch.ops fp8_gemm_nt.out: ZeroDivisionError: division by zero"]
+    why = "ZeroDivisionError: division by zero"
+    assert report.failures(run) == [f"host time of torch.ops fp8_gemm_nt.out, recipe=: {why}"]
     assert report.goals(run)[-1]["met"] is None
     assert "ZeroDivisionError" in report.text(run)
     report.markdown(run)
@@ -705,7 +706,7 @@ def test_measure_runs_every_suite_and_saves_as_it_goes(on_cpu, tmp_path: Path, c
     assert [(r["m"], r["n"], r["k"]) for r in run["gemm"]] == problems
     assert len(run["rows"]) == 4
     assert len(run["casts"]) == len(suites.CASTS)
-    assert len(run["host"]) == 4
+    assert len(run["host"]) == 5
     assert len(run["prenorm"]) == 1
     assert run["device"]["name"] == "Test GPU"
     assert "selected   0" in capsys.readouterr().out

@@ -478,11 +478,14 @@ def host_records(*, references: bool = True) -> list[dict[str, Any]]:
         (f"{OURS}.fp8_gemm_nt", lambda: lambda i: deep_gemm_ops.fp8_gemm_nt(x.a, x.sfa, x.b, x.sfb)),
         (f"{OURS}.per_token_cast_to_fp8", lambda: lambda i: deep_gemm_ops.per_token_cast_to_fp8(activations)),
         ("torch.ops fp8_gemm_nt", lambda: lambda i: op(x.a, x.sfa, x.b, x.sfb)),
-        ("torch.ops fp8_gemm_nt.out", lambda: _ours([x], outs, case.recipe).call),
+        ("torch.ops fp8_gemm_nt.out", lambda: lambda i: op.out(x.a, x.sfa, x.b, x.sfb, out=outs[0])),
+        ("torch.ops fp8_gemm_nt.out, recipe=", lambda: _ours([x], outs, case.recipe).call),
     ]
     if references:
-        # What PyTorch itself needs for the least operator there is: no call through it can be cheaper than that.
+        # What PyTorch itself needs for the least operator there is, by its own binding and by the one that ours have.
+        neg = torch.ops.aten.neg.out
         calls.append(("reference torch.neg, out=", lambda: lambda i: torch.neg(outs[0], out=outs[0])))
+        calls.append(("reference torch.ops aten.neg.out", lambda: lambda i: neg(outs[0], out=outs[0])))
         for name, build in _builders([x], outs, case, True):
             if name != OURS:
                 calls.append((f"reference {name}", lambda b=build: b().call))
