@@ -141,8 +141,8 @@ def test_bf16() -> None:
 16 24576 1536 nn: sm90_bf16_nn_m16n64_swap
 64 24576 1536 nt: sm90_bf16_nt_m64n64
 128 24576 1536 tn: sm90_bf16_tn_m128n192
-1024 24576 1536 nt: sm90_bf16_nt_m128n192
-4096 24576 1536 nn: sm90_bf16_nn_m128n192
+1024 24576 1536 nt: sm90_bf16_nt_m128n256_rows2
+4096 24576 1536 nn: sm90_bf16_nn_m128n256_rows2
 8192 24576 1536 tt: sm90_bf16_tt_m128n256_rows2
 1 4096 7168 nt: sm90_bf16_nt_m8n64_swap_splitk2
 16 4096 7168 nn: sm90_bf16_nn_m16n64_swap

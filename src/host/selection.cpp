@@ -21,7 +21,7 @@ struct CostModel {
     double block_latency = 155.8;     // clocks of a K block to wait for a barrier and to read scales
     double unscaled_block = 172.2;    // BF16: clocks of a K block at least, from its barrier to the next one's
     double unscaled_fill_bytes = 62.56; // BF16: fill_bytes
-    double unscaled_power = 0.3195;   // BF16: power
+    double unscaled_power = 0.35;     // BF16: power
     double result_latency = 17.35;    // clocks from a warpgroup's last instruction for the tensor core to its result
     double promotion = 0.03151;       // clocks per column to scale 64 rows of a K block and add them to the totals
     double promotion_load = 2.876;    // more of them with swapped operands, whose few columns wait for their scales
@@ -41,9 +41,9 @@ struct CostModel {
     double sm_share = 1.129;          // what an SM takes of the memory's bandwidth at most, times the number of SMs
     double last_wave = 0.2491;        // the share of the last wave's clusters, as a power of their number
     double power = 0.2967;            // more clocks where all tensor cores are busy all the time: the chip slows down
-    double three_warpgroups = 0.9732; // ... and with them, since they keep the tensor core busier
-    double largest_bf16 = 1.044;      // likewise
-    double four_share = 0.9266;       // clocks where four CTAs share tokens, as a part of what the rest says
+    double three_warpgroups = 0.9732; // clocks with them, which keep the tensor core busier, as a part of what the rest says
+    double largest_bf16 = 1.022;      // likewise with BF16 tiles of 128 x 256 in full waves
+    double four_share = 0.9266;       // likewise where four CTAs share tokens
     // FP4 weights, and scales per row of both operands, which no sweep has: fitted to other products before.
     double other_block_latency = 94;
     double other_result_latency = 79;
@@ -244,12 +244,9 @@ double cost_us(const GemmRow& row, const GemmProblem& problem, const SelectionLi
     if (left > 0) clocks += wave(left);
     // Groups of 20 rows: two tiles that read the same weights took 7 to 9 % longer than one that holds them all.
     if (is_m_grouped && row.swap_ab) clocks *= 1 + 0.1 * again;
-    if (problem.grouping == Grouping::kDense) {
-        if (row.block_rows == 192) clocks *= model.three_warpgroups;
-        if (row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256 && full_waves > 0) {
-            clocks *= model.largest_bf16;
-        }
-    }
+    if (problem.grouping == Grouping::kDense && row.block_rows == 192) clocks *= model.three_warpgroups;
+    const bool is_largest = row.scaling == kNoScaling && row.block_rows * row.block_cols == 128 * 256;
+    if (problem.grouping == Grouping::kDense && is_largest && full_waves > 0) clocks *= model.largest_bf16;
     if (row.col_ctas > 2) clocks *= model.four_share;
     return clocks / (kClockGHz * 1000);
 }

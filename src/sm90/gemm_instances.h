@@ -73,7 +73,6 @@ inline constexpr GemmRow kGemmRows[] = {
     k_warpgroups(2, {64, 64, 1, 1, 2, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 64, 1, 1, 4, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 96, 1, 1, 1, false, kScaling1D2D, 128}),
-    k_warpgroups(2, {64, 112, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 128, 1, 1, 1, false, kScaling1D2D, 128}),
     k_warpgroups(2, {128, 32, 1, 1, 2, false, kScaling1D2D, 128}),
     k_warpgroups(2, {64, 8, 1, 1, 1, true, kScaling1D2D, 128}),
