@@ -10,7 +10,7 @@ instead.
 
 The model is compiled as it stands, with g++ and CUDA's headers, so there is no second copy of it here. ``--fit`` varies
 the constants of ``CostModel`` and prints better ones as C++, to be put in by hand. ``--never-selected`` lists rows of
-the table that no problem of a dense grid selects. No GPU is needed; numpy is.
+the table that no problem of a dense grid selects. No GPU is needed; numpy and PyTorch are.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "src" / "host"
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python")]
 import toolchain  # noqa: E402
+
+from deep_gemm_ops.testing.cases import BENCH_M, BENCH_SHAPES  # noqa: E402
 
 # The model behind C functions. A row is its eight fields in the order of the table, and k_warpgroups; `scaling` is an
 # index of SCALINGS.
@@ -72,8 +74,6 @@ extern "C" int num_rows() { return sm90::kNumGemmRows; }
 """
 
 SCALINGS = ["1d2d", "1d1d", "bf16_nt"]
-BENCH_M = (1, 16, 64, 128, 4096)
-BENCH_SHAPES = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 ROW_NAME = re.compile(
     r"(?P<scaling>1d[12]d|bf16_nt)_m(?P<m>\d+)n(?P<n>\d+)(_gran(?P<gran>\d+))?(?P<swap>_swap)?(_rows(?P<rows>\d+))?"
     r"(_cols(?P<cols>\d+))?(_splitk(?P<split>\d+))?(_kwg(?P<kwg>\d+))?$"

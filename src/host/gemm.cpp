@@ -124,8 +124,9 @@ void run_gemm(const GemmProblem& problem, const SelectionLimits& limits, int row
     };
     const CUtensorMap tokens = tokens_map(m_tail > 0 && one_m_tile ? m_tail : box_m);
     const CUtensorMap weights = weights_map(n_tail > 0 && one_n_tile ? n_tail : box_n);
-    params.rows_map = operands(tokens, weights).rows;
-    params.cols_map = operands(tokens, weights).cols;
+    const GemmParams::Operands whole = operands(tokens, weights);
+    params.rows_map = whole.rows;
+    params.cols_map = whole.cols;
     const bool own_m = m_tail > 0 && !one_m_tile, own_n = n_tail > 0 && !one_n_tile;
     if (row.skips_row_parts()) {
         params.tails[0].rows = tokens_map(64);

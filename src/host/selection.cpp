@@ -13,8 +13,9 @@ constexpr double kClockGHz = 1.98;    // of an SM that is not short of power; al
 constexpr double kColumnClocks = 2;   // tensor core: a K block of 64 rows, per column
 constexpr double kLeastColumns = 32;  // an instruction of fewer columns takes as long
 
-// What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far
-// choices made with them are from the fastest row.
+// What the cost model takes from measurements on an H200. bench/fit_selection.py fits these constants and shows how far choices
+// made with them are from the fastest row. They serve to rank rows: a fit trades one for another, contention for promotion say, so
+// that none of them is a measurement of what it stands for.
 struct CostModel {
     double launch = 4085;             // clocks before the first K block and after the last store
     double cluster_launch = 645.2;    // more of them with clusters, whose CTAs start and end together
